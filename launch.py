@@ -1,0 +1,66 @@
+"""Compose a run, check it, start it. `python launch.py --help` lists what can be said."""
+
+import os
+import sys
+from pathlib import Path
+
+# This process only tokenises: transformers would take seconds to import torch, and without it would say so.
+os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qwen_cl.config.errors import RunFailed, RunPreempted, UserError, explain, refuse_added_keys
+from qwen_cl.config.store import register_schemas
+
+register_schemas()
+
+
+HELP = Path(__file__).parent / "conf" / "help.txt"
+failures: list[UserError | RunFailed] = []
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def launch(cfg: DictConfig) -> None:
+    from qwen_cl.run import run
+
+    try:
+        refuse_added_keys(cfg)
+        run(OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        fail(UserError(explain(error)))
+    except OSError as error:
+        fail(RunFailed(f"{error.strerror}: {error.filename}"))
+    except (UserError, RunFailed) as error:
+        fail(error)
+        if isinstance(error, RunPreempted):
+            raise KeyboardInterrupt from error
+
+
+def fail(error: UserError | RunFailed) -> None:
+    """Say it now and go on: a sweep has other trials."""
+    print(error, file=sys.stderr)
+    failures.append(error)
+
+
+def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own takes seconds to list the groups
+        print(HELP.read_text(encoding="utf-8"), end="")
+        return 0
+    # Hydra would print its own text and exit with 1; raising instead lets every mistake read alike.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        launch()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(UserError(explain(error)))
+    except OSError as error:
+        fail(UserError(f"hydra.run.dir ({error.filename}) cannot be made: {error.strerror}; choose another folder"))
+    except KeyboardInterrupt:
+        return RunPreempted.exit_code
+    return max((error.exit_code for error in failures), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

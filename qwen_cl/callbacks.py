@@ -1,0 +1,169 @@
+"""What watches a training run from inside: records, stops on request, saves at the end."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from nemo import lightning as nl
+
+from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.adapter import AdapterShape, save_adapter
+from qwen_cl.stop import StopRequest
+
+
+class Seed(pl.Callback):
+    """What comes after the weights (adapters, dropout) is drawn from the run's seed; NeMo's own is fixed at 1234."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl.seed_everything(self.seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), verbose=False)
+        tensor_parallel.model_parallel_cuda_manual_seed(self.seed)
+
+
+class MaskPaddedVocabulary(pl.Callback):
+    """See :func:`qwen_cl.megatron.steps.mask_padded_vocabulary`."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mask_padded_vocabulary(trainer.strategy.megatron_parallel, self.vocab_size)
+
+
+class RunRecorder(pl.Callback):
+    """Writes metrics.jsonl, the dashboard and the run's progress; validates before the first step.
+
+    Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
+    """
+
+    def __init__(self, output_dir: str, log_interval: int) -> None:
+        self.folder = RunFolder(output_dir)
+        self.log_interval = log_interval
+        self.stop: StopRequest | None = None
+        self.tokens = 0
+        self._since = (0.0, 0)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module._training_loss_reduction = TokenWeightedLoss()
+        pl_module._validation_loss_reduction = TokenWeightedLoss(validation_step=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stop is not None:
+            self.stop.training = True
+        if trainer.global_step == 0:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        self._since = (time.monotonic(), self.tokens)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self.tokens += _tokens_of_step(trainer, step - 1)
+        if step % self.log_interval == 0 or step == trainer.max_steps:
+            self._record_step(trainer, step)
+        if self.stop is not None and self.stop.requested:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused = time.monotonic()
+        pl_module._validation_loss_reduction.reset()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reduction = pl_module._validation_loss_reduction
+        sums = torch.tensor([reduction.loss_sum, reduction.num_tokens], device=torch.cuda.current_device())
+        if torch.distributed.get_world_size() > 1:
+            # Only the last pipeline stage has sums, the same on each of its tensor parallel ranks.
+            torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)
+        loss = float(sums[0] / sums[1])
+        self._write(trainer, trainer.global_step, {"val/loss": loss, "val/tokens": int(sums[1])})
+        since, tokens = self._since
+        self._since = (since + time.monotonic() - self._paused, tokens)
+
+    def _record_step(self, trainer: pl.Trainer, step: int) -> None:
+        metrics = trainer.callback_metrics
+        loss = float(metrics["reduced_train_loss"])
+        since, tokens = self._since
+        elapsed = max(time.monotonic() - since, 1e-9)
+        self._since = (time.monotonic(), self.tokens)
+        record = {
+            "train/loss": loss,
+            "optim/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "throughput/tokens_per_second": (self.tokens - tokens) / elapsed,
+            "tokens": self.tokens,
+            "memory/peak_gib": peak_memory_gib(),
+        }
+        if "grad_norm" in metrics:
+            record["optim/grad_norm"] = float(metrics["grad_norm"])
+        self._write(trainer, step, record)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training loss is {loss} at step {step}; lower lr")
+
+    def _write(self, trainer: pl.Trainer, step: int, record: dict[str, Any]) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.folder.append_metrics({"step": step, "time": time.time(), **record})
+        self.folder.update_status(step=step, phase="training")
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(record, step=step)
+
+
+def peak_memory_gib() -> float:
+    """Of this rank: allocated on its GPU, or resident in its process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _tokens_of_step(trainer: pl.Trainer, step: int) -> int:
+    """The order of the rows is a function of seed and index, so any rank can count for all."""
+    data = trainer.datamodule
+    rows = range(step * data.global_batch_size, (step + 1) * data.global_batch_size)
+    return sum(len(data.train_dataset[index].ids) - 1 for index in rows)
+
+
+class StepCheckpoint(nl.ModelCheckpoint):
+    """NeMo's checkpoints by step, and one of the last step however training ended."""
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        # NeMo logs "step" as the number of steps before this one.
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        super().on_train_end(trainer, pl_module)
+
+
+class SaveAdapter(pl.Callback):
+    """Writes the trained adapter in PEFT's format when training ends."""
+
+    def __init__(
+        self,
+        *,
+        directory: str,
+        source: str,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        target_modules: list[str],
+        dora: bool,
+    ) -> None:
+        self.directory = Path(directory)
+        self.source = source
+        self.shape = AdapterShape(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > 0:
+            save_adapter(trainer.strategy.megatron_parallel, self.shape, self.source, self.directory)

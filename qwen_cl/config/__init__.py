@@ -1,0 +1,1 @@
+"""Names, types and rules of a run; imports neither torch nor NeMo."""

@@ -1,0 +1,108 @@
+"""The errors a user can cause or meet, each one message and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+
+class UserError(Exception):
+    """A mistake in the input: says key or file, value, rule and fix. Nothing was started or written."""
+
+    exit_code = 2
+
+
+class RunFailed(Exception):
+    """The run started and did not complete; its folder says why."""
+
+    exit_code = 1
+
+
+class RunPreempted(RunFailed):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and did."""
+
+    exit_code = 130
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> str:
+    """Turn what Hydra or OmegaConf raises while composing into a message in the user's own terms."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _no_such_choice(error)
+    cause = _omegaconf_cause(error)
+    if cause is None:
+        return _first_lines(error)
+    key = (cause.full_key or "").replace("hydra.hydra", "hydra")
+    where = _experiment_file(error)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key} is not set; add {key}=VALUE (its file in conf/ says what it takes)"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        names = [] if not isinstance(cause.parent_node, DictConfig) else list(cause.parent_node)
+        return f"{where}{unknown_key(key, [str(name) for name in names])}"
+    if isinstance(cause, ValidationError):
+        return f"{where}{key}: {_one_line(cause)}"
+    return f"{where}{_one_line(cause)}" if not key else f"{where}{key}: {_one_line(cause)}"
+
+
+def _omegaconf_cause(error: BaseException) -> OmegaConfBaseException | None:
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OmegaConfBaseException):
+            return current
+        current = current.__cause__
+    return None
+
+
+def _experiment_file(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, ConfigCompositionException) and text.startswith("In '"):
+        return f"conf/{text[4:].split(chr(39), 1)[0]}.yaml: "
+    return ""
+
+
+def refuse_added_keys(cfg: DictConfig, owner: str = "") -> None:
+    """``+key=value`` gets past a schema while composing; a typo must not."""
+    schema: Any = OmegaConf.get_type(cfg)
+    known = [field.name for field in fields(schema)]
+    for name in map(str, cfg):
+        key = f"{owner}.{name}" if owner else name
+        if name not in known:
+            raise UserError(unknown_key(key, known))
+        if isinstance(node := cfg._get_node(name), DictConfig):
+            refuse_added_keys(node, key)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    owner, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"; did you mean {owner + '.' if owner else ''}{close[0]}?" if close else ""
+    where = f"keys of {owner}" if owner else "keys at the top level"
+    return f"{key}: unknown key{meant} ({where}: {', '.join(sorted(known)) or 'none'})"
+
+
+def _no_such_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    choices = [name for name in error.options or [] if not name.endswith("_schema")]
+    close = difflib.get_close_matches(choice, choices, n=1)
+    meant = f"; did you mean {group}={close[0]}?" if close else ""
+    return f"{group}={choice}: no such choice{meant} (choices: {', '.join(choices)})"
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+def _first_lines(error: BaseException) -> str:
+    """Hydra's own text, less its hint to append with '+', which a typed config refuses too."""
+    kept = [line for line in str(error).splitlines() if line and "To append to your config" not in line]
+    return "\n".join(kept)

@@ -1,0 +1,34 @@
+"""A run's config as a file: written when the run starts, read back by its processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.store import GROUPS
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Plain values; each group says by ``type`` which of its schemas it is."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    for group, schemas in GROUPS.items():
+        kind = type(getattr(config, group))
+        name = next(name for name, schema in schemas.items() if schema is kind)
+        plain[group] = {"type": name.removesuffix("_schema"), **plain[group]}
+    return plain
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    OmegaConf.save(OmegaConf.create(to_plain(config)), path)
+
+
+def load_config(path: Path) -> RunConfig:
+    """The inverse of :func:`save_config`, with every rule checked again."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    base = OmegaConf.structured(RunConfig)
+    for group, schemas in GROUPS.items():
+        base[group] = OmegaConf.structured(schemas[plain[group].pop("type") + "_schema"])
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(base, plain)))

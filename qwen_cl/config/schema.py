@@ -1,0 +1,281 @@
+"""What a run consists of. Names and types live here; values live in conf/*.yaml and nowhere else.
+
+Two mechanics of Hydra shape this file: cross-field rules sit in ``__post_init__`` because it runs only when the
+composed config is turned into these objects, and a subclass is chosen by its group's ``..._schema`` entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.errors import UserError
+
+
+class Accelerator(str, Enum):
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(str, Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    source: str
+    """``hf://ORG/NAME[@REVISION]``, or a directory in Hugging Face layout."""
+
+    def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise UserError(
+                "model.source is empty; write hf://ORG/NAME or the path of a directory in Hugging Face layout"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    max_steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Sequences per forward pass of one rank."""
+    sequence_length: int
+    """Tokens; longer rows are cut."""
+    warmup_steps: int
+    """Optimizer steps over which the learning rate rises from 0."""
+    min_lr_ratio: float
+    """Final learning rate as a fraction of ``lr`` (cosine decay)."""
+    weight_decay: float
+    clip_grad: float
+    """Maximum norm of the gradient; 0 turns clipping off."""
+    val_check_interval: int
+    """Optimizer steps between validations; step 0 and the last step are always validated."""
+    checkpoint_interval: int
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int
+    """How many of the newest checkpoints stay on disk."""
+    log_interval: int
+    """Optimizer steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "val_check_interval",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "log_interval",
+        ):
+            _require(f"task.{name}", getattr(self, name), at_least=1)
+        _require("task.sequence_length", self.sequence_length, at_least=2)
+        _require("task.warmup_steps", self.warmup_steps, at_least=0)
+        _require("task.weight_decay", self.weight_decay, at_least=0)
+        _require("task.clip_grad", self.clip_grad, at_least=0)
+        _require("task.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        if self.warmup_steps >= self.max_steps:
+            raise UserError(
+                f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
+                "lower it, or train longer"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig(TaskConfig):
+    """Instruction data: the loss counts the answer's tokens only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(TaskConfig):
+    """Raw text: documents joined by the end-of-text token and cut into full sequences."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PeftConfig:
+    default_lr: float
+    """What ``lr`` is unless the user sets it."""
+
+
+TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Megatron's four linear layers of a block; q, k and v are one of them, gate and up another."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig(PeftConfig):
+    rank: int
+    alpha: float
+    """The update is scaled by alpha / rank."""
+    dropout: float
+    """Probability, on the adapter's input."""
+    target_modules: list[str]
+
+    def __post_init__(self) -> None:
+        _require("peft.rank", self.rank, at_least=1)
+        _require("peft.alpha", self.alpha, above=0)
+        _require("peft.dropout", self.dropout, at_least=0, below=1)
+        unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
+        if unknown or not self.target_modules:
+            raise UserError(
+                f"peft.target_modules ({self.target_modules}) must name one or more of {', '.join(TARGET_MODULES)} "
+                "(Megatron fuses q, k and v into linear_qkv, gate and up into linear_fc1)"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DoraConfig(LoraConfig):
+    """LoRA on the direction of each weight, with its magnitude trained beside it (arXiv 2402.09353)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    pass
+
+
+@dataclass(kw_only=True, slots=True)
+class DemoDataConfig(DataConfig):
+    instructions: str
+    """Path of the pairs, less ``.train.jsonl`` and ``.validation.jsonl``."""
+    text: str
+    """Path of the documents, likewise."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FileDataConfig(DataConfig):
+    path: str
+    """Training rows, JSON Lines in UTF-8."""
+    validation_path: str | None
+    """Validation rows; without it every ``validation_every``-th row of ``path`` is held out."""
+    validation_every: int
+    prompt_field: str
+    completion_field: str
+    text_field: str
+
+    def __post_init__(self) -> None:
+        _require("data.validation_every", self.validation_every, at_least=2)
+
+
+@dataclass(kw_only=True, slots=True)
+class MockDataConfig(DataConfig):
+    rows: int
+    """Training sequences of random tokens; an eighth as many (at least one) validate."""
+
+    def __post_init__(self) -> None:
+        _require("data.rows", self.rows, at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    accelerator: Accelerator
+    devices: int
+    """Processes per node: GPUs, or CPU processes."""
+    tensor_parallel: int
+    pipeline_parallel: int
+    precision: Precision
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "tensor_parallel", "pipeline_parallel"):
+            _require(f"cluster.{name}", getattr(self, name), at_least=1)
+        model_parallel = self.tensor_parallel * self.pipeline_parallel
+        if self.world_size % model_parallel:
+            raise UserError(
+                f"cluster.tensor_parallel ({self.tensor_parallel}) x cluster.pipeline_parallel "
+                f"({self.pipeline_parallel}) must divide the number of processes ({self.world_size}); "
+                f"set cluster.devices to a multiple of {model_parallel}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.devices
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalConfig(ClusterConfig):
+    """This machine."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig(ClusterConfig):
+    account: str
+    partition: str
+    nodes: int
+    time: str
+    """Wall-clock limit, in Slurm's form (D-HH:MM:SS)."""
+    setup: str
+    """Shell line run on the node before the worker, for example one that activates a virtual environment."""
+
+    def __post_init__(self) -> None:
+        _require("cluster.nodes", self.nodes, at_least=1)
+        ClusterConfig.__post_init__(self)
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.nodes
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    mode: WandbMode
+    project: str
+    entity: str | None
+    tags: list[str]
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    model: ModelConfig
+    task: TaskConfig
+    peft: PeftConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    wandb: WandbConfig
+    lr: float
+    """Peak learning rate; the only place it is set."""
+    seed: int
+    name: str | None
+    """Name of the run on the dashboard; without it the task and the peft method."""
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        _require("lr", self.lr, above=0)
+        _require("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        per_pass = self.task.micro_batch_size * self.cluster.data_parallel
+        if self.task.global_batch_size % per_pass:
+            raise UserError(
+                f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of task.micro_batch_size "
+                f"({self.task.micro_batch_size}) x data_parallel ({self.cluster.data_parallel}) = {per_pass}"
+            )
+
+
+def _require(
+    key: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    rules = (
+        (at_least, value >= (at_least or 0), "at least"),
+        (above, value > (above or 0), "above"),
+        (at_most, value <= (at_most or 0), "at most"),
+        (below, value < (below or 0), "below"),
+    )
+    for bound, holds, words in rules:
+        if bound is not None and not holds:
+            raise UserError(f"{key} ({value}) must be {words} {bound}")

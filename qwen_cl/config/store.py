@@ -1,0 +1,34 @@
+"""Registers the schemas under the names that conf/*.yaml extends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from qwen_cl.config import schema
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {"model_schema": schema.ModelConfig},
+    "task": {"finetune_schema": schema.FinetuneConfig, "pretrain_schema": schema.PretrainConfig},
+    "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
+    "data": {
+        "demo_schema": schema.DemoDataConfig,
+        "file_schema": schema.FileDataConfig,
+        "mock_schema": schema.MockDataConfig,
+    },
+    "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
+}
+
+
+def register_schemas() -> None:
+    """Idempotent; also defines ``${package_path:…}``, the path of a file shipped inside this package."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=schema.RunConfig)
+    for group, schemas in GROUPS.items():
+        for name, node in schemas.items():
+            store.store(group=group, name=name, node=node)
+    OmegaConf.register_new_resolver("package_path", lambda relative: str(PACKAGE / relative), replace=True)

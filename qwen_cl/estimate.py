@@ -1,0 +1,82 @@
+"""How much memory a run will want, from its shapes alone.
+
+Model state follows Megatron's distributed optimizer: bf16 weights, fp32 gradients, and fp32 masters with Adam's two
+moments divided over data parallel ranks. Activations count what autograd keeps of one layer without recomputation,
+in the terms of arXiv 2205.05198 but for a gated MLP and a flash attention kernel. Caching allocators add to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
+from qwen_cl.source.architecture import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    gradients_and_optimizer: int
+    activations: int
+    trainable_parameters: int
+    """Of the whole model, over all ranks."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients_and_optimizer + self.activations
+
+
+def estimate_memory(config: RunConfig, architecture: Architecture, precision: Precision) -> MemoryEstimate:
+    cluster, value_bytes = config.cluster, 2 if precision is Precision.bf16 else 4
+    layers = architecture.num_layers / cluster.pipeline_parallel
+    # The first stage holds the embedding, the last one the head: the same size where they are not tied.
+    local = (layers * architecture.layer_parameters) / cluster.tensor_parallel
+    local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
+    if not architecture.tied_embeddings and cluster.pipeline_parallel == 1:
+        local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
+    adapter = adapter_parameters(config, architecture)
+    trainable = architecture.num_parameters if adapter is None else adapter
+    local_trainable = local if adapter is None else adapter / (cluster.tensor_parallel * cluster.pipeline_parallel)
+    master_bytes = 4 if precision is Precision.bf16 else 0
+    state = local_trainable * (4 + (master_bytes + 8) / cluster.data_parallel)
+    return MemoryEstimate(
+        weights=int(local * value_bytes),
+        gradients_and_optimizer=int(state),
+        activations=int(_activations(config, architecture, value_bytes)),
+        trainable_parameters=trainable,
+    )
+
+
+def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | None:
+    """Trainable parameters of the adapters; None where every weight is trained."""
+    peft = config.peft
+    if not isinstance(peft, LoraConfig):
+        return None
+    query = architecture.num_attention_heads * architecture.kv_channels
+    shapes = {  # inputs and outputs of Megatron's fused layers
+        "linear_qkv": (architecture.hidden_size, query + 2 * architecture.num_query_groups * architecture.kv_channels),
+        "linear_proj": (query, architecture.hidden_size),
+        "linear_fc1": (architecture.hidden_size, 2 * architecture.ffn_hidden_size),
+        "linear_fc2": (architecture.ffn_hidden_size, architecture.hidden_size),
+    }
+    per_layer = sum(peft.rank * sum(shapes[name]) for name in peft.target_modules)
+    return architecture.num_layers * per_layer
+
+
+def _activations(config: RunConfig, architecture: Architecture, value_bytes: int) -> float:
+    task, cluster = config.task, config.cluster
+    tokens = task.micro_batch_size * task.sequence_length
+    query = architecture.num_attention_heads * architecture.kv_channels
+    qkv = query + 2 * architecture.num_query_groups * architecture.kv_channels
+    # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
+    # embedding, and the gated MLP (gate and up, their halves, silu, its product).
+    per_token = 8 * architecture.hidden_size + (2 * qkv + 7 * architecture.ffn_hidden_size) / cluster.tensor_parallel
+    in_flight = min(
+        cluster.pipeline_parallel, task.global_batch_size // (task.micro_batch_size * cluster.data_parallel)
+    )
+    layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
+    # Logits in the compute type, and their softmax in fp32, kept for the backward pass.
+    logits = architecture.vocab_size * (value_bytes + 4) / cluster.tensor_parallel
+    return tokens * (layers * per_token * value_bytes + logits)

@@ -1,0 +1,125 @@
+"""Start a run's processes, follow them, and stop them with us."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.schema import Accelerator, ClusterConfig
+from qwen_cl.run_folder import RunFolder, State, now
+
+ROOT = Path(__file__).resolve().parents[1]
+STOP_GRACE = 120
+"""Seconds a run has to save and end once it is asked to stop; then it is killed."""
+PR_SET_PDEATHSIG = 1
+
+
+def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
+    """One process, or one per device under torchrun."""
+    worker = ["-m", "qwen_cl.worker", str(folder.directory)]
+    if cluster.world_size == 1:
+        return [sys.executable, *worker]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.devices}"]
+    return [*torchrun, *worker]
+
+
+def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    environment = dict(os.environ)
+    for private in ("HYDRA_FULL_ERROR", "USE_TORCH", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):  # launch.py's own
+        environment.pop(private, None)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched and pinned before
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["PYTHONUNBUFFERED"] = "1"
+    if cluster.accelerator is Accelerator.cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        threads = max(1, (os.cpu_count() or 1) // cluster.devices)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+def execute(cluster: ClusterConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
+    """Run to the end. ``watch`` is called several times a second to show progress.
+
+    Raises:
+        RunPreempted: the run was asked to stop and did.
+        RunFailed: it ended in any other way but COMPLETED, by its own record.
+    """
+    with folder.log.open("ab") as log:
+        process = subprocess.Popen(
+            worker_command(cluster, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=worker_environment(cluster),
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    try:
+        with _forwarding_signals(process):
+            while process.poll() is None:
+                watch()
+                time.sleep(0.1)
+    finally:
+        _kill_group(process)
+    watch()
+    _judge(folder, process.returncode)
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: if the launcher is killed, the run is asked to stop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it."""
+    asked_at: list[float] = []
+
+    def forward(number: int, frame: Any) -> None:
+        if asked_at:
+            _kill_group(process)
+            return
+        asked_at.append(time.monotonic())
+        print("\nStopping: the run saves a checkpoint first. Again to kill it.", file=sys.stderr)
+        process.send_signal(signal.SIGTERM)
+        signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: _kill_group(process))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Whatever the run left behind goes with it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _judge(folder: RunFolder, returncode: int) -> None:
+    status = folder.status()
+    if status.get("state") == State.RUNNING:  # it died without a word
+        how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
+        memory = " (out of memory?)" if returncode == -signal.SIGKILL else ""
+        folder.update_status(state=State.FAILED, reason=f"the worker was {how}{memory}", end=now())
+        status = folder.status()
+    if status["state"] == State.PREEMPTED:
+        raise RunPreempted(f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. {folder.directory}")
+    if status["state"] != State.COMPLETED:
+        raise RunFailed(f"FAILED: {status['reason']}\nThe log: {folder.log}")

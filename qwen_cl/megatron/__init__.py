@@ -1,0 +1,21 @@
+"""How Megatron runs here: on a CPU, and on a GPU without Transformer Engine."""
+
+from __future__ import annotations
+
+
+def prepare(*, cpu: bool) -> None:
+    """Once per process, before a recipe is built: everything that is changed in NeMo and Megatron."""
+    if cpu:
+        from qwen_cl.megatron import cpu as cpu_device
+
+        cpu_device.install()
+    # NeMo leans on modules that importing wandb happens to import.
+    import lightning.pytorch.loggers
+    import lightning.pytorch.utilities.types  # noqa: F401
+
+    from qwen_cl.megatron import adapters, checkpointing
+    from qwen_cl.source import nemo
+
+    adapters.install()
+    checkpointing.install()
+    nemo.install()

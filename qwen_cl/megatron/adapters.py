@@ -1,0 +1,36 @@
+"""Makes NeMo's LoRA and DoRA right without Transformer Engine and on layers with a bias."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.base import HAVE_TE
+from nemo.collections.llm.peft import dora, lora, utils
+
+
+def install() -> None:
+    """Idempotent."""
+    if not HAVE_TE:
+        # megatron-core's Transformer Engine module fills itself with mocks when the real one is missing, so NeMo
+        # takes it for present and looks into the mocks.
+        lora.te = types.SimpleNamespace(Linear=type("NoTransformerEngine", (), {}))
+        utils.HAVE_TE = False
+    dora.DoRALinear.forward = _dora_forward
+
+
+def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """DoRA scales the weight, not the bias (arXiv 2402.09353, equation 5); NeMo 2.7 scales both, which for
+    Qwen's q, k and v is another function than the one PEFT computes from the same adapter."""
+    linear_output, bias, layernorm_output = self.base_linear_forward(x)
+    added = getattr(self.to_wrap, "bias", None) if bias is None else None
+    if added is not None and added.numel():
+        linear_output = linear_output - added
+    adapter_output = self.adapter(layernorm_output.contiguous()).reshape(linear_output.shape)
+    scale = (self.adapter.get_weight_magnitude() / self._get_weight_norm()).view(1, 1, -1)
+    out = scale * (linear_output + adapter_output)
+    if self.adapter.dropout is not None and self.training:
+        dropped = self.base_linear_forward(self.adapter.dropout(layernorm_output) - layernorm_output)[0]
+        out = out + (scale - 1) * (dropped if added is None else dropped - added)
+    return out if added is None else out + added, bias

@@ -1,0 +1,107 @@
+"""Run megatron-core where there is no GPU.
+
+megatron-core and NeMo name the device "cuda" in some dozen places. Sending those to the CPU is all that separates
+them from running there, with the same modules, optimizer and checkpoints. A function mode catches the device
+arguments; the rest are names in ``torch.cuda`` that have a plain meaning without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Maps the device "cuda" to the CPU and drops memory pinning, in every torch call made under it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer accepts parameters by their type's name, "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.")
+        kwargs.pop("pin_memory", None)
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        if func is torch.Tensor.to:
+            args = tuple(_to_cpu(argument) for argument in args)
+        return func(*args, **kwargs)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, str) and value.partition(":")[0] == "cuda":
+        return CPU
+    return CPU if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+class _Stream:
+    """Work on a CPU is in order, so a stream has nothing to do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Once per process, before NeMo is imported."""
+    meanings: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "synchronize": lambda *args: None,
+        "Stream": _Stream,
+        "current_stream": lambda *args: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "LongTensor": torch.LongTensor,
+        "FloatTensor": torch.FloatTensor,
+    }
+    for name, meaning in meanings.items():
+        setattr(torch.cuda, name, meaning)
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    mode: Any = CudaMeansCpu()
+    mode.__enter__()  # for the life of the process
+    _replace_rng_tracker()
+
+
+def _replace_rng_tracker() -> None:
+    """Megatron's tracker saves and restores the GPU's generator; here each named state is the CPU's own."""
+    from megatron.core.tensor_parallel import random
+
+    class CpuRngStatesTracker(random.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            if name in self.states_:
+                raise RuntimeError(f"rng state {name} already exists")
+            default = torch.get_rng_state()
+            torch.manual_seed(seed)
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(default)
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            default = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(default)
+
+    random.initialize_rng_tracker()
+    random._CUDA_RNG_STATE_TRACKER = CpuRngStatesTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def without_function_mode() -> contextlib.AbstractContextManager[None]:
+    """For code known not to name a device: the mode costs a tiny model a fifth of its time."""
+    stream: Any = torch.cuda.Stream
+    return torch._C.DisableTorchFunction() if stream is _Stream else contextlib.nullcontext()

@@ -1,0 +1,87 @@
+"""What one micro batch goes through: onto the device, through the model, into a loss that counts tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+from qwen_cl.megatron.cpu import without_function_mode
+
+Batch = dict[str, torch.Tensor]
+
+
+def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
+    """Keep what this pipeline stage needs. NeMo's own version insists on an attention mask without Transformer
+    Engine; attention here is causal by construction."""
+    batch = next(dataloader_iter)
+    if isinstance(batch, tuple):
+        batch = batch[0]
+    needed: set[str] = set()
+    if parallel_state.is_pipeline_first_stage():
+        needed |= {"tokens", "position_ids"}
+    if parallel_state.is_pipeline_last_stage():
+        needed |= {"labels", "loss_mask"}
+    return {name: value.cuda(non_blocking=True) if name in needed else None for name, value in batch.items()}
+
+
+def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
+    """Loss of every token, shape (batch, sequence), on the last stage."""
+    with without_function_mode():
+        return model(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            attention_mask=None,
+            labels=batch["labels"],
+        )
+
+
+class TokenWeightedLoss(MaskedTokenLossReduction):
+    """NeMo's reduction, which averages over a global batch, and the sums behind it: a validation set's loss is
+    its tokens' mean, not the mean of its batches' means."""
+
+    def __init__(self, validation_step: bool = False, val_drop_last: bool = True) -> None:
+        super().__init__(validation_step, val_drop_last)
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = 0.0
+        self.num_tokens = 0.0
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        if not losses_reduced_per_micro_batch:
+            return torch.tensor(0.0, device=torch.cuda.current_device())  # not the last pipeline stage
+        sums = torch.stack([output["loss_sum_and_ub_size"] for output in losses_reduced_per_micro_batch]).sum(dim=0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if self.validation_step:
+            self.loss_sum += float(sums[0])
+            self.num_tokens += float(sums[1])
+        return sums[0] / sums[1].clamp(min=1)
+
+
+def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
+    """Keep rows that only pad the vocabulary out of the softmax; a zero logit is not a small one.
+
+    No-op on the stages without an output layer and on ranks whose slice holds no padding.
+    """
+    for module in model.modules():
+        if not isinstance(module, GPTModel) or not module.post_process:
+            continue
+        rows = module.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        kept = max(0, min(rows, vocab_size - first))
+        if kept < rows:
+            module.output_layer.register_forward_hook(_masking_hook(kept))
+
+
+def _masking_hook(kept: int) -> Any:
+    def hook(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= kept
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
+
+    return hook

@@ -1,0 +1,107 @@
+"""Everything about a run that can be known and refused before anything heavy starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.schema import FinetuneConfig, ModelConfig, RunConfig
+from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
+from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
+from qwen_cl.devices import Device, pick_device
+from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.checkpoint import check_tensors
+from qwen_cl.source.reference import ModelFiles, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    config: RunConfig
+    """With model.source pinned, and accelerator and precision settled."""
+    model: ModelFiles
+    architecture: Architecture
+    device: Device
+    files: RowFiles | None
+    data_hash: str | None
+    """sha256 of the data files; None for random tokens."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """At most: padding and short rows make it less."""
+        return self.config.task.global_batch_size * self.config.task.sequence_length
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Settle what is open in the config and check the rest, cheapest first.
+
+    Fetches the model's small files, not its weights.
+
+    Raises:
+        UserError: the run could not work, with what to change.
+    """
+    device = pick_device(config.cluster)
+    model = resolve(config.model.source, weights=False)
+    architecture = read_architecture(model.config, model.directory)
+    _check_layout(config, architecture)
+    if model.commit is None:
+        check_tensors(model.directory, architecture)
+    files = row_files(config.data, config.task)
+    _check_data(config, model, files)
+    settled = replace(
+        config,
+        model=ModelConfig(source=model.source),
+        cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
+    )
+    return Plan(settled, model, architecture, device, files, content_hash(files) if files else None)
+
+
+def fetch_weights(plan: Plan) -> None:
+    """Make the weights present and check that they are this architecture's."""
+    model = resolve(plan.model.source)
+    check_tensors(model.directory, plan.architecture)
+
+
+def _check_layout(config: RunConfig, architecture: Architecture) -> None:
+    cluster = config.cluster
+    for what, count in (
+        ("attention heads", architecture.num_attention_heads),
+        ("KV groups", architecture.num_query_groups),
+        ("rows of the MLP", architecture.ffn_hidden_size),
+    ):
+        if count % cluster.tensor_parallel:
+            raise UserError(
+                f"cluster.tensor_parallel ({cluster.tensor_parallel}) must divide the model's {what} ({count}); "
+                f"this model allows {_divisors(architecture)}"
+            )
+    if architecture.num_layers % cluster.pipeline_parallel:
+        raise UserError(
+            f"cluster.pipeline_parallel ({cluster.pipeline_parallel}) must divide the model's layers "
+            f"({architecture.num_layers})"
+        )
+    if config.task.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"task.sequence_length ({config.task.sequence_length}) must be at most the model's "
+            f"max_position_embeddings ({architecture.max_position_embeddings})"
+        )
+
+
+def _divisors(architecture: Architecture) -> str:
+    counts = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
+    return ", ".join(str(n) for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts))
+
+
+def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> None:
+    if files is None:
+        return
+    train, validation = read_rows(files)
+    tokenizer = load_tokenizer(str(model.directory))
+    if isinstance(config.task, FinetuneConfig):
+        check_chat_template(tokenizer, str(model.directory))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= int(model.config["vocab_size"]):
+        raise UserError(
+            f"{model.directory}: its tokenizer has id {largest}, past the model's vocab_size "
+            f"({model.config['vocab_size']}); tokenizer and weights are not of the same model"
+        )
+    check_examples(train, tokenizer, config.task.sequence_length, files.train)
+    check_examples(validation, tokenizer, config.task.sequence_length, files.validation or files.train)

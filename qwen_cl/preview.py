@@ -1,0 +1,126 @@
+"""What a dry run prints: facts first, the recipe after them.
+
+``python -m qwen_cl.preview CONFIG_FILE`` prints the recipe alone; it is a process of its own because NeMo, which
+takes seconds to import, must not be in the launcher's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qwen_cl.config.errors import RunFailed
+from qwen_cl.config.file import load_config, save_config
+from qwen_cl.config.schema import PretrainConfig, SlurmConfig
+from qwen_cl.estimate import estimate_memory
+from qwen_cl.execute import ROOT, worker_environment
+from qwen_cl.plan import Plan
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.view import print_facts
+
+GIB = 2**30
+
+
+def print_plan(plan: Plan, folder: RunFolder) -> None:
+    console = Console()
+    print_facts([*_facts(plan), *_memory(plan)], console)
+    if isinstance(plan.config.cluster, SlurmConfig):
+        from qwen_cl.slurm import render_script
+
+        console.print("\nsbatch script", style="bold")
+        print(render_script(plan.config.cluster, folder))
+    console.print("\nrecipe", style="bold")
+    sys.stdout.flush()
+    _print_recipe(plan, folder)
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    config, shape = plan.config, plan.architecture
+    cluster, task = config.cluster, config.task
+    data = "random tokens" if plan.files is None else f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
+    return [
+        ("model", plan.model.source),
+        ("commit", plan.model.commit or "none: a directory of your own"),
+        ("architecture", f"{shape.num_parameters:,} parameters, {shape.num_layers} layers of {shape.hidden_size}"),
+        ("data", data),
+        ("device", f"{cluster.world_size} x {plan.device.name}, {cluster.precision.value}"),
+        (
+            "layout",
+            f"tensor_parallel {cluster.tensor_parallel}, pipeline_parallel {cluster.pipeline_parallel}, "
+            f"data_parallel {cluster.data_parallel}",
+        ),
+        (
+            "tokens per step",
+            f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}"
+            + ("" if isinstance(task, PretrainConfig) else " at most (rows are padded to the longest beside them)"),
+        ),
+        ("learning rate", f"{config.lr:g}"),
+    ]
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    estimate = estimate_memory(plan.config, plan.architecture, plan.config.cluster.precision)
+    total = f"about {estimate.total / GIB:.2f} GiB per device"
+    if plan.device.memory_bytes is not None:
+        total += f" of {plan.device.memory_bytes / GIB:.0f} GiB"
+        if estimate.total > plan.device.memory_bytes:
+            total += "; too much: lower task.micro_batch_size, or raise cluster.tensor_parallel"
+    parts = (
+        f"weights {estimate.weights / GIB:.2f}, gradients and optimizer {estimate.gradients_and_optimizer / GIB:.2f}, "
+        f"activations of full rows {estimate.activations / GIB:.2f}"
+    )
+    return [("trainable", f"{estimate.trainable_parameters:,} parameters"), ("memory", total), ("", parts)]
+
+
+def _print_recipe(plan: Plan, folder: RunFolder) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.yaml"
+        save_config(plan.config, path)
+        shown = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "qwen_cl.preview", str(path), str(folder.directory)],
+            env=worker_environment(plan.config.cluster),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if shown.returncode:
+        raise RunFailed(f"the recipe could not be built:\n{shown.stderr}")
+    print(shown.stdout, end="")
+
+
+def main(config_file: str, output_dir: str) -> None:
+    from qwen_cl.config.store import register_schemas
+    from qwen_cl.worker import load_recipe, prepare
+
+    register_schemas()
+    config = load_config(Path(config_file))
+    prepare(config)
+    print(render_recipe(load_recipe(config, RunFolder(output_dir))))
+
+
+def render_recipe(value: Any, indent: int = 0) -> str:
+    """A recipe as the Python that would build it, one argument a line, with classes by their short names."""
+    import fiddle
+
+    inner, outer = " " * (indent + 4), " " * indent
+    if isinstance(value, fiddle.Buildable):
+        kind = "run.Partial" if isinstance(value, fiddle.Partial) else "run.Config"
+        arguments = [f"{name}={render_recipe(part, indent + 4)}" for name, part in value.__arguments__.items()]
+        return f"{kind}(\n" + "".join(f"{inner}{text},\n" for text in [_name(value), *arguments]) + f"{outer})"
+    if isinstance(value, list) and any(isinstance(part, fiddle.Buildable) for part in value):
+        return "[\n" + "".join(f"{inner}{render_recipe(part, indent + 4)},\n" for part in value) + f"{outer}]"
+    return value.__qualname__ if callable(value) else repr(value)
+
+
+def _name(buildable: Any) -> str:
+    return str(buildable.__fn_or_cls__.__qualname__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

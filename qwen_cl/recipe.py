@@ -1,0 +1,211 @@
+"""From a run's config to an ordinary NeMo 2.0 recipe. Pure: builds and returns, starts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
+from qwen_cl.config.schema import (
+    Accelerator,
+    DoraConfig,
+    LoraConfig,
+    MockDataConfig,
+    Precision,
+    PretrainConfig,
+    RunConfig,
+)
+from qwen_cl.data.module import MockDataModule, RowDataModule
+from qwen_cl.data.rows import row_files
+from qwen_cl.megatron.attention import layer_spec
+from qwen_cl.megatron.steps import data_step, forward_step
+from qwen_cl.source.architecture import Architecture
+
+
+def build_recipe(config: RunConfig, architecture: Architecture, model_directory: Path, output_dir: Path) -> run.Partial:
+    """``config`` has its source pinned and its accelerator and precision settled (``plan.make_plan``)."""
+    peft = _peft(config)
+    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(model_directory))
+    parts = {
+        "model": run.Config(llm.Qwen2Model, config=_model_config(config, architecture), tokenizer=tokenizer),
+        "trainer": _trainer(config, architecture, output_dir),
+        "data": _data(config, architecture, tokenizer),
+        "log": _log(config, output_dir),
+        "optim": _optimizer(config),
+        "resume": run.Config(
+            nl.AutoResume,
+            restore_config=run.Config(nl.RestoreConfig, path=config.model.source, load_artifacts=False),
+        ),
+    }
+    if peft is None and isinstance(config.task, PretrainConfig):
+        return run.Partial(llm.pretrain, **parts)
+    # llm.pretrain takes no adapter; with one, finetune differs from it in nothing but that argument.
+    return run.Partial(llm.finetune, **parts, peft=peft)
+
+
+def _model_config(config: RunConfig, architecture: Architecture) -> run.Config:
+    fields = asdict(architecture)
+    tied = fields.pop("tied_embeddings")
+    fields.pop("max_position_embeddings")
+    tensor_parallel = config.cluster.tensor_parallel
+    fields["vocab_size"] = -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
+    fp32 = config.cluster.precision is Precision.fp32
+    if config.cluster.pipeline_parallel > 1:
+        # Micro batches are padded to their own longest row, so stages must tell each other their shapes; Megatron
+        # asks for this dispatcher then, though nothing here has experts.
+        fields.update(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
+    return run.Config(
+        llm.Qwen2Config,
+        **fields,
+        share_embeddings_and_output_weights=tied,
+        seq_length=config.task.sequence_length,
+        transformer_layer_spec=layer_spec,
+        forward_step_fn=forward_step,
+        data_step_fn=data_step,
+        calculate_per_token_loss=True,  # each token weighs the same, however rows fall into micro batches
+        cross_entropy_loss_fusion=not fp32,  # its backward casts gradients to bf16 whatever the precision
+        use_cpu_initialization=config.cluster.accelerator is Accelerator.cpu,
+        params_dtype=torch.float32 if fp32 else torch.bfloat16,
+        bf16=not fp32,
+    )
+
+
+def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) -> run.Config:
+    cluster, task = config.cluster, config.task
+    callbacks = [
+        run.Config(Seed, seed=config.seed),
+        run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
+        run.Config(RunRecorder, output_dir=str(output_dir), log_interval=task.log_interval),
+    ]
+    if isinstance(config.peft, LoraConfig):
+        callbacks.append(
+            run.Config(
+                SaveAdapter,
+                directory=str(output_dir / "adapter"),
+                source=config.model.source,
+                rank=config.peft.rank,
+                alpha=config.peft.alpha,
+                dropout=config.peft.dropout,
+                target_modules=list(config.peft.target_modules),
+                dora=isinstance(config.peft, DoraConfig),
+            )
+        )
+    return run.Config(
+        nl.Trainer,
+        accelerator=config.cluster.accelerator.value,
+        devices=cluster.devices,
+        num_nodes=cluster.world_size // cluster.devices,
+        max_steps=task.max_steps,
+        val_check_interval=min(task.val_check_interval, task.max_steps),
+        num_sanity_val_steps=0,
+        log_every_n_steps=task.max_steps + 1,  # never: RunRecorder logs, under one set of names
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        plugins=run.Config(nl.MegatronMixedPrecision, precision=_lightning_precision(config)),
+        strategy=run.Config(
+            nl.MegatronStrategy,
+            tensor_model_parallel_size=cluster.tensor_parallel,
+            pipeline_model_parallel_size=cluster.pipeline_parallel,
+            pipeline_dtype=_pipeline_dtype(config),
+            ckpt_async_save=False,
+            # torch's Adam keeps a scalar step, which the default format of the distributed optimizer refuses.
+            ckpt_optim_fully_reshardable=True,
+        ),
+    )
+
+
+def _lightning_precision(config: RunConfig) -> str:
+    return "32" if config.cluster.precision is Precision.fp32 else "bf16-mixed"
+
+
+def _pipeline_dtype(config: RunConfig) -> torch.dtype | None:
+    if config.cluster.pipeline_parallel == 1:
+        return None
+    return torch.float32 if config.cluster.precision is Precision.fp32 else torch.bfloat16
+
+
+def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) -> run.Config:
+    task = config.task
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "seq_length": task.sequence_length,
+        "micro_batch_size": task.micro_batch_size,
+        "global_batch_size": task.global_batch_size,
+        "max_steps": task.max_steps,
+        "seed": config.seed,
+    }
+    if isinstance(config.data, MockDataConfig):
+        return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)
+    files = row_files(config.data, task)
+    assert files is not None
+    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, **common)
+
+
+def _log(config: RunConfig, output_dir: Path) -> run.Config:
+    return run.Config(
+        nl.NeMoLogger,
+        explicit_log_dir=str(output_dir / "nemo"),  # NeMo moves every file it finds here: not the run's own folder
+        update_logger_directory=False,
+        log_global_rank_0_only=True,
+        ckpt=run.Config(
+            StepCheckpoint,
+            dirpath=str(output_dir / "checkpoints"),
+            filename="{step}",
+            monitor="step",
+            mode="max",  # the newest, not the best
+            save_top_k=config.task.keep_checkpoints,
+            save_last=False,
+            every_n_train_steps=config.task.checkpoint_interval,
+            save_on_train_epoch_end=False,
+        ),
+    )
+
+
+def _optimizer(config: RunConfig) -> run.Config:
+    task = config.task
+    fp32 = config.cluster.precision is Precision.fp32
+    return run.Config(
+        nl.MegatronOptimizerModule,
+        config=run.Config(
+            OptimizerConfig,
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=task.weight_decay,
+            clip_grad=task.clip_grad,
+            bf16=not fp32,
+            fp16=False,
+            params_dtype=torch.float32 if fp32 else torch.bfloat16,
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=run.Config(
+            CosineAnnealingScheduler,
+            max_steps=task.max_steps,
+            warmup_steps=task.warmup_steps,
+            constant_steps=0,
+            min_lr=config.lr * task.min_lr_ratio,
+        ),
+    )
+
+
+def _peft(config: RunConfig) -> run.Config | None:
+    peft = config.peft
+    if not isinstance(peft, LoraConfig):
+        return None
+    return run.Config(
+        llm.peft.DoRA if isinstance(peft, DoraConfig) else llm.peft.LoRA,
+        target_modules=list(peft.target_modules),
+        dim=peft.rank,
+        alpha=peft.alpha,
+        dropout=peft.dropout,
+        dropout_position="pre",  # where PEFT has it
+    )

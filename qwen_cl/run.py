@@ -1,0 +1,98 @@
+"""One run from its config: check, then show what would happen, or make it happen."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.file import save_config
+from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.execute import ROOT, execute
+from qwen_cl.plan import Plan, fetch_weights, make_plan
+from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.view import ProgressView, print_result, wandb_notice
+
+
+def run(config: object) -> None:
+    """``config`` is what Hydra composed, typed. The output folder is Hydra's; it goes again if nothing was started.
+
+    Raises:
+        UserError: refused; nothing was written.
+        RunFailed: started, and did not complete.
+    """
+    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    try:
+        plan = make_plan(cast(RunConfig, config))
+        if plan.config.dry_run:
+            from qwen_cl.preview import print_plan
+
+            print_plan(plan, folder)
+            return
+        if isinstance(plan.config.cluster, SlurmConfig):
+            raise UserError("cluster=slurm cannot submit yet; dry_run=true shows the batch script")
+        fetch_weights(plan)
+        _start(plan, folder)
+    finally:
+        _remove_if_empty(folder.directory)
+
+
+def _start(plan: Plan, folder: RunFolder) -> None:
+    started = time.monotonic()
+    console = Console()
+    with folder.claim():
+        _write_inputs(plan, folder)
+        device = plan.device
+        console.print(
+            f"{plan.model.source} on {device.name} ({device.precision.value}), {folder.directory}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+        with ProgressView(folder, plan.config.task.max_steps, console) as view:
+            execute(plan.config.cluster, folder, view.update)
+        if notice := wandb_notice(folder.status()):
+            console.print(notice, highlight=False, soft_wrap=True, markup=False)
+        print_result(folder, console, time.monotonic() - started)
+
+
+def _write_inputs(plan: Plan, folder: RunFolder) -> None:
+    """Everything that says what this run is, before it starts."""
+    hydra = folder.directory / ".hydra"
+    hydra.mkdir(exist_ok=True)
+    OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
+    save_config(plan.config, hydra / "config.yaml")
+    shutil.copyfile(hydra / "config.yaml", folder.config)
+    folder.update_status(
+        state=State.RUNNING,
+        reason=None,
+        phase="starting",
+        start=now(),
+        end=None,
+        step=0,
+        model_source=plan.model.source,
+        model_commit=plan.model.commit,
+        data_hash=plan.data_hash,
+        git_commit=git_commit(ROOT),
+        versions=versions(),
+        device=plan.device.name,
+    )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Hydra makes the folder, and those above it, before anything is checked."""
+    lock = directory / ".lock"
+    if lock.exists() and [*directory.iterdir()] == [lock]:
+        lock.unlink()
+    for candidate in (directory, *directory.parents[:2]):
+        try:
+            candidate.rmdir()
+        except OSError:
+            return

@@ -1,0 +1,113 @@
+"""The folder of a run: what is in it, who may write to it, and what it says of itself. No torch."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qwen_cl.config.errors import UserError
+
+VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", "transformers", "lightning", "wandb")
+
+
+class State(str, enum.Enum):
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    PREEMPTED = "PREEMPTED"
+
+
+class RunFolder:
+    """Paths and records of one run. ``status.json`` is the one truth about how it went."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).absolute()
+        self.config = self.directory / "config.yaml"
+        self.status_file = self.directory / "status.json"
+        self.metrics_file = self.directory / "metrics.jsonl"
+        self.log = self.directory / "run.log"
+        self.checkpoints = self.directory / "checkpoints"
+        self.adapter = self.directory / "adapter"
+        self.wandb = self.directory / "wandb"
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the folder against other runs; the system lets go of it if this process dies.
+
+        Raises:
+            UserError: another run is using it, or it holds a run already.
+        """
+        lock = FileLock(self.directory / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"hydra.run.dir ({self.directory}) is in use by another run; choose another folder, or wait for it"
+            ) from error
+        try:
+            if self.status_file.exists():
+                state = self.status().get("state")
+                raise UserError(
+                    f"hydra.run.dir ({self.directory}) holds a run already ({state}); choose another folder, or "
+                    "remove it first"
+                )
+            yield
+        finally:
+            lock.release()
+
+    def status(self) -> dict[str, Any]:
+        """What the run last said of itself; empty before it said anything."""
+        try:
+            status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return status
+
+    def update_status(self, **changes: Any) -> None:
+        """Atomic: a reader sees the old file or the new one, also if this process dies in between."""
+        status = {**self.status(), **changes}
+        temporary = self.status_file.with_name(f".status.{os.getpid()}.json")
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(status, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.status_file)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in VERSIONS_OF}
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit of the code, with ``-dirty`` where files differ from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,93 @@
+"""A directory of safetensors as one mapping of names to slices. Torch only when a slice is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.families import deliberately_unused, expected_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face directory, by name; counts the bytes it reads.
+
+    Raises:
+        UserError: no safetensors, or the files and their index disagree.
+    """
+
+    def __init__(self, directory: Path, *, framework: str = "pt") -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.bytes_read = 0
+        self._handles: dict[str, Any] = {}
+        for path in weight_files(directory):
+            try:
+                handle: Any = safe_open(str(path), framework=framework)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+            for name in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                if name in self._handles:
+                    raise UserError(f"{path}: tensor {name} is in another file of {directory} too")
+                self._handles[name] = handle
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def read(self, name: str, *slices: slice) -> torch.Tensor:
+        """Only the slice's bytes are read from the file."""
+        tensor: torch.Tensor = self._handles[name].get_slice(name)[slices if len(slices) > 1 else slices[0]]
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files the index names, or the single file there is."""
+    index = directory / INDEX
+    if not index.exists():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern))
+            found = f" (found {', '.join(others[:3])})" if others else ""
+            raise UserError(f"{directory} holds no *.safetensors{found}; weights are read from safetensors only")
+        return files
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a safetensors index: {error!r}") from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: file name {name!r} leaves the directory")
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name} is missing; {INDEX} names it, so the download is not whole")
+    return [directory / name for name in named]
+
+
+def check_tensors(directory: Path, architecture: Architecture) -> None:
+    """Compare the headers with what the architecture needs, before anything heavy starts.
+
+    Raises:
+        UserError: a tensor is missing, or one is there that nothing would use.
+    """
+    found = Checkpoint(directory, framework="np").names
+    expected = expected_tensors(architecture)
+    if missing := sorted(expected - found):
+        raise UserError(f"{directory}: its safetensors lack {_some(missing)}, which config.json calls for")
+    unknown = sorted(name for name in found - expected if not deliberately_unused(name, architecture))
+    if unknown:
+        raise UserError(f"{directory}: its safetensors hold {_some(unknown)}, which no layer of this model uses")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

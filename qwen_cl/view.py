@@ -1,0 +1,133 @@
+"""What the terminal shows of a run: a bar while it goes, a block when it ended, a page when it is only planned."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwen_cl.run_folder import RunFolder
+
+
+class ProgressView:
+    """Follows metrics.jsonl and status.json; on a pipe it prints a line at each tenth instead of a bar."""
+
+    def __init__(self, folder: RunFolder, max_steps: int, console: Console) -> None:
+        self.folder = folder
+        self.max_steps = max_steps
+        self.console = console
+        self._offset = 0
+        self._phase = ""
+        self._next_line = 0
+        self._latest: dict[str, Any] = {}
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("starting", total=max_steps)
+
+    def __enter__(self) -> ProgressView:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self) -> None:
+        for record in self._new_records():
+            self._latest.update(record)
+        phase = self.folder.status().get("phase", "starting")
+        step = self._latest.get("step", 0)
+        text = _describe(self._latest) if "train/loss" in self._latest else phase
+        self._progress.update(self._task, completed=step, description=text)
+        if not self.console.is_terminal:
+            self._print_line(phase, step, text)
+
+    def _print_line(self, phase: str, step: int, text: str) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self.console.print(f"{phase} …", highlight=False)
+        if "train/loss" in self._latest and step >= self._next_line:
+            self._next_line = step + max(1, self.max_steps // 10)
+            self.console.print(f"step {step}/{self.max_steps}  {text}", highlight=False)
+
+    def _new_records(self) -> list[dict[str, Any]]:
+        try:
+            with self.folder.metrics_file.open("rb") as stream:
+                stream.seek(self._offset)
+                whole, _, _ = stream.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        if not whole:
+            return []
+        self._offset += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _describe(latest: dict[str, Any]) -> str:
+    parts = [f"loss {latest['train/loss']:.3f}"]
+    if "val/loss" in latest:
+        parts.append(f"val {latest['val/loss']:.3f}")
+    parts.append(f"{latest['throughput/tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+
+def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
+    """The last block of a completed run."""
+    status, records = folder.status(), read_metrics(folder)
+    validation = [(record["step"], record["val/loss"]) for record in records if "val/loss" in record]
+    training = [record for record in records if "train/loss" in record]
+    # The first steps pay for warming up.
+    rates = [record["throughput/tokens_per_second"] for record in training[min(5, len(training) - 1) :]]
+    lines = [
+        ("state", f"{status['state']} at step {status['step']}"),
+        ("validation loss", f"{validation[0][1]:.4f} at step 0 -> {validation[-1][1]:.4f} at step {validation[-1][0]}"),
+        ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
+        ("time", f"{seconds:.0f} s, {sorted(rates)[len(rates) // 2]:,.0f} tokens/s (median step)"),
+        ("peak memory", f"{status['peak_memory_gib']:.2f} GiB"),
+        ("folder", str(folder.directory)),
+    ]
+    lines += _next_commands(folder, status)
+    print_facts(lines, console)
+
+
+def print_facts(lines: list[tuple[str, str]], console: Console) -> None:
+    for name, text in lines:
+        console.print(f"{name:>16}  {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if folder.adapter.is_dir():
+        lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, '{folder.adapter}')"))
+    wandb = status.get("wandb", {})
+    if wandb.get("url"):
+        lines.append(("dashboard", wandb["url"]))
+    if wandb.get("sync"):
+        lines.append(("to the dashboard", wandb["sync"]))
+        lines.append(("look at it here", f"wandb leet {folder.wandb}"))
+    return lines
+
+
+def wandb_notice(status: dict[str, Any]) -> str | None:
+    """One line where the dashboard is not where it was asked to be."""
+    wandb = status.get("wandb", {})
+    if not wandb.get("reason"):
+        return None
+    return f"W&B: {wandb['reason']}, logging offline; later: {wandb['sync']}"

@@ -1,0 +1,105 @@
+"""One process of a run: ``python -m qwen_cl.worker RUN_DIRECTORY``, one per rank.
+
+This module stays light: saving a checkpoint spawns a process that imports it again.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from qwen_cl.config.file import load_config
+from qwen_cl.config.schema import Accelerator, RunConfig
+from qwen_cl.config.store import register_schemas
+from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.stop import Preempted, StopRequest
+
+if TYPE_CHECKING:
+    import nemo_run
+
+
+def main(directory: str) -> int:
+    register_schemas()
+    folder = RunFolder(directory)
+    config = load_config(folder.config)
+    stop = StopRequest()
+    try:
+        _train(config, folder, stop)
+    except Preempted as error:
+        _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")
+    except BaseException as error:  # the folder must say why, whatever it was
+        traceback.print_exc()
+        _finish(folder, State.FAILED, _reason(error))
+        return 1
+    else:
+        stopped = stop.requested and folder.status().get("step", 0) < config.task.max_steps
+        state, reason = (State.PREEMPTED, "stopped on request") if stopped else (State.COMPLETED, None)
+        if _rank() == 0:
+            _finish(folder, state, reason)
+    return 0
+
+
+def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
+    if _rank() == 0:
+        folder.update_status(phase="importing NeMo")
+    gc.disable()  # a tenth of the time NeMo takes to import
+    prepare(config)
+    import fiddle
+
+    from qwen_cl.callbacks import RunRecorder, peak_memory_gib
+
+    recipe = load_recipe(config, folder)
+    gc.freeze()
+    gc.enable()
+    task = fiddle.build(recipe)
+    trainer = task.keywords["trainer"]
+    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
+    recorder.stop = stop
+    if _rank() == 0:
+        from qwen_cl.dashboard import start_dashboard
+
+        folder.update_status(phase="starting W&B")
+        task.keywords["log"].wandb = start_dashboard(config, folder)
+        folder.update_status(phase="loading the model")
+    task()
+    if _rank() == 0:
+        folder.update_status(peak_memory_gib=peak_memory_gib())
+
+
+def prepare(config: RunConfig) -> None:
+    """Import NeMo and Megatron, changed for the device this run is on."""
+    from qwen_cl import megatron
+
+    megatron.prepare(cpu=config.cluster.accelerator is Accelerator.cpu)
+
+
+def load_recipe(config: RunConfig, folder: RunFolder) -> nemo_run.Partial:
+    from qwen_cl.recipe import build_recipe
+    from qwen_cl.source.architecture import read_architecture
+    from qwen_cl.source.reference import local_directory, read_model_config
+
+    model_directory = local_directory(config.model.source)
+    architecture = read_architecture(read_model_config(model_directory), model_directory)
+    return build_recipe(config, architecture, model_directory, folder.directory)
+
+
+def _finish(folder: RunFolder, state: State, reason: str | None) -> None:
+    if folder.status().get("state") == State.RUNNING:  # the first word counts: other ranks fail because one did
+        folder.update_status(state=state, reason=reason, end=now())
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    fix = "; lower task.micro_batch_size or task.sequence_length" if type(error).__name__ == "OutOfMemoryError" else ""
+    return f"{type(error).__name__}: {text[:500]}{fix}"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
