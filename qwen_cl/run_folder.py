@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -94,7 +94,12 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in VERSIONS_OF}
+    """Of what is installed."""
+    found = {}
+    for name in VERSIONS_OF:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_commit(directory: Path) -> str | None:

@@ -1,0 +1,61 @@
+"""One trained run and a few random models, shared by every test that needs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from qwen_cl.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A finished `python launch.py` and what it left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    folder: RunFolder
+
+
+def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None) -> Launched:
+    """Run the launcher as a user would, into ``directory``."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],
+        cwd=directory.parent,
+        env={**os.environ, "WANDB_MODE": "", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Launched(done.returncode, done.stdout, done.stderr, RunFolder(directory))
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for every worker process of one test session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+@pytest.fixture(scope="session")
+def trained(shared_directory: Path) -> Iterator[Launched]:
+    """The README's main command, run once: the tiny model, the demo data, LoRA."""
+    directory, record = shared_directory / "trained" / "run", shared_directory / "trained.txt"
+    directory.parent.mkdir(exist_ok=True)
+    with FileLock(f"{record}.lock"):
+        if not record.exists():
+            without_key = {"WANDB_API_KEY": "", "NETRC": str(shared_directory / "no-netrc")}
+            done = launch(directory=directory, environment=without_key)
+            record.write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}", encoding="utf-8")
+    returncode, stdout, stderr = record.read_text(encoding="utf-8").split("\0")
+    yield Launched(int(returncode), stdout, stderr, RunFolder(directory))

@@ -1,0 +1,83 @@
+"""A run starts at the loss that transformers computes for the same model and rows: nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen_cl.data.examples import Example, build_examples
+from qwen_cl.data.module import TokenDataset
+from qwen_cl.data.rows import Instruction
+from tests.conftest import ROOT, launch
+from tests.models import save_random_qwen
+
+SHAPES: list[tuple[dict[str, Any], list[str]]] = [
+    # Untied, an odd number of KV groups, a vocabulary that no power of two divides, several shards; every weight
+    # trained, so that the fp32 masters are refreshed too.
+    (
+        {"heads": 9, "kv_groups": 3, "vocab_size": 1541, "tied": False, "max_shard_size": "200KB"},
+        ["peft=none"],
+    ),
+    ({"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True}, ["peft=lora"]),
+    # The padded row of the odd vocabulary lies on the second tensor parallel rank.
+    (
+        {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
+        ["peft=lora", "cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"],
+    ),
+    # The embedding is on the first stage, its tied copy on the last.
+    (
+        {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
+        ["peft=none", "cluster.accelerator=cpu", "cluster.devices=2", "cluster.pipeline_parallel=2"],
+    ),
+]
+IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2", "tied-full-pp2"]
+
+
+@pytest.mark.parametrize(("shape", "arguments"), SHAPES, ids=IDS)
+def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[str], tmp_path: Path) -> None:
+    model = save_random_qwen(tmp_path / "model", **shape)
+    done = launch(
+        "experiment=smoke",
+        "model=local",
+        f"model.source={model}",
+        "wandb.mode=disabled",
+        "task.max_steps=2",
+        "seed=7",
+        *arguments,
+        directory=tmp_path / "run",
+    )
+    assert done.returncode == 0, done.stderr + done.folder.log.read_text()[-3000:]
+    records = [json.loads(line) for line in done.folder.metrics_file.read_text().splitlines()]
+
+    validation = _examples(model, "validation")
+    train = TokenDataset(_examples(model, "train"), num_samples=4, seed=7)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    first = next(record for record in records if record["step"] == 0)
+    assert first["val/tokens"] == sum(example.num_labels for example in validation)
+    assert first["val/loss"] == pytest.approx(_loss(reference, validation), abs=1e-4)
+    step_1 = next(record for record in records if record["step"] == 1 and "train/loss" in record)
+    assert step_1["train/loss"] == pytest.approx(_loss(reference, [train[i] for i in range(4)]), abs=1e-4)
+
+
+def _examples(model: Path, part: str) -> list[Example]:
+    lines = (ROOT / f"qwen_cl/demo/data/instructions.{part}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [Instruction(**json.loads(line)) for line in lines]
+    return list(build_examples(rows, AutoTokenizer.from_pretrained(model), 128))
+
+
+def _loss(model: Any, examples: list[Example]) -> float:
+    """Mean over the labels that count, each row by itself and without padding."""
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        labels = ids.clone()
+        labels[:, : example.first_label] = -100
+        with torch.no_grad():
+            total += float(model(ids, labels=labels).loss) * example.num_labels
+        count += example.num_labels
+    return total / count
