@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ failures: list[UserError | RunFailed] = []
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
     from qwen_cl.run import run
+    from qwen_cl.run_folder import remove_if_empty
 
     try:
         refuse_added_keys(cfg)
@@ -37,6 +39,8 @@ def launch(cfg: DictConfig) -> None:
         fail(error)
         if isinstance(error, RunPreempted):
             raise KeyboardInterrupt from error
+    finally:
+        remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
 
 def fail(error: UserError | RunFailed) -> None:

@@ -59,7 +59,7 @@ class RunRecorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stop is not None:
-            self.stop.training = True
+            self.stop.begin_training()
         if trainer.global_step == 0:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,26 +20,23 @@ from qwen_cl.view import ProgressView, print_result, wandb_notice
 
 
 def run(config: object) -> None:
-    """``config`` is what Hydra composed, typed. The output folder is Hydra's; it goes again if nothing was started.
+    """``config`` is what Hydra composed, typed. The output folder is Hydra's.
 
     Raises:
         UserError: refused; nothing was written.
         RunFailed: started, and did not complete.
     """
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    try:
-        plan = make_plan(cast(RunConfig, config))
-        if plan.config.dry_run:
-            from qwen_cl.preview import print_plan
+    plan = make_plan(cast(RunConfig, config))
+    if plan.config.dry_run:
+        from qwen_cl.preview import print_plan
 
-            print_plan(plan, folder)
-            return
-        if isinstance(plan.config.cluster, SlurmConfig):
-            raise UserError("cluster=slurm cannot submit yet; dry_run=true shows the batch script")
-        fetch_weights(plan)
-        _start(plan, folder)
-    finally:
-        _remove_if_empty(folder.directory)
+        print_plan(plan, folder)
+        return
+    if isinstance(plan.config.cluster, SlurmConfig):
+        raise UserError("cluster=slurm cannot submit yet; dry_run=true shows the batch script")
+    fetch_weights(plan)
+    _start(plan, folder)
 
 
 def _start(plan: Plan, folder: RunFolder) -> None:
@@ -84,15 +80,3 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         versions=versions(),
         device=plan.device.name,
     )
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Hydra makes the folder, and those above it, before anything is checked."""
-    lock = directory / ".lock"
-    if lock.exists() and [*directory.iterdir()] == [lock]:
-        lock.unlink()
-    for candidate in (directory, *directory.parents[:2]):
-        try:
-            candidate.rmdir()
-        except OSError:
-            return

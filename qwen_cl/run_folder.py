@@ -89,6 +89,19 @@ class RunFolder:
             stream.write(json.dumps(line) + "\n")
 
 
+def remove_if_empty(directory: Path) -> None:
+    """Hydra makes the folder, and those above it, before anything is checked; a refused run leaves none of them."""
+    with suppress(FileNotFoundError):
+        if [path.name for path in directory.iterdir()] == [".lock"]:
+            (directory / ".lock").unlink()
+    made = [directory, *(parent for parent in directory.parents if Path.cwd() in parent.parents)]
+    for candidate in made:
+        try:
+            candidate.rmdir()
+        except OSError:
+            return
+
+
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

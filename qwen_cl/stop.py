@@ -16,6 +16,15 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.training = False
+        self.listen()
+
+    def begin_training(self) -> None:
+        """From now on a signal waits for the end of the step. Lightning has put its own handlers in between, which
+        would raise from wherever training is."""
+        self.training = True
+        self.listen()
+
+    def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

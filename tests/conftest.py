@@ -31,8 +31,8 @@ def launch(*arguments: str, directory: Path, environment: dict[str, str] | None 
     """Run the launcher as a user would, into ``directory``."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],
-        cwd=directory.parent,
-        env={**os.environ, "WANDB_MODE": "", **(environment or {})},
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -103,6 +103,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
-    """Hydra's own text, less its hint to append with '+', which a typed config refuses too."""
-    kept = [line for line in str(error).splitlines() if line and "To append to your config" not in line]
-    return "\n".join(kept)
+    """Hydra's own text on one line: of a fault in a file, the file, the key and what is wrong with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), None)
+    if key is None or not lines[0].startswith("In '"):
+        return "; ".join(line for line in lines if "To append to your config" not in line)
+    return f"conf/{lines[0].split(chr(39))[1]}.yaml: {key}: {lines[1]}"

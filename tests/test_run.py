@@ -1,0 +1,117 @@
+"""The main command, end to end: what it prints, what it leaves, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_cl.config.file import load_config
+from qwen_cl.config.store import register_schemas
+from qwen_cl.run_folder import RunFolder
+from tests.conftest import ROOT, Launched, launch
+
+
+def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> None:
+    assert trained.returncode == 0, trained.stderr
+    status = trained.folder.status()
+    assert status["state"] == "COMPLETED"
+    assert status["step"] == 100
+    assert status["reason"] is None
+    assert status["start"] <= status["end"]
+    assert status["versions"]["megatron-core"] == "0.15.3"
+    assert re.fullmatch(r"[0-9a-f]{64}", status["data_hash"])
+    records = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
+    validation = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    training = [record["train/loss"] for record in records if "train/loss" in record]
+    assert list(validation) == [0, 50, 100]
+    assert validation[100] < validation[50] < validation[0] - 0.5
+    assert len(training) == 100
+    assert sum(training[-10:]) / 10 < training[0] - 0.5
+    for text in (f"{validation[0]:.4f} at step 0 -> {validation[100]:.4f} at step 100", str(trained.folder.directory)):
+        assert text in trained.stdout
+    for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "adapter/adapter_config.json", "run.log"):
+        assert (trained.folder.directory / name).is_file()
+    assert [path.name for path in trained.folder.checkpoints.iterdir()] == ["step=100"]
+    assert not (trained.folder.directory.parent / "lightning_logs").exists()
+
+
+def test_the_saved_config_is_the_run(trained: Launched) -> None:
+    register_schemas()
+    config = load_config(trained.folder.config)
+    assert config.lr == 5e-4
+    assert config.cluster.accelerator.value in ("cpu", "gpu")
+    assert config.model.source == str(ROOT / "qwen_cl/demo/model")
+
+
+def test_without_a_key_the_dashboard_is_offline_and_says_so(trained: Launched) -> None:
+    notices = [line for line in trained.stdout.splitlines() if line.startswith("W&B:")]
+    assert len(notices) == 1
+    assert "no API key, logging offline; later: wandb sync" in notices[0]
+    record = next(trained.folder.wandb.glob("offline-run-*/*.wandb"))
+    shown = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "default_lr" in shown.stdout
+    assert "train/loss" in shown.stdout
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(trained: Launched) -> None:
+    before = trained.folder.status_file.read_bytes(), trained.folder.config.read_bytes()
+    again = launch(directory=trained.folder.directory)
+    assert again.returncode == 2
+    assert "holds a run already (COMPLETED)" in again.stderr
+    assert (trained.folder.status_file.read_bytes(), trained.folder.config.read_bytes()) == before
+
+
+def test_in_use_then_interrupted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    arguments = ["experiment=smoke", "task.max_steps=100000", "task.val_check_interval=100000", "wandb.mode=disabled"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={folder.directory}", *arguments],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while folder.status().get("step", 0) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, folder.log.read_text()
+        time.sleep(0.2)
+    second = launch(*arguments, directory=folder.directory)
+    assert second.returncode == 2
+    assert "is in use by another run" in second.stderr
+
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    status = folder.status()
+    assert status["state"] == "PREEMPTED"
+    assert [path.name for path in folder.checkpoints.iterdir()] == [f"step={status['step']}"]
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p"]]
+)
+def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_path: Path) -> None:
+    done = launch("dry_run=true", *arguments, directory=tmp_path / "outputs/run")
+    assert done.returncode == 0, done.stderr
+    assert "run.Partial(\n    finetune," in done.stdout
+    assert f"restore_config=run.Config(\n            RestoreConfig,\n            path='{ROOT}" in done.stdout
+    for fact in ("commit", "tokens per step", "memory", "tensor_parallel 1, pipeline_parallel 1"):
+        assert fact in done.stdout
+    assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
+    assert not (tmp_path / "outputs/run").exists()
