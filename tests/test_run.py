@@ -99,7 +99,7 @@ def test_in_use_then_interrupted(tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     status = folder.status()
     assert status["state"] == "PREEMPTED"
-    assert [path.name for path in folder.checkpoints.iterdir()] == [f"step={status['step']}"]
+    assert f"step={status['step']}" in [path.name for path in folder.checkpoints.iterdir()]
     assert "Traceback" not in stderr
 
 

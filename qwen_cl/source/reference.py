@@ -14,7 +14,15 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 
 HUB_REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+]
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -84,24 +92,26 @@ def _from_hub(repo: str, revision: str | None, *, weights: bool) -> tuple[str, P
             "or copy the model to a directory and write model=local model.source=DIRECTORY"
         ) from error
     except (errors.HfHubHTTPError, RequestException) as error:
-        return _cached_or_unreachable(repo, revision, name, wanted, error)
+        directory = _cached_or_unreachable(repo, revision, name, wanted, error)
+    if weights and not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"model.source ({name}): the local cache holds no *.safetensors of it: the Hub was not reached to fetch "
+            "them, or the model has none; connect once, or write model=local model.source=DIRECTORY"
+        )
     return directory.name, directory
 
 
-def _cached_or_unreachable(
-    repo: str, revision: str | None, name: str, wanted: list[str], error: Exception
-) -> tuple[str, Path]:
+def _cached_or_unreachable(repo: str, revision: str | None, name: str, wanted: list[str], error: Exception) -> Path:
     """No network is no reason to refuse a model that is whole in the cache."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        directory = _snapshot(repo, revision, wanted, from_cache=True)
+        return _snapshot(repo, revision, wanted, from_cache=True)
     except LocalEntryNotFoundError:
         raise UserError(
             f"model.source ({name}): the Hub did not answer ({type(error).__name__}) and the model is not in the "
             "cache; check the network and HF_ENDPOINT, or use a directory: model=local model.source=DIRECTORY"
         ) from error
-    return directory.name, directory
 
 
 def _snapshot(repo: str, revision: str | None, wanted: list[str], *, from_cache: bool) -> Path:
