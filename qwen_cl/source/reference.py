@@ -6,6 +6,7 @@ Imports neither torch nor NeMo: it runs before anything heavy.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def resolve(source: str, *, weights: bool = True) -> ModelFiles:
         UserError: the reference is malformed, absent, out of reach, or its config.json does not parse.
     """
     if not is_hub_reference(source):
-        directory = Path(source).expanduser().absolute()
-        if not directory.is_dir():
+        directory = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+        if not source.strip() or not directory.is_dir():
             raise UserError(
                 f"model.source ({source}) is not a directory; give one in Hugging Face layout, or hf://ORG/NAME"
             )
@@ -64,18 +65,14 @@ def resolve(source: str, *, weights: bool = True) -> ModelFiles:
 
 
 def _from_hub(repo: str, revision: str | None, *, weights: bool) -> tuple[str, Path]:
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
     from requests.exceptions import RequestException
 
     name = f"hf://{repo}" + (f"@{revision}" if revision else "")
     wanted = FILES + WEIGHTS if weights else FILES
     try:
-        if huggingface_hub.constants.HF_HUB_OFFLINE or _is_commit(revision):
-            directory = _snapshot(repo, revision, wanted, from_cache=huggingface_hub.constants.HF_HUB_OFFLINE)
-        else:
-            pinned = huggingface_hub.HfApi().model_info(repo, revision=revision).sha
-            directory = _snapshot(repo, pinned, wanted, from_cache=False)
+        # By the name the user gave, so that the cache learns which commit it stood for and can answer without a Hub.
+        directory = _snapshot(repo, revision, wanted, from_cache=constants.HF_HUB_OFFLINE)
     except errors.GatedRepoError as error:
         raise UserError(
             f"model.source ({name}) is gated: ask for access on its page, then `hf auth login` or set HF_TOKEN"
@@ -91,7 +88,13 @@ def _from_hub(repo: str, revision: str | None, *, weights: bool) -> tuple[str, P
             f"model.source ({name}) is not in the local cache and the Hub cannot be asked; connect once, "
             "or copy the model to a directory and write model=local model.source=DIRECTORY"
         ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"model.source ({name}): {error}") from error
     except (errors.HfHubHTTPError, RequestException) as error:
+        if getattr(error.response, "status_code", None) in (401, 403):
+            raise UserError(
+                f"model.source ({name}): the Hub refused the token it was given; renew HF_TOKEN or `hf auth login`"
+            ) from error
         directory = _cached_or_unreachable(repo, revision, name, wanted, error)
     if weights and not any(directory.glob("*.safetensors")):
         raise UserError(
@@ -115,15 +118,13 @@ def _cached_or_unreachable(repo: str, revision: str | None, name: str, wanted: l
 
 
 def _snapshot(repo: str, revision: str | None, wanted: list[str], *, from_cache: bool) -> Path:
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     return Path(
-        huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=from_cache)
+        snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=from_cache
+        )
     )
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def local_directory(source: str) -> Path:
