@@ -37,6 +37,8 @@ WEIGHT_FILES = {
     "model-00002-of-00002.safetensors",
     "model.safetensors.index.json",
 }
+ABSENT = ": no such model, or a private one; check the name, or `hf auth login` / HF_TOKEN"
+NO_COMMIT = "0" * 40
 UNUSED_FILES = {"pytorch_model.bin", "README.md", "modeling_custom.py", "original/consolidated.safetensors"}
 
 
@@ -61,9 +63,6 @@ class Published:
     """The branch feature/japanese."""
     newest: str
     """The branch main."""
-
-    def close(self) -> None:
-        self.hub.stop()
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_the_cache_serves_without_the_hub(revision: str, server: str, published:
 
 
 @pytest.mark.parametrize("server", ["offline", "stopped"])
-@pytest.mark.parametrize("revision", ["", "@main", "@" + "0" * 40])
+@pytest.mark.parametrize("revision", ["", "@main", "@" + NO_COMMIT])
 def test_neither_hub_nor_cache(revision: str, server: str, published: Published, machine: Machine) -> None:
     if server == "stopped":
         published.hub.stop()
@@ -202,34 +201,26 @@ def test_a_cache_without_the_weights_is_not_taken_for_whole(
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "reason"),
     [
-        (
-            "hf://org/absent",
-            "model.source (hf://org/absent): no such model, or a private one; check the name, "
-            "or `hf auth login` / HF_TOKEN",
-        ),
-        (
-            "hf://org/private",
-            "model.source (hf://org/private): no such model, or a private one; check the name, "
-            "or `hf auth login` / HF_TOKEN",
-        ),
-        (
-            "hf://org/tiny@v9",
-            "model.source (hf://org/tiny@v9): no such revision; name a branch, tag or commit of it",
-        ),
-        (
-            "hf://org/tiny@" + "0" * 40,
-            f"model.source (hf://org/tiny@{'0' * 40}): no such revision; name a branch, tag or commit of it",
-        ),
-        (
-            "hf://org/gated",
-            "model.source (hf://org/gated) is gated: ask for access on its page, then `hf auth login` or set HF_TOKEN",
-        ),
+        ("hf://org/absent", ABSENT),
+        ("hf://org/private", ABSENT),
+        ("hf://org/tiny@v9", ": no such revision; name a branch, tag or commit of it"),
+        ("hf://org/tiny@" + NO_COMMIT, ": no such revision; name a branch, tag or commit of it"),
+        ("hf://org/gated", " is gated: ask for access on its page, then `hf auth login` or set HF_TOKEN"),
     ],
 )
-def test_what_the_hub_refuses(source: str, message: str, machine: Machine) -> None:
-    assert machine.resolve(source)["error"] == message
+def test_what_the_hub_refuses(source: str, reason: str, machine: Machine) -> None:
+    assert machine.resolve(source)["error"] == f"model.source ({source}){reason}"
+
+
+def test_a_model_without_safetensors(published: Published, machine: Machine) -> None:
+    files = model_files(9)
+    published.hub.publish("org/old", {name: files[name] for name in ("config.json", "pytorch_model.bin")}, "main")
+    assert machine.resolve("hf://org/old", weights=False)["size"] == 9
+    message = machine.resolve("hf://org/old", weights=True)["error"]
+    assert message.startswith("model.source (hf://org/old)")
+    assert "*.safetensors" in message
 
 
 @pytest.mark.parametrize(("source", "size"), [("hf://org/private", 7), ("hf://org/gated", 8)])
