@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from qwen_cl.megatron.imports import import_megatron
 from qwen_cl.run_folder import RunFolder
+
+import_megatron()  # before a test module imports Megatron by itself
 
 ROOT = Path(__file__).resolve().parents[1]
 

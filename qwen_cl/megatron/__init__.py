@@ -5,6 +5,9 @@ from __future__ import annotations
 
 def prepare(*, cpu: bool) -> None:
     """Once per process, before a recipe is built: everything that is changed in NeMo and Megatron."""
+    from qwen_cl.megatron.imports import import_megatron
+
+    import_megatron()
     if cpu:
         from qwen_cl.megatron import cpu as cpu_device
 
