@@ -109,7 +109,7 @@ def _read_file(path: Path, fields: tuple[str, ...]) -> Iterator[Row]:
 
 def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> Row:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; convert the file, "
@@ -117,6 +117,8 @@ def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> Row:
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); every line is one object") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON nested too deep; every line is one object of texts") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {type(value).__name__} where an object with {', '.join(fields)} must be")
     texts = [_text(value, field, where, fields) for field in fields]
@@ -135,4 +137,9 @@ def _text(value: dict[str, Any], field: str, where: str, fields: tuple[str, ...]
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, it must be a string")
     if not text.strip():
         raise UserError(f"{where}: field {field!r} is empty; remove the row or fill it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            f"{where}: field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
+            "write the character itself, or both halves"
+        )
     return text
