@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ def estimate_memory(config: RunConfig, architecture: Architecture, precision: Pr
     cluster, value_bytes = config.cluster, 2 if precision is Precision.bf16 else 4
     layers = architecture.num_layers / cluster.pipeline_parallel
     # The first stage holds the embedding, the last one the head: the same size where they are not tied.
-    local = (layers * architecture.layer_parameters) / cluster.tensor_parallel
+    local = (layers * count_parameters(layer_shapes(0, architecture))) / cluster.tensor_parallel
     local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
     if not architecture.tied_embeddings and cluster.pipeline_parallel == 1:
         local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
     adapter = adapter_parameters(config, architecture)
-    trainable = architecture.num_parameters if adapter is None else adapter
+    trainable = count_parameters(expected_shapes(architecture)) if adapter is None else adapter
     local_trainable = local if adapter is None else adapter / (cluster.tensor_parallel * cluster.pipeline_parallel)
     master_bytes = 4 if precision is Precision.bf16 else 0
     state = local_trainable * (4 + (master_bytes + 8) / cluster.data_parallel)
@@ -54,9 +55,9 @@ def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | N
     peft = config.peft
     if not isinstance(peft, LoraConfig):
         return None
-    query = architecture.num_attention_heads * architecture.kv_channels
+    query = architecture.query_size
     shapes = {  # inputs and outputs of Megatron's fused layers
-        "linear_qkv": (architecture.hidden_size, query + 2 * architecture.num_query_groups * architecture.kv_channels),
+        "linear_qkv": (architecture.hidden_size, query + 2 * architecture.key_value_size),
         "linear_proj": (query, architecture.hidden_size),
         "linear_fc1": (architecture.hidden_size, 2 * architecture.ffn_hidden_size),
         "linear_fc2": (architecture.ffn_hidden_size, architecture.hidden_size),
@@ -68,8 +69,7 @@ def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | N
 def _activations(config: RunConfig, architecture: Architecture, value_bytes: int) -> float:
     task, cluster = config.task, config.cluster
     tokens = task.micro_batch_size * task.sequence_length
-    query = architecture.num_attention_heads * architecture.kv_channels
-    qkv = query + 2 * architecture.num_query_groups * architecture.kv_channels
+    qkv = architecture.query_size + 2 * architecture.key_value_size
     # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
     # embedding, and the gated MLP (gate and up, their halves, silu, its product).
     per_token = 8 * architecture.hidden_size + (2 * qkv + 7 * architecture.ffn_hidden_size) / cluster.tensor_parallel

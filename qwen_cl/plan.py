@@ -78,10 +78,11 @@ def _check_layout(config: RunConfig, architecture: Architecture) -> None:
             f"cluster.pipeline_parallel ({cluster.pipeline_parallel}) must divide the model's layers "
             f"({architecture.num_layers})"
         )
-    if config.task.sequence_length > architecture.max_position_embeddings:
+    if config.task.sequence_length > architecture.longest_sequence:
+        limit = "sliding_window" if architecture.sliding_window else "max_position_embeddings"
         raise UserError(
             f"task.sequence_length ({config.task.sequence_length}) must be at most the model's "
-            f"max_position_embeddings ({architecture.max_position_embeddings})"
+            f"{limit} ({architecture.longest_sequence})"
         )
 
 

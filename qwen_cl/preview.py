@@ -21,6 +21,7 @@ from qwen_cl.estimate import estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.families import count_parameters, expected_shapes
 from qwen_cl.view import print_facts
 
 GIB = 2**30
@@ -42,11 +43,12 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     config, shape = plan.config, plan.architecture
     cluster, task = config.cluster, config.task
+    parameters = count_parameters(expected_shapes(shape))
     data = "random tokens" if plan.files is None else f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a directory of your own"),
-        ("architecture", f"{shape.num_parameters:,} parameters, {shape.num_layers} layers of {shape.hidden_size}"),
+        ("architecture", f"{parameters:,} parameters, {shape.num_layers} layers of {shape.hidden_size}"),
         ("data", data),
         ("device", f"{cluster.world_size} x {plan.device.name}, {cluster.precision.value}"),
         (

@@ -16,7 +16,6 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
 from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
 from qwen_cl.config.schema import (
-    Accelerator,
     DoraConfig,
     LoraConfig,
     MockDataConfig,
@@ -26,8 +25,7 @@ from qwen_cl.config.schema import (
 )
 from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
-from qwen_cl.megatron.attention import layer_spec
-from qwen_cl.megatron.steps import data_step, forward_step
+from qwen_cl.megatron.model import build_model
 from qwen_cl.source.architecture import Architecture
 
 
@@ -36,7 +34,7 @@ def build_recipe(config: RunConfig, architecture: Architecture, model_directory:
     peft = _peft(config)
     tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(model_directory))
     parts = {
-        "model": run.Config(llm.Qwen2Model, config=_model_config(config, architecture), tokenizer=tokenizer),
+        "model": build_model(config, architecture, tokenizer),
         "trainer": _trainer(config, architecture, output_dir),
         "data": _data(config, architecture, tokenizer),
         "log": _log(config, output_dir),
@@ -50,33 +48,6 @@ def build_recipe(config: RunConfig, architecture: Architecture, model_directory:
         return run.Partial(llm.pretrain, **parts)
     # llm.pretrain takes no adapter; with one, finetune differs from it in nothing but that argument.
     return run.Partial(llm.finetune, **parts, peft=peft)
-
-
-def _model_config(config: RunConfig, architecture: Architecture) -> run.Config:
-    fields = asdict(architecture)
-    tied = fields.pop("tied_embeddings")
-    fields.pop("max_position_embeddings")
-    tensor_parallel = config.cluster.tensor_parallel
-    fields["vocab_size"] = -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
-    fp32 = config.cluster.precision is Precision.fp32
-    if config.cluster.pipeline_parallel > 1:
-        # Micro batches are padded to their own longest row, so stages must tell each other their shapes; Megatron
-        # asks for this dispatcher then, though nothing here has experts.
-        fields.update(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
-    return run.Config(
-        llm.Qwen2Config,
-        **fields,
-        share_embeddings_and_output_weights=tied,
-        seq_length=config.task.sequence_length,
-        transformer_layer_spec=layer_spec,
-        forward_step_fn=forward_step,
-        data_step_fn=data_step,
-        calculate_per_token_loss=True,  # each token weighs the same, however rows fall into micro batches
-        cross_entropy_loss_fusion=not fp32,  # its backward casts gradients to bf16 whatever the precision
-        use_cpu_initialization=config.cluster.accelerator is Accelerator.cpu,
-        params_dtype=torch.float32 if fp32 else torch.bfloat16,
-        bf16=not fp32,
-    )
 
 
 def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) -> run.Config:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from qwen_cl.source.architecture import Architecture, read_architecture
-from qwen_cl.source.families import GateUp, QueryKeyValue, rule_for, tensors_of
+from qwen_cl.source.families import GateUp, QueryKeyValue, rule_for, tensor_shapes
 from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_config
 from qwen_cl.source.shards import layer_of, local_shards, split_qkv
 
@@ -63,7 +63,7 @@ def _to_peft(key: str, layer: int, full: torch.Tensor, architecture: Architectur
     """One of Megatron's fused tensors as PEFT's: the modules of a fused layer share A and split B by rows."""
     module, _, part = key.partition(ADAPTER)
     rule = rule_for(f"{module}.weight", architecture)
-    names = [name.removesuffix(".weight") for name in tensors_of(rule, layer)]
+    names = [name.removesuffix(".weight") for name in tensor_shapes(rule, layer, architecture)]
     if part == "linear_in.weight":
         pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
         suffix = "lora_A.weight"

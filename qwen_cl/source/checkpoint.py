@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.architecture import Architecture
-from qwen_cl.source.families import deliberately_unused, expected_tensors
+from qwen_cl.source.families import deliberately_unused, expected_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +78,19 @@ def check_tensors(directory: Path, architecture: Architecture) -> None:
     """Compare the headers with what the architecture needs, before anything heavy starts.
 
     Raises:
-        UserError: a tensor is missing, or one is there that nothing would use.
+        UserError: a tensor is missing, of another shape, or there though nothing would use it.
     """
-    found = Checkpoint(directory, framework="np").names
-    expected = expected_tensors(architecture)
-    if missing := sorted(expected - found):
+    checkpoint = Checkpoint(directory, framework="np")
+    found, expected = checkpoint.names, expected_shapes(architecture)
+    if missing := sorted(expected.keys() - found):
         raise UserError(f"{directory}: its safetensors lack {_some(missing)}, which config.json calls for")
-    unknown = sorted(name for name in found - expected if not deliberately_unused(name, architecture))
+    unknown = sorted(name for name in found - expected.keys() if not deliberately_unused(name, architecture))
     if unknown:
         raise UserError(f"{directory}: its safetensors hold {_some(unknown)}, which no layer of this model uses")
+    # A slice of a larger tensor can be read, so nothing later would notice.
+    for name, shape in expected.items():
+        if (actual := checkpoint.shape(name)) != shape:
+            raise UserError(f"{directory}: tensor {name} has shape {actual} where config.json calls for {shape}")
 
 
 def _some(names: list[str]) -> str:

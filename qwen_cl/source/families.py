@@ -2,11 +2,12 @@
 
 Keys are Megatron's *sharded keys*, which do not depend on the layer implementation or the parallel layout
 (megatron/core/models/gpt/gpt_layer_specs.py maps the local layers' names onto Transformer Engine's). ``{layer}`` is
-the global layer number.
+the global layer number. Sizes are named by the architecture's own fields.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qwen_cl.source.architecture import Architecture
@@ -17,6 +18,7 @@ class Whole:
     """One tensor, the same shape on both sides."""
 
     tensor: str
+    shape: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,8 @@ class Vocabulary:
 class QueryKeyValue:
     """Rows interleaved by KV group: that group's query heads, its key head, its value head."""
 
-    query: str
-    key: str
-    value: str
+    kind: str
+    """weight or bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,55 +51,81 @@ WRAPPER_PREFIX = "module."
 LAYER_PREFIX = "decoder.layers."
 _LAYER = "model.layers.{layer}."
 
-
-def _qkv(kind: str) -> QueryKeyValue:
-    return QueryKeyValue(*(f"{_LAYER}self_attn.{name}_proj.{kind}" for name in "qkv"))
-
-
-QWEN2: dict[str, Rule] = {
+TOP_LEVEL: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
-    "output_layer.weight": Vocabulary("lm_head.weight"),
-    "decoder.final_layernorm.weight": Whole("model.norm.weight"),
-    "self_attention.linear_qkv.layer_norm_weight": Whole(_LAYER + "input_layernorm.weight"),
-    "self_attention.linear_qkv.weight": _qkv("weight"),
-    "self_attention.linear_qkv.bias": _qkv("bias"),
-    "self_attention.linear_proj.weight": Whole(_LAYER + "self_attn.o_proj.weight"),
-    "mlp.linear_fc1.layer_norm_weight": Whole(_LAYER + "post_attention_layernorm.weight"),
+    "decoder.final_layernorm.weight": Whole("model.norm.weight", ("hidden_size",)),
+}
+OUTPUT_LAYER: dict[str, Rule] = {"output_layer.weight": Vocabulary("lm_head.weight")}
+
+LAYER: dict[str, Rule] = {
+    "self_attention.linear_qkv.layer_norm_weight": Whole(_LAYER + "input_layernorm.weight", ("hidden_size",)),
+    "self_attention.linear_qkv.weight": QueryKeyValue("weight"),
+    "self_attention.linear_proj.weight": Whole(_LAYER + "self_attn.o_proj.weight", ("hidden_size", "query_size")),
+    "mlp.linear_fc1.layer_norm_weight": Whole(_LAYER + "post_attention_layernorm.weight", ("hidden_size",)),
     "mlp.linear_fc1.weight": GateUp(_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": Whole(_LAYER + "mlp.down_proj.weight"),
+    "mlp.linear_fc2.weight": Whole(_LAYER + "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")),
+}
+QKV_BIAS: dict[str, Rule] = {"self_attention.linear_qkv.bias": QueryKeyValue("bias")}
+QK_NORM: dict[str, Rule] = {
+    "self_attention.q_layernorm.weight": Whole(_LAYER + "self_attn.q_norm.weight", ("kv_channels",)),
+    "self_attention.k_layernorm.weight": Whole(_LAYER + "self_attn.k_norm.weight", ("kv_channels",)),
 }
 
-TOP_LEVEL = ("embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight")
+
+def layer_rules(architecture: Architecture) -> dict[str, Rule]:
+    return LAYER | (QKV_BIAS if architecture.qkv_bias else {}) | (QK_NORM if architecture.qk_norm else {})
+
+
+def top_level_rules(architecture: Architecture) -> dict[str, Rule]:
+    return TOP_LEVEL | ({} if architecture.tied_embeddings else OUTPUT_LAYER)
 
 
 def rule_for(sharded_key: str, architecture: Architecture) -> Rule:
     """The rule of a sharded key. KeyError if the family has none: a tensor nobody knows must stop the run."""
-    key = sharded_key.removeprefix(WRAPPER_PREFIX).removeprefix(LAYER_PREFIX)
+    key = sharded_key.removeprefix(WRAPPER_PREFIX)
+    if key.startswith(LAYER_PREFIX):
+        return layer_rules(architecture)[key.removeprefix(LAYER_PREFIX)]
     if key == "output_layer.weight" and architecture.tied_embeddings:
-        return QWEN2["embedding.word_embeddings.weight"]
-    return QWEN2[key]
+        key = "embedding.word_embeddings.weight"
+    return top_level_rules(architecture)[key]
 
 
-def tensors_of(rule: Rule, layer: int | None) -> tuple[str, ...]:
+def tensor_shapes(rule: Rule, layer: int | None, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors behind a rule, in its order, with their shapes."""
+    hidden_size = architecture.hidden_size
     if isinstance(rule, QueryKeyValue):
-        names: tuple[str, ...] = (rule.query, rule.key, rule.value)
+        sizes = {"q": architecture.query_size, "k": architecture.key_value_size, "v": architecture.key_value_size}
+        columns = (hidden_size,) if rule.kind == "weight" else ()
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{_LAYER}self_attn.{name}_proj.{rule.kind}": (rows, *columns) for name, rows in sizes.items()
+        }
     elif isinstance(rule, GateUp):
-        names = (rule.gate, rule.up)
+        shapes = dict.fromkeys((rule.gate, rule.up), (architecture.ffn_hidden_size, hidden_size))
+    elif isinstance(rule, Vocabulary):
+        shapes = {rule.tensor: (architecture.vocab_size, hidden_size)}
     else:
-        names = (rule.tensor,)
-    return tuple(name.format(layer=layer) for name in names)
+        shapes = {rule.tensor: tuple(int(getattr(architecture, name)) for name in rule.shape)}
+    return {name.format(layer=layer): shape for name, shape in shapes.items()}
 
 
-def expected_tensors(architecture: Architecture) -> set[str]:
-    """Every Hugging Face tensor a checkpoint of this architecture must hold."""
-    names: set[str] = set()
-    for key, rule in QWEN2.items():
-        if key == "output_layer.weight" and architecture.tied_embeddings:
-            continue
-        top_level = key in TOP_LEVEL
-        for layer in (None,) if top_level else range(architecture.num_layers):
-            names.update(tensors_of(rule, layer))
-    return names
+def layer_shapes(layer: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer."""
+    rules = layer_rules(architecture).values()
+    return {name: shape for rule in rules for name, shape in tensor_shapes(rule, layer, architecture).items()}
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor a checkpoint of this architecture must hold, and its shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule in top_level_rules(architecture).values():
+        shapes |= tensor_shapes(rule, None, architecture)
+    for layer in range(architecture.num_layers):
+        shapes |= layer_shapes(layer, architecture)
+    return shapes
+
+
+def count_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def deliberately_unused(name: str, architecture: Architecture) -> bool:

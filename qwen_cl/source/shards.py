@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.checkpoint import Checkpoint
-from qwen_cl.source.families import GateUp, QueryKeyValue, Vocabulary, rule_for, tensors_of
+from qwen_cl.source.families import GateUp, QueryKeyValue, Rule, Vocabulary, rule_for, tensor_shapes
 
 
 class CoverageError(RuntimeError):
-    """A parameter was left unfilled or filled twice; the run must not train on it."""
+    """A parameter was left unfilled, filled twice or from another shape; the run must not train on it."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def fill(
     """Copy each local slice from the checkpoint; returns the number of shards filled.
 
     Raises:
-        CoverageError: a parameter was not filled exactly once.
+        CoverageError: a parameter was not filled exactly once, or has another shape than its source.
         KeyError: the model has a tensor the family's table does not know.
     """
     filled: list[tuple[int, int]] = []
@@ -61,7 +61,9 @@ def layer_of(shard: ShardedTensor) -> int | None:
 
 def _fill_shard(shard: ShardedTensor, checkpoint: Checkpoint, architecture: Architecture) -> None:
     rule = rule_for(shard.key, architecture)
-    names = tensors_of(rule, layer_of(shard))
+    shapes = tensor_shapes(rule, layer_of(shard), architecture)
+    names = tuple(shapes)
+    _check_shape(shard, rule, list(shapes.values()))
     offset = shard.global_offset[shard.prepend_axis_num :]
     if isinstance(rule, QueryKeyValue):
         shard.data.copy_(_read_qkv(names, offset[0], shard.local_shape[0], checkpoint, architecture))
@@ -75,6 +77,15 @@ def _fill_shard(shard: ShardedTensor, checkpoint: Checkpoint, architecture: Arch
     else:
         slices = [slice(start, start + size) for start, size in zip(offset, shard.local_shape)]
         shard.data.copy_(checkpoint.read(names[0], *slices))
+
+
+def _check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]) -> None:
+    """The model was built for these tensors: only a vocabulary may have more rows, which are padding."""
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
+    built = shard.global_shape[shard.prepend_axis_num :]
+    more_rows = isinstance(rule, Vocabulary) and built[0] > rows
+    if built[1:] != columns or not (built[0] == rows or more_rows):
+        raise CoverageError(f"{shard.key} is built with shape {built}, its source has {(rows, *columns)}")
 
 
 def _read_qkv(
