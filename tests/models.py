@@ -4,45 +4,71 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.conftest import ROOT
 
 DEMO_MODEL = ROOT / "qwen_cl/demo/model"
+TRANSFORMERS: dict[str, tuple[Any, Any]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
 
 
-def save_random_qwen(
+def save_random_model(
     directory: Path,
     *,
+    family: str = "qwen2",
     heads: int = 4,
     kv_groups: int = 2,
     head_width: int = 16,
+    hidden_size: int | None = None,
     layers: int = 2,
     vocab_size: int = 1536,
     tied: bool = True,
     max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
 ) -> Path:
-    """Every weight random, biases and norms too, so that one left out or misplaced shows in the loss."""
+    """Every weight random, biases and norms too, so that one left out or misplaced shows in the loss.
+
+    ``fields`` go into the family's config as they are.
+    """
     torch.manual_seed(heads * vocab_size)
-    config = Qwen2Config(
+    config_class, model_class = TRANSFORMERS[family]
+    hidden_size = hidden_size or heads * head_width
+    config = config_class(
         vocab_size=vocab_size,
-        hidden_size=heads * head_width,
-        intermediate_size=heads * head_width * 2,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_groups,
+        head_dim=head_width,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        rope_theta=1e6,
+        **{"rope_theta": 1e6, **fields},
     )
-    model = Qwen2ForCausalLM(config)
+    model = model_class(config)
     for name, parameter in model.named_parameters():
         centre = 1.0 if "norm" in name else 0.0
         torch.nn.init.normal_(parameter, mean=centre, std=0.1)
     model.tie_weights()
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         shutil.copy(DEMO_MODEL / name, directory)
     return directory

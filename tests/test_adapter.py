@@ -18,13 +18,13 @@ from qwen_cl.config.file import save_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.plan import make_plan
 from tests.conftest import ROOT
-from tests.models import save_random_qwen
+from tests.models import save_random_model
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_peft_computes_what_the_run_computed(method: str, tmp_path: Path) -> None:
     register_schemas()
-    model = save_random_qwen(tmp_path / "model")  # with biases, which DoRA must not scale
+    model = save_random_model(tmp_path / "model")  # with biases, which DoRA must not scale
     overrides = [f"peft={method}", "experiment=smoke", "peft.rank=8", "peft.alpha=20", "wandb.mode=disabled"]
     overrides += ["model=local", f"model.source={model}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -15,7 +15,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import INDEX, Checkpoint, check_tensors, weight_files
 from qwen_cl.source.reference import read_model_config
-from tests.models import save_random_qwen
+from tests.models import save_random_model
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("saved")
     small: dict[str, Any] = {"heads": 2, "kv_groups": 1, "head_width": 8, "vocab_size": 96}
     return {
-        "sharded": save_random_qwen(base / "sharded", **small, tied=False, max_shard_size="8KB"),
-        "tied": save_random_qwen(base / "tied", **small, tied=True),
-        "untied": save_random_qwen(base / "untied", **small, tied=False),
+        "sharded": save_random_model(base / "sharded", **small, tied=False, max_shard_size="8KB"),
+        "tied": save_random_model(base / "tied", **small, tied=True),
+        "untied": save_random_model(base / "untied", **small, tied=False),
     }
 
 

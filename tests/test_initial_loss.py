@@ -14,7 +14,7 @@ from qwen_cl.data.examples import Example, build_examples
 from qwen_cl.data.module import TokenDataset
 from qwen_cl.data.rows import Instruction
 from tests.conftest import ROOT, launch
-from tests.models import save_random_qwen
+from tests.models import save_random_model
 
 SHAPES: list[tuple[dict[str, Any], list[str]]] = [
     # Untied, an odd number of KV groups, a vocabulary that no power of two divides, several shards; every weight
@@ -40,7 +40,7 @@ IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2", "tied-full-pp2"]
 
 @pytest.mark.parametrize(("shape", "arguments"), SHAPES, ids=IDS)
 def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[str], tmp_path: Path) -> None:
-    model = save_random_qwen(tmp_path / "model", **shape)
+    model = save_random_model(tmp_path / "model", **shape)
     done = launch(
         "experiment=smoke",
         "model=local",

@@ -18,7 +18,7 @@ from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.families import count_parameters, expected_shapes, rule_for
 from qwen_cl.source.reference import read_model_config
 from qwen_cl.source.shards import CoverageError, _check_coverage, _read_qkv, fill, split_qkv
-from tests.models import save_random_qwen
+from tests.models import save_random_model
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -119,7 +119,7 @@ def test_a_field_that_is_no_number_is_refused(field: str, value: object) -> None
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_expected_tensors_are_those_transformers_saves(tied: bool, tmp_path: Path) -> None:
-    save_random_qwen(tmp_path, heads=2, kv_groups=1, head_width=8, layers=3, vocab_size=96, tied=tied)
+    save_random_model(tmp_path, heads=2, kv_groups=1, head_width=8, layers=3, vocab_size=96, tied=tied)
     architecture = read_architecture(read_model_config(tmp_path), tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert expected_shapes(architecture) == {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -8,6 +8,7 @@ import nemo_run as run
 import torch
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import HAVE_TE
+from nemo.collections.llm.gpt.model.llama import Llama31Config
 
 from qwen_cl.config.schema import Accelerator, Precision, RunConfig
 from qwen_cl.megatron.attention import layer_spec
@@ -26,7 +27,7 @@ def build_model(config: RunConfig, architecture: Architecture, tokenizer: run.Co
     model, model_config = MODELS[architecture.family]
     fields = _shape(architecture, config.cluster.tensor_parallel)
     if scaling := architecture.rope_scaling:
-        model_config = llm.Llama31Config
+        model_config = Llama31Config
         fields.update(
             scale_factor=scaling.factor,
             low_freq_factor=scaling.low_freq_factor,
@@ -70,6 +71,7 @@ def _execution(config: RunConfig) -> dict[str, Any]:
         "calculate_per_token_loss": True,  # each token weighs the same, however rows fall into micro batches
         "cross_entropy_loss_fusion": not fp32,  # its backward casts gradients to bf16 whatever the precision
         "apply_rope_fusion": HAVE_TE,
+        "persist_layer_norm": False,  # torch's norms, which stand in without Transformer Engine, refuse it
         "use_cpu_initialization": config.cluster.accelerator is Accelerator.cpu,
         "params_dtype": torch.float32 if fp32 else torch.bfloat16,
         "bf16": not fp32,
