@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import FinetuneConfig, ModelConfig, RunConfig
+from qwen_cl.config.schema import FinetuneConfig, RunConfig
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
@@ -49,7 +49,7 @@ def make_plan(config: RunConfig) -> Plan:
     _check_data(config, model, files)
     settled = replace(
         config,
-        model=ModelConfig(source=model.source),
+        model=replace(config.model, source=model.source),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(settled, model, architecture, device, files, content_hash(files) if files else None)

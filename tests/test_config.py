@@ -67,13 +67,21 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
+def extended_by(path: Path) -> Path | str:
+    """What a choice of a group starts from: another choice, or the name of its schema."""
+    first = str(OmegaConf.load(path).defaults[0])
+    return first if first in GROUPS[path.parent.name] else path.with_name(f"{first}.yaml")
+
+
 def written_in(path: Path) -> dict[str, Any]:
-    """What a file of conf/ sets, by full key; mandatory keys have the values given above."""
+    """What a file of conf/ sets, by full key, with the file it extends; mandatory keys have the values given above."""
     register_schemas()
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     content.pop("defaults", None)
-    values = leaves(content if path.parent.name == "experiment" else {path.parent.name: content})
-    return {key: MANDATORY[key] if value == "???" else value for key, value in values.items()}
+    experiment = path.parent.name == "experiment"
+    values = leaves(content if experiment else {path.parent.name: content})
+    before = {} if experiment or isinstance(base := extended_by(path), str) else written_in(base)
+    return {**before, **{key: MANDATORY[key] if value == "???" else value for key, value in values.items()}}
 
 
 def test_there_are_files_to_test() -> None:
@@ -95,7 +103,9 @@ def test_a_choice_composes_with_the_values_of_its_file(path: Path) -> None:
 @pytest.mark.parametrize("path", GROUP_CHOICES, ids=choice_name)
 def test_a_choice_is_its_schema(path: Path) -> None:
     group = path.parent.name
-    schema = OmegaConf.load(path).defaults[0]
+    schema = extended_by(path)
+    while isinstance(schema, Path):
+        schema = extended_by(schema)
     config = compose_run(choice_name(path), *BESIDE.get(choice_name(path), []))
     assert type(getattr(config, group)) is GROUPS[group][schema]
     # A key left to its type alone would have a value that no file shows.
@@ -206,12 +216,36 @@ def test_every_key_says_what_it_does(path: Path) -> None:
         ("task.sequence_length=1", "task.sequence_length (1) must be at least 2"),
         ("cluster.devices=0", "cluster.devices (0) must be at least 1"),
         ("model.source=' '", "model.source is empty; write hf://ORG/NAME"),
+        ("model.cache=' '", "model.cache is empty; name a directory, or null"),
+        ("model.endpoint=hub.example.org", "model.endpoint (hub.example.org) must be a URL such as https://"),
+        ("model.endpoint=file:///etc", "model.endpoint (file:///etc) must be a URL such as https://"),
+        ("model.endpoint='https://h/?a=b'", "model.endpoint (https://h/?a=b) must be a URL such as https://"),
+        ("model.endpoint=https://me:secret@h", "model.endpoint must not hold a user or password: it is recorded"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         compose_run(override)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("hf://org/name", "names no commit"),
+        ("hf://org/name@main", "names no commit"),
+        ("hf://org/name@0123abc", "names no commit"),
+        ("hf://org/name@" + "A" * 40, "names no commit"),
+        ("hf://org/name@" + "a" * 41, "names no commit"),
+        ("/models/mine", "is a directory, which has no commit"),
+    ],
+)
+def test_locked_takes_a_commit_and_nothing_else(source: str, reason: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose_run("model=hub", f"model.source={source}", "model.locked=true")
+    assert str(refused.value).startswith(f"model.source ({source}) {reason}, and model.locked=true")
+    pinned = "hf://org/name@" + "a" * 40
+    assert compose_run("model=hub", f"model.source={pinned}", "model.locked=true").model.source == pinned
 
 
 def test_tensor_parallel_must_divide_the_heads() -> None:
