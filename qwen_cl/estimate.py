@@ -67,7 +67,7 @@ def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | N
 
 
 def _activations(config: RunConfig, architecture: Architecture, value_bytes: int) -> float:
-    task, cluster = config.task, config.cluster
+    task, cluster = config.training, config.cluster
     tokens = task.micro_batch_size * task.sequence_length
     qkv = architecture.query_size + 2 * architecture.key_value_size
     # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary

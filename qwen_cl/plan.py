@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import FinetuneConfig, RunConfig
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
@@ -28,7 +29,7 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         """At most: padding and short rows make it less."""
-        return self.config.task.global_batch_size * self.config.task.sequence_length
+        return self.config.training.global_batch_size * self.config.training.sequence_length
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -45,7 +46,7 @@ def make_plan(config: RunConfig) -> Plan:
     _check_layout(config, architecture)
     if model.commit is None:
         check_tensors(model.directory, architecture)
-    files = row_files(config.data, config.task)
+    files = row_files(config.data, config.training)
     _check_data(config, model, files)
     settled = replace(
         config,
@@ -78,10 +79,10 @@ def _check_layout(config: RunConfig, architecture: Architecture) -> None:
             f"cluster.pipeline_parallel ({cluster.pipeline_parallel}) must divide the model's layers "
             f"({architecture.num_layers})"
         )
-    if config.task.sequence_length > architecture.longest_sequence:
+    if config.training.sequence_length > architecture.longest_sequence:
         limit = "sliding_window" if architecture.sliding_window else "max_position_embeddings"
         raise UserError(
-            f"task.sequence_length ({config.task.sequence_length}) must be at most the model's "
+            f"task.sequence_length ({config.training.sequence_length}) must be at most the model's "
             f"{limit} ({architecture.longest_sequence})"
         )
 
@@ -104,5 +105,5 @@ def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) ->
             f"{model.directory}: its tokenizer has id {largest}, past the model's vocab_size "
             f"({model.config['vocab_size']}); tokenizer and weights are not of the same model"
         )
-    check_examples(train, tokenizer, config.task.sequence_length, files.train)
-    check_examples(validation, tokenizer, config.task.sequence_length, files.validation or files.train)
+    check_examples(train, tokenizer, config.training.sequence_length, files.train)
+    check_examples(validation, tokenizer, config.training.sequence_length, files.validation or files.train)

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
-from qwen_cl.config.schema import PretrainConfig, SlurmConfig
+from qwen_cl.config.schema import SlurmConfig
+from qwen_cl.config.tasks import PretrainConfig
 from qwen_cl.estimate import estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
 from qwen_cl.plan import Plan
@@ -42,7 +43,7 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     config, shape = plan.config, plan.architecture
-    cluster, task = config.cluster, config.task
+    cluster, task = config.cluster, config.training
     parameters = count_parameters(expected_shapes(shape))
     data = "random tokens" if plan.files is None else f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
     return [

@@ -20,9 +20,9 @@ from qwen_cl.config.schema import (
     LoraConfig,
     MockDataConfig,
     Precision,
-    PretrainConfig,
     RunConfig,
 )
+from qwen_cl.config.tasks import PretrainConfig
 from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
 from qwen_cl.megatron.model import build_model
@@ -44,14 +44,14 @@ def build_recipe(config: RunConfig, architecture: Architecture, model_directory:
             restore_config=run.Config(nl.RestoreConfig, path=config.model.source, load_artifacts=False),
         ),
     }
-    if peft is None and isinstance(config.task, PretrainConfig):
+    if peft is None and isinstance(config.training, PretrainConfig):
         return run.Partial(llm.pretrain, **parts)
     # llm.pretrain takes no adapter; with one, finetune differs from it in nothing but that argument.
     return run.Partial(llm.finetune, **parts, peft=peft)
 
 
 def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) -> run.Config:
-    cluster, task = config.cluster, config.task
+    cluster, task = config.cluster, config.training
     callbacks = [
         run.Config(Seed, seed=config.seed),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
@@ -107,7 +107,7 @@ def _pipeline_dtype(config: RunConfig) -> torch.dtype | None:
 
 
 def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) -> run.Config:
-    task = config.task
+    task = config.training
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "seq_length": task.sequence_length,
@@ -135,16 +135,16 @@ def _log(config: RunConfig, output_dir: Path) -> run.Config:
             filename="{step}",
             monitor="step",
             mode="max",  # the newest, not the best
-            save_top_k=config.task.keep_checkpoints,
+            save_top_k=config.training.keep_checkpoints,
             save_last=False,
-            every_n_train_steps=config.task.checkpoint_interval,
+            every_n_train_steps=config.training.checkpoint_interval,
             save_on_train_epoch_end=False,
         ),
     )
 
 
 def _optimizer(config: RunConfig) -> run.Config:
-    task = config.task
+    task = config.training
     fp32 = config.cluster.precision is Precision.fp32
     return run.Config(
         nl.MegatronOptimizerModule,

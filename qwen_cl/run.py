@@ -13,6 +13,7 @@ from rich.console import Console
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.tasks import ExportConfig
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
@@ -26,8 +27,14 @@ def run(config: object) -> None:
         UserError: refused; nothing was written.
         RunFailed: started, and did not complete.
     """
+    config = cast(RunConfig, config)
+    if isinstance(config.task, ExportConfig):
+        from qwen_cl.export import export
+
+        export(config.task)
+        return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    plan = make_plan(cast(RunConfig, config))
+    plan = make_plan(config)
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
 
@@ -51,7 +58,7 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             soft_wrap=True,
             markup=False,
         )
-        with ProgressView(folder, plan.config.task.max_steps, console) as view:
+        with ProgressView(folder, plan.config.training.max_steps, console) as view:
             execute(plan.config.cluster, folder, view.update)
         if notice := wandb_notice(folder.status()):
             console.print(notice, highlight=False, soft_wrap=True, markup=False)

@@ -35,7 +35,7 @@ def main(directory: str) -> int:
         _finish(folder, State.FAILED, _reason(error))
         return 1
     else:
-        stopped = stop.requested and folder.status().get("step", 0) < config.task.max_steps
+        stopped = stop.requested and folder.status().get("step", 0) < config.training.max_steps
         state, reason = (State.PREEMPTED, "stopped on request") if stopped else (State.COMPLETED, None)
         if _rank() == 0:
             _finish(folder, state, reason)

@@ -29,6 +29,15 @@ TRANSFORMERS: dict[str, tuple[Any, Any]] = {
 }
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # so small that 60 tokens show a scaling that is left out
+}
+
+
 def save_random_model(
     directory: Path,
     *,

@@ -31,6 +31,7 @@ EXPERIMENTS = [path for path in CHOICES if path.parent.name == "experiment"]
 MANDATORY = {
     "model.source": "/models/mine",
     "data.path": "/data/train.jsonl",
+    "task.run": "/outputs/run",
     "cluster.account": "us",
     "cluster.partition": "gpus",
 }

@@ -15,15 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT
-from tests.models import save_random_model
+from tests.models import LLAMA_3, save_random_model
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # so small that 60 tokens show a scaling that is left out
-}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"family": "qwen2", "heads": 6, "vocab_size": 1537},
     "qwen2-untied-sharded": {"family": "qwen2", "heads": 8, "tied": False, "max_shard_size": "100KB"},

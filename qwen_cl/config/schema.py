@@ -12,6 +12,8 @@ from enum import Enum
 from urllib.parse import urlsplit
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import require
+from qwen_cl.config.tasks import TaskConfig, TrainingConfig
 
 
 class Accelerator(str, Enum):
@@ -66,65 +68,6 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class TaskConfig:
-    max_steps: int
-    """Optimizer steps."""
-    global_batch_size: int
-    """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int
-    """Sequences per forward pass of one rank."""
-    sequence_length: int
-    """Tokens; longer rows are cut."""
-    warmup_steps: int
-    """Optimizer steps over which the learning rate rises from 0."""
-    min_lr_ratio: float
-    """Final learning rate as a fraction of ``lr`` (cosine decay)."""
-    weight_decay: float
-    clip_grad: float
-    """Maximum norm of the gradient; 0 turns clipping off."""
-    val_check_interval: int
-    """Optimizer steps between validations; step 0 and the last step are always validated."""
-    checkpoint_interval: int
-    """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int
-    """How many of the newest checkpoints stay on disk."""
-    log_interval: int
-    """Optimizer steps between lines of metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "global_batch_size",
-            "micro_batch_size",
-            "val_check_interval",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "log_interval",
-        ):
-            _require(f"task.{name}", getattr(self, name), at_least=1)
-        _require("task.sequence_length", self.sequence_length, at_least=2)
-        _require("task.warmup_steps", self.warmup_steps, at_least=0)
-        _require("task.weight_decay", self.weight_decay, at_least=0)
-        _require("task.clip_grad", self.clip_grad, at_least=0)
-        _require("task.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
-        if self.warmup_steps >= self.max_steps:
-            raise UserError(
-                f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
-                "lower it, or train longer"
-            )
-
-
-@dataclass(kw_only=True, slots=True)
-class FinetuneConfig(TaskConfig):
-    """Instruction data: the loss counts the answer's tokens only."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PretrainConfig(TaskConfig):
-    """Raw text: documents joined by the end-of-text token and cut into full sequences."""
-
-
-@dataclass(kw_only=True, slots=True)
 class PeftConfig:
     default_lr: float
     """What ``lr`` is unless the user sets it."""
@@ -144,9 +87,9 @@ class LoraConfig(PeftConfig):
     target_modules: list[str]
 
     def __post_init__(self) -> None:
-        _require("peft.rank", self.rank, at_least=1)
-        _require("peft.alpha", self.alpha, above=0)
-        _require("peft.dropout", self.dropout, at_least=0, below=1)
+        require("peft.rank", self.rank, at_least=1)
+        require("peft.alpha", self.alpha, above=0)
+        require("peft.dropout", self.dropout, at_least=0, below=1)
         unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
         if unknown or not self.target_modules:
             raise UserError(
@@ -185,7 +128,7 @@ class FileDataConfig(DataConfig):
     text_field: str
 
     def __post_init__(self) -> None:
-        _require("data.validation_every", self.validation_every, at_least=2)
+        require("data.validation_every", self.validation_every, at_least=2)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,7 +137,7 @@ class MockDataConfig(DataConfig):
     """Training sequences of random tokens; an eighth as many (at least one) validate."""
 
     def __post_init__(self) -> None:
-        _require("data.rows", self.rows, at_least=1)
+        require("data.rows", self.rows, at_least=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,7 +151,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name in ("devices", "tensor_parallel", "pipeline_parallel"):
-            _require(f"cluster.{name}", getattr(self, name), at_least=1)
+            require(f"cluster.{name}", getattr(self, name), at_least=1)
         model_parallel = self.tensor_parallel * self.pipeline_parallel
         if self.world_size % model_parallel:
             raise UserError(
@@ -242,7 +185,7 @@ class SlurmConfig(ClusterConfig):
     """Shell line run on the node before the worker, for example one that activates a virtual environment."""
 
     def __post_init__(self) -> None:
-        _require("cluster.nodes", self.nodes, at_least=1)
+        require("cluster.nodes", self.nodes, at_least=1)
         ClusterConfig.__post_init__(self)
 
     @property
@@ -274,14 +217,22 @@ class RunConfig:
     dry_run: bool
 
     def __post_init__(self) -> None:
-        _require("lr", self.lr, above=0)
-        _require("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        require("lr", self.lr, above=0)
+        require("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        if not isinstance(self.task, TrainingConfig):
+            return
         per_pass = self.task.micro_batch_size * self.cluster.data_parallel
         if self.task.global_batch_size % per_pass:
             raise UserError(
                 f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of task.micro_batch_size "
                 f"({self.task.micro_batch_size}) x data_parallel ({self.cluster.data_parallel}) = {per_pass}"
             )
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The task of a run that trains, which is all that plans and recipes are made for."""
+        assert isinstance(self.task, TrainingConfig)
+        return self.task
 
 
 def _require_endpoint(endpoint: str) -> None:
@@ -292,23 +243,3 @@ def _require_endpoint(endpoint: str) -> None:
         raise UserError(
             "model.endpoint must not hold a user or password: it is recorded; use `hf auth login` or HF_TOKEN"
         )
-
-
-def _require(
-    key: str,
-    value: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    rules = (
-        (at_least, value >= (at_least or 0), "at least"),
-        (above, value > (above or 0), "above"),
-        (at_most, value <= (at_most or 0), "at most"),
-        (below, value < (below or 0), "below"),
-    )
-    for bound, holds, words in rules:
-        if bound is not None and not holds:
-            raise UserError(f"{key} ({value}) must be {words} {bound}")

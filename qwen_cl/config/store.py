@@ -7,13 +7,17 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qwen_cl.config import schema
+from qwen_cl.config import schema, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"model_schema": schema.ModelConfig},
-    "task": {"finetune_schema": schema.FinetuneConfig, "pretrain_schema": schema.PretrainConfig},
+    "task": {
+        "finetune_schema": tasks.FinetuneConfig,
+        "pretrain_schema": tasks.PretrainConfig,
+        "export_schema": tasks.ExportConfig,
+    },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {
         "demo_schema": schema.DemoDataConfig,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig, PretrainConfig, TaskConfig
+from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig
+from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 
 
 @dataclass(frozen=True, slots=True)

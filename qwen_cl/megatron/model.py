@@ -64,7 +64,7 @@ def _shape(architecture: Architecture, tensor_parallel: int) -> dict[str, Any]:
 def _execution(config: RunConfig) -> dict[str, Any]:
     fp32 = config.cluster.precision is Precision.fp32
     return {
-        "seq_length": config.task.sequence_length,
+        "seq_length": config.training.sequence_length,
         "transformer_layer_spec": layer_spec,
         "forward_step_fn": forward_step,
         "data_step_fn": data_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from qwen_cl.source.architecture import Architecture, read_architecture
-from qwen_cl.source.families import GateUp, QueryKeyValue, rule_for, tensor_shapes
+from qwen_cl.source.families import rule_for, tensor_shapes
 from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_config
-from qwen_cl.source.shards import layer_of, local_shards, split_qkv
+from qwen_cl.source.shards import layer_of, local_shards, pieces_of
 
 ADAPTER = ".adapter."
 
@@ -44,10 +45,11 @@ def save_adapter(model: Any, shape: AdapterShape, source: str, directory: Path) 
         return
     base = local_directory(source)
     architecture = read_architecture(read_model_config(base), base)
+    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     tensors: dict[str, torch.Tensor] = {}
     for (key, layer), full in _assemble(part for rank in gathered for part in rank).items():
-        tensors.update(_to_peft(key, layer, full, architecture))
-    _write(tensors, shape, source, directory)
+        tensors.update(peft_tensors(key, layer, full, architecture, tensor_parallel))
+    write_adapter(tensors, shape, source, directory)
 
 
 def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
@@ -59,35 +61,30 @@ def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
     return full
 
 
-def _to_peft(key: str, layer: int, full: torch.Tensor, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """One of Megatron's fused tensors as PEFT's: the modules of a fused layer share A and split B by rows."""
+def peft_tensors(
+    key: str, layer: int, full: torch.Tensor, architecture: Architecture, tensor_parallel: int
+) -> dict[str, torch.Tensor]:
+    """One of Megatron's fused tensors as PEFT's: the modules of a fused layer share A and split B by rows.
+
+    ``tensor_parallel`` is that of the run: DoRA's magnitudes are stored as they lay on each rank, that rank's gate
+    rows, then its up rows.
+    """
     module, _, part = key.partition(ADAPTER)
     rule = rule_for(f"{module}.weight", architecture)
     names = [name.removesuffix(".weight") for name in tensor_shapes(rule, layer, architecture)]
     if part == "linear_in.weight":
         pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
         suffix = "lora_A.weight"
+    elif part == "linear_out.weight":
+        pieces = pieces_of(rule, full, architecture)
+        suffix = "lora_B.weight"
     else:
-        suffix = "lora_B.weight" if part == "linear_out.weight" else "lora_magnitude_vector"
-        if isinstance(rule, QueryKeyValue):
-            pieces = split_qkv(full, architecture)
-        elif isinstance(rule, GateUp):
-            pieces = _split_gate_up(full, interleaved=suffix == "lora_magnitude_vector")
-        else:
-            pieces = (full,)
+        pieces = pieces_of(rule, full, architecture, by_rank=tensor_parallel)
+        suffix = "lora_magnitude_vector"
     return {f"base_model.model.{name}.{suffix}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
 
 
-def _split_gate_up(full: torch.Tensor, *, interleaved: bool) -> tuple[torch.Tensor, ...]:
-    """DoRA's magnitudes are sharded as they lie on each rank: that rank's gate rows, then its up rows."""
-    if not interleaved:
-        return full.chunk(2)
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    by_rank = full.view(ranks, 2, -1)
-    return by_rank[:, 0].flatten(), by_rank[:, 1].flatten()
-
-
-def _write(tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, directory: Path) -> None:
+def write_adapter(tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, directory: Path) -> None:
     from peft import LoraConfig
 
     match = HUB_REFERENCE.fullmatch(source)
@@ -105,7 +102,15 @@ def _write(tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, d
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as name:
         config.save_pretrained(name)
+        _sort_modules(Path(name) / "adapter_config.json")
         save_file(tensors, str(Path(name) / "adapter_model.safetensors"), metadata={"format": "pt"})
         Path(name).chmod(0o755)
         Path(name).rename(directory)
         Path(name).mkdir()  # what the context manager goes on to remove
+
+
+def _sort_modules(path: Path) -> None:
+    """PEFT keeps them in a set: without this the same adapter is another file each time."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

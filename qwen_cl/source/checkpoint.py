@@ -45,6 +45,9 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handles[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._handles[name].get_slice(name)[:0].dtype
+
     def read(self, name: str, *slices: slice) -> torch.Tensor:
         """Only the slice's bytes are read from the file."""
         tensor: torch.Tensor = self._handles[name].get_slice(name)[slices if len(slices) > 1 else slices[0]]

@@ -114,6 +114,21 @@ def split_qkv(fused: torch.Tensor, architecture: Architecture) -> tuple[torch.Te
     return query.flatten(0, 2), key.flatten(0, 1), value.flatten(0, 1)
 
 
+def pieces_of(
+    rule: Rule, full: torch.Tensor, architecture: Architecture, *, by_rank: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """A whole Megatron tensor as the rule's Hugging Face tensors: what :func:`fill` does, backwards.
+
+    ``by_rank`` > 1 is for rows that lie as they did on that many tensor parallel ranks, gate and up on each.
+    """
+    if isinstance(rule, QueryKeyValue):
+        return split_qkv(full, architecture)
+    if isinstance(rule, GateUp):
+        ranks = full.view(by_rank, 2, -1, *full.shape[1:])
+        return ranks[:, 0].flatten(0, 1), ranks[:, 1].flatten(0, 1)
+    return (full[: architecture.vocab_size] if isinstance(rule, Vocabulary) else full,)
+
+
 def _check_coverage(filled: list[tuple[int, int]], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """Shards are contiguous row ranges, so a parameter is covered when they tile its bytes without a gap."""
     for previous, current in itertools.pairwise(filled):

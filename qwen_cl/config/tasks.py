@@ -1,0 +1,114 @@
+"""What a run does: the choices of the group ``task``. See schema.py for the mechanics."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import require
+
+HUB_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)")
+SIZE = re.compile(r"[0-9]+[KMGT]B")
+
+
+class ExportFormat(str, Enum):
+    merged = "merged"
+    adapter = "adapter"
+
+
+class ExportDtype(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    pass
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig(TaskConfig):
+    max_steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Sequences per forward pass of one rank."""
+    sequence_length: int
+    """Tokens; longer rows are cut."""
+    warmup_steps: int
+    """Optimizer steps over which the learning rate rises from 0."""
+    min_lr_ratio: float
+    """Final learning rate as a fraction of ``lr`` (cosine decay)."""
+    weight_decay: float
+    clip_grad: float
+    """Maximum norm of the gradient; 0 turns clipping off."""
+    val_check_interval: int
+    """Optimizer steps between validations; step 0 and the last step are always validated."""
+    checkpoint_interval: int
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int
+    """How many of the newest checkpoints stay on disk."""
+    log_interval: int
+    """Optimizer steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "val_check_interval",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "log_interval",
+        ):
+            require(f"task.{name}", getattr(self, name), at_least=1)
+        require("task.sequence_length", self.sequence_length, at_least=2)
+        require("task.warmup_steps", self.warmup_steps, at_least=0)
+        require("task.weight_decay", self.weight_decay, at_least=0)
+        require("task.clip_grad", self.clip_grad, at_least=0)
+        require("task.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        if self.warmup_steps >= self.max_steps:
+            raise UserError(
+                f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
+                "lower it, or train longer"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig(TrainingConfig):
+    """Instruction data: the loss counts the answer's tokens only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(TrainingConfig):
+    """Raw text: documents joined by the end-of-text token and cut into full sequences."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig(TaskConfig):
+    """Write what a run trained for transformers and PEFT."""
+
+    run: str
+    """Folder of the run."""
+    step: int | None
+    """Which checkpoint; None for the newest."""
+    output: str | None
+    """Folder to make; None for ``export-<format>`` in the run's."""
+    format: ExportFormat
+    dtype: ExportDtype
+    """Of the merged model; ``auto`` keeps the base model's."""
+    max_shard_size: str
+    """Of one safetensors file, like 5GB."""
+    push_to: str | None
+    """``hf://ORG/NAME`` to upload to; None to keep it here."""
+
+    def __post_init__(self) -> None:
+        if self.push_to is not None and not HUB_NAME.fullmatch(self.push_to):
+            raise UserError(f"task.push_to ({self.push_to}) must read hf://ORG/NAME")
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(f"task.max_shard_size ({self.max_shard_size}) must read like 5GB or 500MB")
