@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
+from qwen_cl.config.schema import ClusterConfig, LoraConfig, PeftConfig, Precision, RunConfig
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
@@ -29,15 +29,32 @@ class MemoryEstimate:
         return self.weights + self.gradients_and_optimizer + self.activations
 
 
-def estimate_memory(config: RunConfig, architecture: Architecture, precision: Precision) -> MemoryEstimate:
-    cluster, value_bytes = config.cluster, 2 if precision is Precision.bf16 else 4
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one rank computes on in a step."""
+
+    sequence_length: int
+    micro_batch_size: int
+    micro_batches: int
+
+
+def batch_of(config: RunConfig) -> Batch:
+    task = config.training
+    micro_batches = task.global_batch_size // (task.micro_batch_size * config.cluster.data_parallel)
+    return Batch(task.sequence_length, task.micro_batch_size, micro_batches)
+
+
+def estimate_memory(
+    architecture: Architecture, batch: Batch, peft: PeftConfig, cluster: ClusterConfig, precision: Precision
+) -> MemoryEstimate:
+    value_bytes = 2 if precision is Precision.bf16 else 4
     layers = architecture.num_layers / cluster.pipeline_parallel
     # The first stage holds the embedding, the last one the head: the same size where they are not tied.
     local = (layers * count_parameters(layer_shapes(0, architecture))) / cluster.tensor_parallel
     local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
     if not architecture.tied_embeddings and cluster.pipeline_parallel == 1:
         local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
-    adapter = adapter_parameters(config, architecture)
+    adapter = adapter_parameters(peft, architecture)
     trainable = count_parameters(expected_shapes(architecture)) if adapter is None else adapter
     local_trainable = local if adapter is None else adapter / (cluster.tensor_parallel * cluster.pipeline_parallel)
     master_bytes = 4 if precision is Precision.bf16 else 0
@@ -45,14 +62,13 @@ def estimate_memory(config: RunConfig, architecture: Architecture, precision: Pr
     return MemoryEstimate(
         weights=int(local * value_bytes),
         gradients_and_optimizer=int(state),
-        activations=int(_activations(config, architecture, value_bytes)),
+        activations=int(_activations(batch, cluster, architecture, value_bytes)),
         trainable_parameters=trainable,
     )
 
 
-def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | None:
+def adapter_parameters(peft: PeftConfig, architecture: Architecture) -> int | None:
     """Trainable parameters of the adapters; None where every weight is trained."""
-    peft = config.peft
     if not isinstance(peft, LoraConfig):
         return None
     query = architecture.query_size
@@ -66,16 +82,13 @@ def adapter_parameters(config: RunConfig, architecture: Architecture) -> int | N
     return architecture.num_layers * per_layer
 
 
-def _activations(config: RunConfig, architecture: Architecture, value_bytes: int) -> float:
-    task, cluster = config.training, config.cluster
-    tokens = task.micro_batch_size * task.sequence_length
+def _activations(batch: Batch, cluster: ClusterConfig, architecture: Architecture, value_bytes: int) -> float:
+    tokens = batch.micro_batch_size * batch.sequence_length
     qkv = architecture.query_size + 2 * architecture.key_value_size
     # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
     # embedding, and the gated MLP (gate and up, their halves, silu, its product).
     per_token = 8 * architecture.hidden_size + (2 * qkv + 7 * architecture.ffn_hidden_size) / cluster.tensor_parallel
-    in_flight = min(
-        cluster.pipeline_parallel, task.global_batch_size // (task.micro_batch_size * cluster.data_parallel)
-    )
+    in_flight = min(cluster.pipeline_parallel, batch.micro_batches)
     layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
     # Logits in the compute type, and their softmax in fp32, kept for the backward pass.
     logits = architecture.vocab_size * (value_bytes + 4) / cluster.tensor_parallel

@@ -10,6 +10,7 @@ from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
+from qwen_cl.layout import check_layout
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.reference import ModelFiles, resolve
@@ -43,7 +44,8 @@ def make_plan(config: RunConfig) -> Plan:
     device = pick_device(config.cluster)
     model = resolve(config.model.source, weights=False)
     architecture = read_architecture(model.config, model.directory)
-    _check_layout(config, architecture)
+    check_layout(config.cluster.tensor_parallel, config.cluster.pipeline_parallel, architecture)
+    _check_sequence_length(config, architecture)
     if model.commit is None:
         check_tensors(model.directory, architecture)
     files = row_files(config.data, config.training)
@@ -62,34 +64,13 @@ def fetch_weights(plan: Plan) -> None:
     check_tensors(model.directory, plan.architecture)
 
 
-def _check_layout(config: RunConfig, architecture: Architecture) -> None:
-    cluster = config.cluster
-    for what, count in (
-        ("attention heads", architecture.num_attention_heads),
-        ("KV groups", architecture.num_query_groups),
-        ("rows of the MLP", architecture.ffn_hidden_size),
-    ):
-        if count % cluster.tensor_parallel:
-            raise UserError(
-                f"cluster.tensor_parallel ({cluster.tensor_parallel}) must divide the model's {what} ({count}); "
-                f"this model allows {_divisors(architecture)}"
-            )
-    if architecture.num_layers % cluster.pipeline_parallel:
-        raise UserError(
-            f"cluster.pipeline_parallel ({cluster.pipeline_parallel}) must divide the model's layers "
-            f"({architecture.num_layers})"
-        )
+def _check_sequence_length(config: RunConfig, architecture: Architecture) -> None:
     if config.training.sequence_length > architecture.longest_sequence:
         limit = "sliding_window" if architecture.sliding_window else "max_position_embeddings"
         raise UserError(
             f"task.sequence_length ({config.training.sequence_length}) must be at most the model's "
             f"{limit} ({architecture.longest_sequence})"
         )
-
-
-def _divisors(architecture: Architecture) -> str:
-    counts = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
-    return ", ".join(str(n) for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts))
 
 
 def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> None:

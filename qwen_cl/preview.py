@@ -18,7 +18,7 @@ from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import SlurmConfig
 from qwen_cl.config.tasks import PretrainConfig
-from qwen_cl.estimate import estimate_memory
+from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
@@ -67,7 +67,10 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
-    estimate = estimate_memory(plan.config, plan.architecture, plan.config.cluster.precision)
+    config = plan.config
+    estimate = estimate_memory(
+        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision
+    )
     total = f"about {estimate.total / GIB:.2f} GiB per device"
     if plan.device.memory_bytes is not None:
         total += f" of {plan.device.memory_bytes / GIB:.0f} GiB"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.store import register_schemas
-from qwen_cl.estimate import MemoryEstimate, adapter_parameters, estimate_memory
+from qwen_cl.estimate import MemoryEstimate, adapter_parameters, batch_of, estimate_memory
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
@@ -60,7 +60,8 @@ def run_config(*overrides: str) -> RunConfig:
 def estimate(
     *overrides: str, precision: Precision = Precision.bf16, fields: dict[str, Any] = QWEN_05B
 ) -> MemoryEstimate:
-    return estimate_memory(run_config(*overrides), architecture(fields), precision)
+    config = run_config(*overrides)
+    return estimate_memory(architecture(fields), batch_of(config), config.peft, config.cluster, precision)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +95,15 @@ def test_adapters_count_both_factors_of_every_target(method: str) -> None:
     shape = architecture(QWEN_05B)
     # Inputs and outputs of qkv, proj, fc1 (gate and up), fc2.
     qkv, proj, fc1, fc2 = 896 + 1152, 896 + 896, 896 + 2 * 4864, 4864 + 896
-    config = run_config(f"peft={method}", "peft.rank=32")
-    assert adapter_parameters(config, shape) == 24 * 32 * (qkv + proj + fc1 + fc2) == 15_532_032
-    config = run_config(f"peft={method}", "peft.rank=8", "peft.target_modules=[linear_qkv,linear_fc2]")
-    assert adapter_parameters(config, shape) == 24 * 8 * (qkv + fc2)
+    peft = run_config(f"peft={method}", "peft.rank=32").peft
+    assert adapter_parameters(peft, shape) == 24 * 32 * (qkv + proj + fc1 + fc2) == 15_532_032
+    peft = run_config(f"peft={method}", "peft.rank=8", "peft.target_modules=[linear_qkv,linear_fc2]").peft
+    assert adapter_parameters(peft, shape) == 24 * 8 * (qkv + fc2)
     assert estimate(f"peft={method}", "peft.rank=32").trainable_parameters == 15_532_032
 
 
 def test_full_training_has_no_adapters() -> None:
-    assert adapter_parameters(run_config("peft=none"), architecture(QWEN_05B)) is None
+    assert adapter_parameters(run_config("peft=none").peft, architecture(QWEN_05B)) is None
     assert estimate("peft=none").trainable_parameters == TOTAL_05B
 
 
