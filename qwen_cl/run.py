@@ -13,7 +13,7 @@ from rich.console import Console
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
-from qwen_cl.config.tasks import ExportConfig
+from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
@@ -28,6 +28,11 @@ def run(config: object) -> None:
         RunFailed: started, and did not complete.
     """
     config = cast(RunConfig, config)
+    if isinstance(config.task, InspectConfig):
+        from qwen_cl.inspection import inspect
+
+        inspect(config, config.task)
+        return
     if isinstance(config.task, ExportConfig):
         from qwen_cl.export import export
 

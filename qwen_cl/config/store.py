@@ -16,6 +16,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "task": {
         "finetune_schema": tasks.FinetuneConfig,
         "pretrain_schema": tasks.PretrainConfig,
+        "inspect_schema": tasks.InspectConfig,
         "export_schema": tasks.ExportConfig,
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},

@@ -1,0 +1,99 @@
+"""``task=inspect``: what a model is, and what this machine can do with it. Fetches no weights, writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, PeftConfig, RunConfig
+from qwen_cl.config.tasks import InspectConfig
+from qwen_cl.devices import Device, pick_device
+from qwen_cl.estimate import Batch, estimate_memory
+from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
+from qwen_cl.source.architecture import FAMILIES, Architecture, read_architecture
+from qwen_cl.source.families import count_parameters, expected_shapes
+from qwen_cl.source.reference import ModelFiles, resolve
+from qwen_cl.view import print_facts
+
+GIB = 2**30
+METHODS = {LoraConfig: "LoRA", DoraConfig: "DoRA"}
+SIZES = (1, 2, 4, 8)
+"""Parallel sizes worth showing: what hosts of GPUs come in."""
+
+
+def inspect(config: RunConfig, task: InspectConfig) -> None:
+    """Raises UserError where the model cannot be found, read or trained."""
+    device = pick_device(config.cluster)
+    model = resolve(config.model.source, weights=False)
+    architecture = read_architecture(model.config, model.directory)
+    console = Console()
+    print_facts([*_model_facts(model, architecture), *_device_facts(device, architecture)], console)
+    batch = Batch(task.sequence_length, task.micro_batch_size, task.micro_batches)
+    console.print(_layout_table(config, batch, device, architecture))
+
+
+def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[str, str]]:
+    shapes = expected_shapes(architecture)
+    embedding = architecture.vocab_size * architecture.hidden_size
+    return [
+        ("model", model.source),
+        ("commit", model.commit or "none: a directory of your own"),
+        ("architecture", f"{architecture.family} ({FAMILIES[architecture.family].title})"),
+        ("parameters", f"{count_parameters(shapes):,}, of them {embedding:,} in the embedding{_tied(architecture)}"),
+        ("layers", f"{architecture.num_layers} of {architecture.hidden_size}, MLP of {architecture.ffn_hidden_size}"),
+        (
+            "attention",
+            f"{architecture.num_attention_heads} heads of {architecture.kv_channels}, "
+            f"{architecture.num_query_groups} KV groups",
+        ),
+        ("vocabulary", f"{architecture.vocab_size:,}"),
+        ("context", f"{architecture.longest_sequence:,} tokens"),
+    ]
+
+
+def _tied(architecture: Architecture) -> str:
+    return ", which is the output layer too" if architecture.tied_embeddings else " and as many in the output layer"
+
+
+def _device_facts(device: Device, architecture: Architecture) -> list[tuple[str, str]]:
+    memory = "" if device.memory_bytes is None else f" with {device.memory_bytes / GIB:.0f} GiB"
+    return [
+        ("tensor_parallel", ", ".join(map(str, tensor_parallel_sizes(architecture)))),
+        ("pipeline_parallel", ", ".join(map(str, pipeline_parallel_sizes(architecture)))),
+        ("this machine", f"{device.name}{memory}, {device.precision.value}"),
+    ]
+
+
+def _layout_table(config: RunConfig, batch: Batch, device: Device, architecture: Architecture) -> Table:
+    """GiB per device of each layout, adapter and full; what does not fit this machine's device is said."""
+    table = Table(
+        title=f"GiB per device, {batch.micro_batch_size} x {batch.sequence_length} tokens a pass",
+        title_justify="left",
+    )
+    for column in ("tensor_parallel", "pipeline_parallel", "devices", _name(config.peft), "every weight"):
+        table.add_column(column, justify="right")
+    for tensor_parallel in (size for size in SIZES if size in tensor_parallel_sizes(architecture)):
+        for pipeline_parallel in (size for size in SIZES if size in pipeline_parallel_sizes(architecture)):
+            devices = tensor_parallel * pipeline_parallel
+            cluster = dataclasses.replace(
+                config.cluster, devices=devices, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
+            )
+            row = [tensor_parallel, pipeline_parallel, devices]
+            cells = [
+                _memory(architecture, batch, peft, cluster, device)
+                for peft in (config.peft, PeftConfig(default_lr=config.peft.default_lr))
+            ]
+            table.add_row(*map(str, row), *cells)
+    return table
+
+
+def _name(peft: PeftConfig) -> str:
+    return f"{METHODS[type(peft)]} r{peft.rank}" if isinstance(peft, LoraConfig) else "no adapter"
+
+
+def _memory(architecture: Architecture, batch: Batch, peft: PeftConfig, cluster: ClusterConfig, device: Device) -> str:
+    total = estimate_memory(architecture, batch, peft, cluster, device.precision).total
+    fits = device.memory_bytes is None or total <= device.memory_bytes
+    return f"{total / GIB:.2f}" + ("" if fits else " (too much)")
