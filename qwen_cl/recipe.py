@@ -26,18 +26,19 @@ from qwen_cl.config.tasks import PretrainConfig
 from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
 from qwen_cl.megatron.model import build_model
+from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture
 
 
-def build_recipe(config: RunConfig, architecture: Architecture, model_directory: Path, output_dir: Path) -> run.Partial:
+def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolder) -> run.Partial:
     """``config`` has its source pinned and its accelerator and precision settled (``plan.make_plan``)."""
     peft = _peft(config)
-    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(model_directory))
+    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(folder.tokenizer))
     parts = {
         "model": build_model(config, architecture, tokenizer),
-        "trainer": _trainer(config, architecture, output_dir),
+        "trainer": _trainer(config, architecture, folder.directory),
         "data": _data(config, architecture, tokenizer),
-        "log": _log(config, output_dir),
+        "log": _log(config, folder.directory),
         "optim": _optimizer(config),
         "resume": run.Config(
             nl.AutoResume,

@@ -17,6 +17,7 @@ from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.view import ProgressView, print_result, wandb_notice
 
 
@@ -76,8 +77,8 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
     hydra.mkdir(exist_ok=True)
     OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
     OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
-    save_config(plan.config, hydra / "config.yaml")
-    shutil.copyfile(hydra / "config.yaml", folder.config)
+    write_worker_inputs(plan, folder)
+    shutil.copyfile(folder.config, hydra / "config.yaml")
     folder.update_status(
         state=State.RUNNING,
         reason=None,
@@ -92,3 +93,10 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         versions=versions(),
         device=plan.device.name,
     )
+
+
+def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
+    """What the run's processes read: the config, and the tokenizer. Not the model's own directory, because NeMo
+    copies the tokenizer's into every checkpoint, weights and all."""
+    copy_small_files(plan.model.directory, folder.tokenizer)
+    save_config(plan.config, folder.config)

@@ -37,6 +37,7 @@ class RunFolder:
         self.metrics_file = self.directory / "metrics.jsonl"
         self.log = self.directory / "run.log"
         self.checkpoints = self.directory / "checkpoints"
+        self.tokenizer = self.directory / "tokenizer"
         self.adapter = self.directory / "adapter"
         self.wandb = self.directory / "wandb"
 

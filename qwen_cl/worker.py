@@ -83,7 +83,7 @@ def load_recipe(config: RunConfig, folder: RunFolder) -> nemo_run.Partial:
 
     model_directory = local_directory(config.model.source)
     architecture = read_architecture(read_model_config(model_directory), model_directory)
-    return build_recipe(config, architecture, model_directory, folder.directory)
+    return build_recipe(config, architecture, folder)
 
 
 def _finish(folder: RunFolder, state: State, reason: str | None) -> None:

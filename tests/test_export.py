@@ -15,9 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qwen_cl.config.file import save_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.plan import make_plan
+from qwen_cl.run import write_worker_inputs
+from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT, launch
 from tests.models import LLAMA_3, save_random_model
 
@@ -65,7 +66,7 @@ def _train(model: Path, method: str, folder: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", overrides))
     folder.mkdir()
-    save_config(make_plan(config).config, folder / "config.yaml")  # type: ignore[arg-type]
+    write_worker_inputs(make_plan(config), RunFolder(folder))  # type: ignore[arg-type]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/probe.py"), str(folder)], capture_output=True, text=True, check=False
     )

@@ -43,6 +43,13 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
     assert not (trained.folder.directory.parent / "lightning_logs").exists()
 
 
+def test_nothing_of_the_base_is_copied(trained: Launched) -> None:
+    """NeMo puts the tokenizer's directory into every checkpoint: it must not be the model's."""
+    written = [path.name for path in trained.folder.directory.rglob("*.safetensors")]
+    assert written == ["adapter_model.safetensors"]
+    assert (next(trained.folder.checkpoints.iterdir()) / "context/tokenizer/tokenizer.json").is_file()
+
+
 def test_the_saved_config_is_the_run(trained: Launched) -> None:
     register_schemas()
     config = load_config(trained.folder.config)

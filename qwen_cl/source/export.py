@@ -28,8 +28,8 @@ from qwen_cl.source.families import (
     tensor_shapes,
     top_level_rules,
 )
-from qwen_cl.source.reference import FILES
 from qwen_cl.source.shards import pieces_of
+from qwen_cl.source.small_files import copy_small_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +175,7 @@ def _sources(architecture: Architecture) -> dict[str, tuple[str, int | None, Rul
 
 
 def _copy_small_files(base: Path, directory: Path, dtype: torch.dtype | None) -> None:
-    for pattern in FILES:
-        for path in base.glob(pattern):
-            shutil.copyfile(path, directory / path.name)
+    copy_small_files(base, directory)
     if dtype is not None:
         path = directory / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
