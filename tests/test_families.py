@@ -26,6 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3-tied": {"family": "llama", "rope_scaling": LLAMA_3, "rope_theta": 5e5},
     "mistral": {"family": "mistral", "tied": False, "sliding_window": None, "head_width": 24},
     "mistral-bf16": {"family": "mistral", "sliding_window": 256, "dtype": torch.bfloat16, "tied": False},
+    "llama-untied-sharded": {"family": "llama", "tied": False, "max_shard_size": "100KB", "vocab_size": 1543},
+    "mistral-tied-sharded": {"family": "mistral", "sliding_window": 128, "max_shard_size": "100KB"},
     "qwen2-bf16-tied": {"family": "qwen2", "dtype": torch.bfloat16},
     "qwen3-bf16": {"family": "qwen3", "dtype": torch.bfloat16, "tied": False, "max_shard_size": "100KB"},
     "llama-3-bf16": {"family": "llama", "rope_scaling": LLAMA_3, "dtype": torch.bfloat16},
@@ -38,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_random_model(base / name, **shape) for name, shape in MODELS.items()}
 
 
-@pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_logits_equal_transformers(
     tensor_parallel: int, pipeline_parallel: int, models: dict[str, Path], tmp_path: Path
 ) -> None:
