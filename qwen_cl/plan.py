@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.config.tasks import FinetuneConfig
+from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
@@ -86,5 +86,6 @@ def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) ->
             f"{model.directory}: its tokenizer has id {largest}, past the model's vocab_size "
             f"({model.config['vocab_size']}); tokenizer and weights are not of the same model"
         )
-    check_examples(train, tokenizer, config.training.sequence_length, files.train)
-    check_examples(validation, tokenizer, config.training.sequence_length, files.validation or files.train)
+    loss_on = config.task.loss_on if isinstance(config.task, FinetuneConfig) else LossOn.all
+    for rows, path in ((train, files.train), (validation, files.validation or files.train)):
+        check_examples(rows, tokenizer, config.training.sequence_length, loss_on, path)

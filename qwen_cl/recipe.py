@@ -22,7 +22,7 @@ from qwen_cl.config.schema import (
     Precision,
     RunConfig,
 )
-from qwen_cl.config.tasks import PretrainConfig
+from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
 from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
 from qwen_cl.megatron.model import build_model
@@ -121,7 +121,8 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) 
         return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)
     files = row_files(config.data, task)
     assert files is not None
-    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, **common)
+    loss_on = task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all
+    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, loss_on=loss_on.value, **common)
 
 
 def _log(config: RunConfig, output_dir: Path) -> run.Config:

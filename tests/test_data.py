@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.conversations import Conversation, Message, pair
 from qwen_cl.data.examples import Example, build_examples, load_tokenizer
-from qwen_cl.data.rows import Instruction, Row, RowFiles, Text, content_hash, read_rows
+from qwen_cl.data.rows import Row, RowFiles, Text, content_hash, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +67,38 @@ def tokens(text: str) -> list[int]:
         ),
         (PAIR + b'{"prompt": "\\u3000", "completion": "b"}', "{path}:2: field 'prompt' is empty; remove the row"),
         (
-            PAIR + b'{"text": "a"}\n',
-            "{path}:2: field 'prompt' is missing (found: 'text'); rename it, or set data.prompt",
+            PAIR + b'{"completion": "a"}\n',
+            "{path}:2: field 'prompt' is missing (found: 'completion'); rename it, or set data.prompt_field",
         ),
-        (PAIR + b"{}\n", "{path}:2: field 'prompt' is missing (found: none)"),
+        (PAIR + b'{"text": "a"}\n', "{path}:2: no instruction form has these fields (found: 'text'); write prompt"),
+        (PAIR + b"{}\n", "{path}:2: no instruction form has these fields (found: none)"),
+        (b'{"messages": []}\n', "{path}:1: field 'messages' must be a list of messages with role and content"),
+        (b'{"messages": [{"role": "user"}]}\n', "{path}:1: messages[0] must be an object with role and content"),
+        (
+            b'{"messages": [{"role": "tool", "content": "a"}]}\n',
+            "{path}:1: messages[0].role (tool) must be one of system, user, assistant",
+        ),
+        (
+            b'{"conversations": [{"from": ["gpt"], "value": "a"}]}\n',
+            "{path}:1: conversations[0].from (['gpt']) must be one of system, human, user, gpt, assistant",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}\n',
+            "{path}:1: messages[1] is a system message, which may only come first",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}]}\n',
+            "{path}:1: messages ends with a message of the user, which nothing answers; cut it",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n',
+            "{path}:1: messages[1].content is empty; remove the row or fill it",
+        ),
+        (b'{"instruction": "a"}\n', "{path}:1: field 'output' is missing (found: 'instruction')"),
+        (
+            b'{"instruction": "a", "input": 1, "output": "b"}\n',
+            "{path}:1: field 'input' is int, it must be a string",
+        ),
         (PAIR + '{"prompt": "é"}\n'.encode("latin-1"), "{path}:2: byte 0xe9 at column 13 is not UTF-8"),
         (b"\n\n", "{path} is empty; it must hold one JSON object a line with the fields prompt, completion"),
         # Half of an emoji, which \u escapes can write and no tokenizer can read.
@@ -98,8 +128,8 @@ def test_blank_lines_and_byte_order_marks_are_no_rows(tmp_path: Path) -> None:
     validation = tmp_path / "validation.jsonl"
     validation.write_bytes(PAIR)
     train, held_out = read_rows(files(path, validation))
-    assert train == [Instruction("a", "b"), Instruction("二", "c")]
-    assert held_out == [Instruction("a", "b")]
+    assert train == [pair("a", "b"), pair("二", "c")]
+    assert held_out == [pair("a", "b")]
 
 
 def test_held_out_rows_are_every_nth_and_no_others(tmp_path: Path) -> None:
@@ -123,27 +153,88 @@ def test_content_hash_is_of_all_bytes_of_both_files(tmp_path: Path) -> None:
         assert content_hash(files(train, validation)) != before
 
 
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"prompt": "a", "completion": "b"}, "ua"),
+        ({"question": "no", "prompt": "a", "completion": "b", "messages": "unused"}, "ua"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ua"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "ua"),
+        ({"instruction": "a", "output": "b"}, "ua"),
+        ({"instruction": "a", "input": "", "output": "b"}, "ua"),
+        (
+            {"messages": [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]},
+            "sua",
+        ),
+        (
+            {"conversations": [{"from": role, "value": "x"} for role in ("human", "gpt", "human", "gpt")]},
+            "uaua",
+        ),
+    ],
+)
+def test_a_rows_form_is_told_by_its_keys(row: dict[str, Any], roles: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
+    (found,), _ = read_rows(files(path, every=2))
+    assert isinstance(found, Conversation)
+    assert "".join(message.role[0] for message in found.messages) == roles
+    if len(found.messages) == 2:
+        assert found == pair("a", "b")
+
+
+def test_an_alpaca_input_follows_its_instruction(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"instruction": "Translate.", "input": "cat", "output": "neko"}\n' * 2)
+    assert read_rows(files(path, every=2))[0] == [pair("Translate.\n\ncat", "neko")]
+
+
 def test_labels_are_the_answer_and_its_end() -> None:
     rows = demo_rows("instructions")
     for row, example in zip(rows, build_examples(rows, tokenizer(), 2048)):
-        assert isinstance(row, Instruction)
-        masked, labels = example.ids[: example.first_label], example.ids[example.first_label :]
-        assert labels == tokens(row.completion + "<|im_end|>")
+        assert isinstance(row, Conversation)
+        prompt, completion = (message.content for message in row.messages)
+        ((start, stop),) = example.counted
+        masked, labels = example.ids[:start], example.ids[start:]
+        assert stop == len(example.ids)
+        assert labels == tokens(completion + "<|im_end|>")
         assert labels[-1] == tokenizer().convert_tokens_to_ids("<|im_end|>")
         # The tokenizer composes accents (NFC), as Qwen's does.
-        assert tokenizer().decode(labels) == unicodedata.normalize("NFC", row.completion) + "<|im_end|>"
-        question = [{"role": "user", "content": row.prompt}]
+        assert tokenizer().decode(labels) == unicodedata.normalize("NFC", completion) + "<|im_end|>"
+        question = [{"role": "user", "content": prompt}]
         assert masked == tokenizer().apply_chat_template(question, add_generation_prompt=True)
-        assert tokenizer().decode(masked).endswith(f"{row.prompt}<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer().decode(masked).endswith(f"{prompt}<|im_end|>\n<|im_start|>assistant\n")
         assert example.num_labels == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "counted"),
+    [
+        (LossOn.answers, ["一つ目の答え<|im_end|>", "二つ目<|im_end|>"]),
+        (LossOn.last_answer, ["二つ目<|im_end|>"]),
+        (LossOn.all, None),
+    ],
+)
+def test_which_tokens_of_a_conversation_count(loss_on: LossOn, counted: list[str] | None) -> None:
+    turns = [("system", "簡潔に。"), ("user", "一?"), ("assistant", "一つ目の答え"), ("user", "二?")]
+    row = Conversation(tuple(Message(*turn) for turn in [*turns, ("assistant", "二つ目")]))
+    (example,) = build_examples([row], tokenizer(), 2048, loss_on)
+    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    whole = tokenizer().apply_chat_template(messages, tokenize=False).rstrip("\n")
+    assert tokenizer().decode(example.ids) == whole
+    if counted is None:
+        assert example.counted == ((1, len(example.ids)),)
+    else:
+        assert [tokenizer().decode(example.ids[start:stop]) for start, stop in example.counted] == counted
 
 
 @pytest.mark.parametrize("past_prompt", [-5, 0, 1, 4])
 def test_a_long_row_is_cut_and_keeps_the_labels_before_the_cut(past_prompt: int) -> None:
-    rows: list[Row] = [Instruction("三つ挙げてください。", "青森県、秋田県、宮城県の三県を挙げます。")]
+    rows: list[Row] = [pair("三つ挙げてください。", "青森県、秋田県、宮城県の三県を挙げます。")]
     (whole,) = build_examples(rows, tokenizer(), 2048)
-    (cut,) = build_examples(rows, tokenizer(), whole.first_label - 1 + past_prompt)
-    assert cut == Example(whole.ids[: whole.first_label + past_prompt], whole.first_label)
+    start = whole.counted[0][0]
+    (cut,) = build_examples(rows, tokenizer(), start - 1 + past_prompt)
+    kept = ((start, start + past_prompt),) if past_prompt > 0 else ()
+    assert cut == Example(whole.ids[: start + past_prompt], kept)
     assert cut.num_labels == max(0, past_prompt)
     assert cut.num_labels < whole.num_labels
 
@@ -173,7 +264,8 @@ def test_no_rows_make_no_examples() -> None:
 def test_collate_shifts_labels_and_masks_what_does_not_count() -> None:
     from qwen_cl.data.module import collate
 
-    instruction, text, uncounted = Example([5, 6, 7, 8, 9], 3), Example([1, 2, 3], 1), Example([4, 5, 6], 3)
+    instruction, text = Example([5, 6, 7, 8, 9], ((2, 3), (4, 5))), Example([1, 2, 3], ((1, 3),))
+    uncounted = Example([4, 5, 6], ())
     batch: dict[str, Any] = collate([instruction, text, uncounted])
     assert {name: (tuple(value.shape), str(value.dtype)) for name, value in batch.items()} == {
         "tokens": ((3, 16), "torch.int64"),
@@ -183,16 +275,21 @@ def test_collate_shifts_labels_and_masks_what_does_not_count() -> None:
     }
     assert batch["tokens"][:, :5].tolist() == [[5, 6, 7, 8, 0], [1, 2, 0, 0, 0], [4, 5, 0, 0, 0]]
     assert batch["labels"][:, :5].tolist() == [[6, 7, 8, 9, 0], [2, 3, 0, 0, 0], [5, 6, 0, 0, 0]]
-    assert batch["loss_mask"][:, :5].tolist() == [[0, 0, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert batch["loss_mask"][:, :5].tolist() == [[0, 1, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert batch["loss_mask"].sum(1).tolist() == [example.num_labels for example in (instruction, text, uncounted)]
     assert batch["position_ids"].tolist() == [list(range(16))] * 3
-    assert [collate([Example([1] * size, 1)])["tokens"].shape[1] for size in (2, 17, 18, 34)] == [16, 16, 32, 48]
+    assert [collate([Example([1] * size, ((1, size),))])["tokens"].shape[1] for size in (2, 17, 18, 34)] == [
+        16,
+        16,
+        32,
+        48,
+    ]
 
 
 def test_training_order_is_a_new_permutation_every_epoch_and_follows_the_seed() -> None:
     from qwen_cl.data.module import TokenDataset
 
-    examples = [Example([number, number], 1) for number in range(50)]
+    examples = [Example([number, number], ((1, 2),)) for number in range(50)]
 
     def order(seed: int, indices: range = range(150)) -> list[int]:
         dataset = TokenDataset(examples, num_samples=150, seed=seed)
@@ -213,7 +310,7 @@ def test_training_order_is_a_new_permutation_every_epoch_and_follows_the_seed() 
 def test_validation_order_is_the_files_and_its_filling_does_not_count() -> None:
     from qwen_cl.data.module import TokenDataset
 
-    examples = [Example([number, number], 1) for number in range(3)]
+    examples = [Example([number, number], ((1, 2),)) for number in range(3)]
     dataset = TokenDataset(examples, num_samples=8, seed=None)
     seen = [dataset[index] for index in range(8)]
     assert [example.ids[0] for example in seen] == [0, 1, 2, 0, 1, 2, 0, 1]

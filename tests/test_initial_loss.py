@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_cl.data.conversations import pair
 from qwen_cl.data.examples import Example, build_examples
 from qwen_cl.data.module import TokenDataset
-from qwen_cl.data.rows import Instruction
 from tests.conftest import ROOT, launch
 from tests.models import save_random_model
 
@@ -66,7 +66,7 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
 
 def _examples(model: Path, part: str) -> list[Example]:
     lines = (ROOT / f"qwen_cl/demo/data/instructions.{part}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [Instruction(**json.loads(line)) for line in lines]
+    rows = [pair(**json.loads(line)) for line in lines]
     return list(build_examples(rows, AutoTokenizer.from_pretrained(model), 128))
 
 
@@ -75,8 +75,9 @@ def _loss(model: Any, examples: list[Example]) -> float:
     total, count = 0.0, 0
     for example in examples:
         ids = torch.tensor([example.ids])
-        labels = ids.clone()
-        labels[:, : example.first_label] = -100
+        labels = torch.full_like(ids, -100)
+        for start, stop in example.counted:
+            labels[:, start:stop] = ids[:, start:stop]
         with torch.no_grad():
             total += float(model(ids, labels=labels).loss) * example.num_labels
         count += example.num_labels

@@ -13,6 +13,12 @@ HUB_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)")
 SIZE = re.compile(r"[0-9]+[KMGT]B")
 
 
+class LossOn(str, Enum):
+    answers = "answers"
+    last_answer = "last_answer"
+    all = "all"
+
+
 class ExportFormat(str, Enum):
     merged = "merged"
     adapter = "adapter"
@@ -81,7 +87,10 @@ class TrainingConfig(TaskConfig):
 
 @dataclass(kw_only=True, slots=True)
 class FinetuneConfig(TrainingConfig):
-    """Instruction data: the loss counts the answer's tokens only."""
+    """Instruction data, rendered by the model's own chat template."""
+
+    loss_on: LossOn
+    """Which tokens of a conversation count."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.rows import Instruction, Row, Text
+from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.conversations import ASSISTANT, Conversation
+from qwen_cl.data.rows import Row, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,16 +20,23 @@ if TYPE_CHECKING:
 class Example:
     ids: list[int]
     """One more than the positions trained on: each id but the first is somebody's label."""
-    first_label: int
-    """Index in ``ids`` from which labels count; at or past the end, none does."""
+    counted: tuple[tuple[int, int], ...]
+    """Half-open ranges of indices in ``ids``, in order and from 1 on, whose ids count as labels."""
 
     @property
     def num_labels(self) -> int:
-        return max(0, len(self.ids) - max(1, self.first_label))
+        return sum(stop - start for start, stop in self.counted)
+
+    def cut(self, length: int) -> Example:
+        """The first ``length`` ids, and the labels among them."""
+        kept = tuple((start, min(stop, length)) for start, stop in self.counted if start < length)
+        return Example(self.ids[:length], kept)
 
 
-def build_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
-    """Instructions become one example each; texts are joined by the end-of-text token and cut to full length."""
+def build_examples(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn = LossOn.answers
+) -> Iterator[Example]:
+    """Conversations become one example each; texts are joined by the end-of-text token and cut to full length."""
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -36,37 +45,49 @@ def build_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequ
     if isinstance(first, Text):
         yield from _pack(everything, tokenizer, sequence_length)
     else:
-        yield from (_instruction(row, tokenizer, sequence_length) for row in everything)
+        for row in everything:
+            assert isinstance(row, Conversation)
+            yield _conversation(row, tokenizer, loss_on).cut(sequence_length + 1)
 
 
-def check_examples(rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, path: str) -> None:
+def check_examples(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn, path: str
+) -> None:
     """Refuse rows of which nothing would be learnt: every answer lies past the cut.
 
     Stops at the first example with a label, so good data costs nothing.
     """
-    if not any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length)):
+    if not any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length, loss_on)):
         raise UserError(
             f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
             "longer; raise task.sequence_length or shorten the prompts"
         )
 
 
-def _instruction(row: Row, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Example:
-    """Prompt and answer are tokenised apart, as they are when the model answers."""
-    assert isinstance(row, Instruction)
-    question = [{"role": "user", "content": row.prompt}]
-    answered = [*question, {"role": "assistant", "content": row.completion}]
-    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    if not whole.startswith(prompt):
-        raise UserError(
-            "the model's chat template renders a prompt differently once it is answered, so the answer cannot be "
-            "told from the prompt; use another model or give its tokenizer a template that does not"
-        )
-    ids = _encode(tokenizer, prompt)
-    first_label = len(ids)
-    ids += _encode(tokenizer, whole[len(prompt) :].rstrip("\n"))
-    return Example(ids[: sequence_length + 1], first_label)
+def _conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
+    """What is asked and what is answered are tokenised apart, as they are when the model answers."""
+    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    ids: list[int] = []
+    answers: list[tuple[int, int]] = []
+    done = ""
+    for number, message in enumerate(row.messages):
+        if message.role != ASSISTANT or (loss_on is LossOn.last_answer and number + 1 < len(messages)):
+            continue
+        asked = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise UserError(
+                "the model's chat template renders a prompt differently once it is answered, so the answer cannot be "
+                "told from the prompt; write task.loss_on=last_answer if that is so of earlier answers only, or give "
+                "the tokenizer a template that does not"
+            )
+        answer = answered[len(asked) :].rstrip("\n")
+        ids += _encode(tokenizer, asked[len(done) :])
+        start = len(ids)
+        ids += _encode(tokenizer, answer)
+        answers.append((start, len(ids)))
+        done = asked + answer
+    return Example(ids, ((1, len(ids)),) if loss_on is LossOn.all else tuple(answers))
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
@@ -76,10 +97,10 @@ def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_leng
         assert isinstance(row, Text)
         buffer += [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
         while len(buffer) > sequence_length:
-            yield Example(buffer[: sequence_length + 1], 1)
+            yield Example(buffer[: sequence_length + 1], ((1, sequence_length + 1),))
             buffer = buffer[sequence_length:]
     if len(buffer) > 1:
-        yield Example(buffer, 1)
+        yield Example(buffer, ((1, len(buffer)),))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

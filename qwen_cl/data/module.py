@@ -14,6 +14,7 @@ from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
+from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.examples import Example, build_examples
 from qwen_cl.data.rows import RowFiles, read_rows
 
@@ -40,7 +41,7 @@ class TokenDataset(Dataset[Example]):
         if self.seed is None:
             # Past the end: a validation batch is filled up with examples that do not count.
             example = self.examples[position]
-            return example if epoch == 0 else Example(example.ids, len(example.ids))
+            return example if epoch == 0 else Example(example.ids, ())
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
         return self.examples[self._order[position]]
@@ -57,7 +58,8 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
         ids = torch.tensor(example.ids)
         tokens[row, : len(ids) - 1] = ids[:-1]
         labels[row, : len(ids) - 1] = ids[1:]
-        loss_mask[row, max(0, example.first_label - 1) : len(ids) - 1] = 1.0
+        for start, stop in example.counted:
+            loss_mask[row, start - 1 : stop - 1] = 1.0
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
     return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
 
@@ -136,9 +138,17 @@ class RowDataModule(TokenDataModule):
     """Rows of JSON Lines files."""
 
     def __init__(
-        self, *, train: str, validation: str | None, validation_every: int, fields: list[str], **common: Any
+        self,
+        *,
+        train: str,
+        validation: str | None,
+        validation_every: int,
+        fields: list[str],
+        loss_on: str,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.loss_on = LossOn(loss_on)
         self.files = RowFiles(
             train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
         )
@@ -148,7 +158,7 @@ class RowDataModule(TokenDataModule):
         train, validation = (
             [
                 example
-                for example in build_examples(rows, tokenizer, self.seq_length)
+                for example in build_examples(rows, tokenizer, self.seq_length, self.loss_on)
                 if example.num_labels  # cut before its answer: nothing to learn from it
             ]
             for rows in read_rows(self.files)
@@ -169,6 +179,6 @@ class MockDataModule(TokenDataModule):
 
         def examples(count: int) -> list[Example]:
             shape = (count, self.seq_length + 1)
-            return [Example(row.tolist(), 1) for row in random.integers(0, self.vocab_size, shape)]
+            return [Example(row.tolist(), ((1, len(row)),)) for row in random.integers(0, self.vocab_size, shape)]
 
         return examples(self.rows), examples(max(1, self.rows // 8))

@@ -7,17 +7,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    prompt: str
-    completion: str
+from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +19,7 @@ class Text:
     text: str
 
 
-Row = Instruction | Text
+Row = Conversation | Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,25 +116,10 @@ def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> Row:
         raise UserError(f"{where}: JSON nested too deep; every line is one object of texts") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {type(value).__name__} where an object with {', '.join(fields)} must be")
-    texts = [_text(value, field, where, fields) for field in fields]
-    return Text(texts[0]) if len(fields) == 1 else Instruction(texts[0], texts[1])
-
-
-def _text(value: dict[str, Any], field: str, where: str, fields: tuple[str, ...]) -> str:
+    if len(fields) == 2:
+        return parse_conversation(value, (fields[0], fields[1]), where)
+    (field,) = fields
     if field not in value:
-        knob = {0: "data.text_field" if len(fields) == 1 else "data.prompt_field", 1: "data.completion_field"}
-        raise UserError(
-            f"{where}: field {field!r} is missing (found: {', '.join(map(repr, value)) or 'none'}); "
-            f"rename it, or set {knob[fields.index(field)]}"
-        )
-    text = value[field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} is {type(text).__name__}, it must be a string")
-    if not text.strip():
-        raise UserError(f"{where}: field {field!r} is empty; remove the row or fill it")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(
-            f"{where}: field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
-            "write the character itself, or both halves"
-        )
-    return text
+        found = ", ".join(map(repr, value)) or "none"
+        raise UserError(f"{where}: field {field!r} is missing (found: {found}); rename it, or set data.text_field")
+    return Text(check_text(value[field], f"field {field!r}", where))
