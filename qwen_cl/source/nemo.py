@@ -1,28 +1,45 @@
-"""Makes ``nl.RestoreConfig(path="hf://ORG/NAME@COMMIT")`` work in an ordinary NeMo 2.0 recipe.
+"""Makes ``nl.RestoreConfig(path="hf://ORG/NAME@COMMIT")`` work in an ordinary NeMo 2.0 recipe, first run and resume.
 
-NeMo 2.2 to 2.7 only pretend: ``AutoResume._extract_path`` asserts on anything but ``nemo://``. Three methods are
+NeMo 2.2 to 2.7 only pretend: ``AutoResume._extract_path`` asserts on anything but ``nemo://``. Five methods are
 replaced for paths in Hugging Face layout and left alone for all others. They are replaced on the classes because
 ``PEFT.setup`` throws away a checkpoint IO handed to the strategy, and so that the recipe stays stock.
+
+What NeMo does with them: ``AutoResume.setup`` decides what to load; ``MegatronStrategy.load_checkpoint`` and
+``load_model_state_dict`` load it, of a resumed adapter first the base and, once the adapters exist, the adapter; every
+``save_checkpoint`` records the base, which a later ``setup`` compares.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 from nemo.lightning.pytorch.strategies import MegatronStrategy
-from nemo.lightning.resume import AutoResume
+from nemo.lightning.resume import AdapterPath, AutoResume
 
-from qwen_cl.source.architecture import read_architecture
-from qwen_cl.source.checkpoint import Checkpoint
-from qwen_cl.source.reference import is_hub_reference, local_directory, read_model_config
+from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.checkpoint import Checkpoint, check_tensors
+from qwen_cl.source.compatibility import check_model_config
+from qwen_cl.source.reference import ModelFiles, is_hub_reference, local_directory, read_model_config, resolve
 from qwen_cl.source.shards import fill
+from qwen_cl.source.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
+BASE_RECORD = "base_model.json"
+"""Beside the weights of every checkpoint: ``{"source": …}``, pinned, or the absolute path of a directory."""
+FILLED = "filled_in_place"
+"""Marks what ``load_checkpoint`` returns when the weights are in the model already."""
+
+
+class BaseMismatchError(RuntimeError):
+    """A checkpoint was trained on another base model than the one the recipe names."""
 
 
 def install() -> None:
@@ -30,44 +47,134 @@ def install() -> None:
     if getattr(AutoResume, "_reads_hugging_face", False):
         return
     AutoResume._reads_hugging_face = True
-    stock_extract, stock_load = AutoResume._extract_path, MegatronStrategy.load_checkpoint
-    stock_load_model = MegatronStrategy.load_model_state_dict
-
-    def _extract_path(self: AutoResume, path: str) -> Any:
-        return path if is_hub_reference(str(path)) else stock_extract(self, path)
-
-    def load_checkpoint(
-        self: MegatronStrategy, checkpoint_path: str | Path, selective_restore: bool = False
-    ) -> dict[str, Any]:
-        if not in_hugging_face_layout(checkpoint_path):
-            return stock_load(self, checkpoint_path, selective_restore)
-        load_hugging_face(self, str(checkpoint_path))
-        return {}
-
-    def load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        if checkpoint:
-            stock_load_model(self, checkpoint, strict)
-            return
-        for optimizer in self.optimizers:
-            optimizer.reload_model_params()  # the fp32 masters were made before the weights came
-
-    AutoResume._extract_path = _extract_path
-    MegatronStrategy.load_checkpoint = load_checkpoint
-    MegatronStrategy.load_model_state_dict = load_model_state_dict
+    _replace_setup()
+    _replace_load()
+    _replace_save()
 
 
 def in_hugging_face_layout(path: str | Path) -> bool:
     return is_hub_reference(str(path)) or (Path(path) / "config.json").is_file()
 
 
+def _replace_setup() -> None:
+    stock = AutoResume.setup
+
+    def setup(self: AutoResume, trainer: Any, model: Any = None) -> None:
+        restore = self.restore_config
+        if restore is None or not in_hugging_face_layout(restore.path):
+            stock(self, trainer, model)
+            return
+        files, architecture = _fetch(restore.path)
+        if model is not None:
+            check_model_config(model.config, architecture, files.source, prefix="model.config")
+        restore.path = files.source
+        trainer.strategy.base_model_source = files.source
+        checkpoint = self.get_trainer_ckpt_path(model)
+        if checkpoint is None:
+            trainer.strategy.restore_config = restore
+        else:
+            require_same_base(Path(checkpoint), files.source)
+            trainer.ckpt_path = checkpoint
+            trainer.checkpoint_callback.last_model_path = checkpoint
+        if restore.load_artifacts and model is not None and model.tokenizer is None:
+            model.tokenizer = load_tokenizer(files.source)
+            model.__io__.tokenizer = model.tokenizer.__io__
+
+    AutoResume.setup = setup
+
+
+def _fetch(path: str) -> tuple[ModelFiles, Architecture]:
+    """Every rank calls: the Hub's client lets one of a machine download a file, and the others wait for it."""
+    files = resolve(str(path))
+    architecture = read_architecture(files.config, files.directory)
+    check_tensors(files.directory, architecture)
+    return files, architecture
+
+
+def require_same_base(checkpoint: Path, source: str) -> None:
+    """``checkpoint`` is the directory of a checkpoint, or the one of its weights.
+
+    Raises:
+        BaseMismatchError: it records another base than ``source``.
+    """
+    recorded = recorded_base(checkpoint)
+    if recorded is None:
+        logger.warning("%s records no base model; it is resumed without comparing it with %s", checkpoint, source)
+    elif recorded != source:
+        raise BaseMismatchError(
+            f"{checkpoint} was trained on {recorded}, and the recipe restores {source}; restore from the first, "
+            "or train in another folder"
+        )
+
+
+def recorded_base(checkpoint: Path) -> str | None:
+    """The base a checkpoint was trained on; None if nothing with this hook wrote it."""
+    weights = checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
+    for name, field in ((BASE_RECORD, "source"), (ADAPTER_META_FILENAME, "model_ckpt_path")):
+        if (weights / name).is_file():
+            return str(json.loads((weights / name).read_text(encoding="utf-8"))[field])
+    return None
+
+
+def _replace_load() -> None:
+    stock_load, stock_load_model = MegatronStrategy.load_checkpoint, MegatronStrategy.load_model_state_dict
+    stock_adapter_load = WrappedAdapterIO.load_checkpoint
+
+    def load_checkpoint(
+        self: MegatronStrategy, checkpoint_path: str | Path, selective_restore: bool = False
+    ) -> dict[str, Any]:
+        source = _reference(getattr(checkpoint_path, "base_model_path", None) or checkpoint_path)
+        if not in_hugging_face_layout(source):
+            return stock_load(self, checkpoint_path, selective_restore)
+        load_hugging_face(self, source)
+        trained = _trainer_state(self.checkpoint_io, checkpoint_path) if _is_adapter(checkpoint_path) else {}
+        return {**trained, FILLED: True}
+
+    def load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        if FILLED not in checkpoint:
+            stock_load_model(self, checkpoint, strict)
+            return
+        for optimizer in self.optimizers:
+            optimizer.reload_model_params()  # the fp32 masters were made before the weights came
+
+    def load_adapter(self: WrappedAdapterIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded = stock_adapter_load(self, path, *args, **kwargs)
+        self.model_ckpt_path = _reference(self.model_ckpt_path)  # what it writes into the next checkpoint
+        return loaded
+
+    MegatronStrategy.load_checkpoint = load_checkpoint
+    MegatronStrategy.load_model_state_dict = load_model_state_dict
+    WrappedAdapterIO.load_checkpoint = load_adapter
+
+
+def _is_adapter(path: str | Path) -> bool:
+    return getattr(path, "base_model_path", None) is not None
+
+
+def _reference(path: Any) -> str:
+    """NeMo passes references through ``Path``, which makes hf:/ORG/NAME of hf://ORG/NAME."""
+    text = str(path)
+    return text.replace("hf:/", "hf://", 1) if text.startswith("hf:/") and not is_hub_reference(text) else text
+
+
+def _trainer_state(checkpoint_io: WrappedAdapterIO, path: AdapterPath) -> dict[str, Any]:
+    """All of an adapter's checkpoint but its tensors, which NeMo loads from ``adapter_ckpt_path`` when it has made
+    the adapters."""
+    checkpoint_io.adapter_ckpt_path = Path(str(path))
+    state: dict[str, Any] = checkpoint_io.checkpoint_io.load_checkpoint(path, sharded_state_dict={})
+    return state
+
+
 def load_hugging_face(strategy: MegatronStrategy, source: str) -> None:
     """Fill the strategy's model, before any adapter exists, from a resolved source."""
     started = time.monotonic()
+    _require_one_source(source)
     directory = local_directory(source)
     architecture = read_architecture(read_model_config(directory), directory)
     checkpoint = Checkpoint(directory)
     model = strategy.megatron_parallel
     shards = fill(model.sharded_state_dict(), model.named_parameters(), checkpoint, architecture)
+    strategy.base_model_source = source
     if isinstance(strategy.checkpoint_io, WrappedAdapterIO):
         strategy.checkpoint_io.model_ckpt_path = source  # recorded in every adapter checkpoint
     logger.info(
@@ -78,3 +185,26 @@ def load_hugging_face(strategy: MegatronStrategy, source: str) -> None:
         time.monotonic() - started,
         torch.distributed.get_rank(),
     )
+
+
+def _require_one_source(source: str) -> None:
+    """A branch may move while ranks resolve it."""
+    sources = [source] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(sources, source)
+    if len(set(sources)) > 1:
+        raise RuntimeError(f"ranks resolved different commits, {sorted(set(sources))}; name one: hf://ORG/NAME@COMMIT")
+
+
+def _replace_save() -> None:
+    stock = MegatronStrategy.save_checkpoint
+
+    def save_checkpoint(
+        self: MegatronStrategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        stock(self, checkpoint, filepath, storage_options)
+        source = getattr(self, "base_model_source", None)
+        if source is not None and self.is_global_zero:
+            weights = ckpt_to_weights_subdir(filepath, is_saving=True)
+            (weights / BASE_RECORD).write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
+
+    MegatronStrategy.save_checkpoint = save_checkpoint
