@@ -20,5 +20,5 @@ def prepare(*, cpu: bool) -> None:
     from qwen_cl.source import nemo
 
     adapters.install()
-    checkpointing.install()
+    checkpointing.install(cpu=cpu)
     nemo.install()

@@ -1,14 +1,58 @@
-"""Saves a checkpoint without starting a server process for its results."""
+"""Checkpoints without a server process to save them, and, to resume from them, without Transformer Engine or a GPU."""
 
 from __future__ import annotations
 
 import queue
+from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
-def install() -> None:
-    """The writer's processes hand their results to this one, which puts them in a queue for itself: with
+def install(*, cpu: bool) -> None:
+    """Idempotent.
+
+    The writer's processes hand their results to this one, which puts them in a queue for itself: with
     ``ckpt_async_save=False`` nobody else reads it. Megatron spawns a manager for that queue, which imports torch
-    again: three seconds of a laptop's first checkpoint."""
+    again: three seconds of a laptop's first checkpoint.
+    """
     filesystem_async._results_queue = queue.Queue()
+    if not distrib_optimizer.HAVE_APEX_OR_TE and not hasattr(DistributedOptimizer, "_resumes_torch_adam"):
+        _resume_torch_adam()
+    if cpu:
+        from nemo.lightning.io import pl
+
+        pl._fix_tensors_device = lambda checkpoint: checkpoint  # NeMo moves what it loaded to the GPU it is on
+
+
+def _resume_torch_adam() -> None:
+    """Torch's Adam counts the steps of each parameter in a tensor, which megatron-core 0.15 gets wrong three times.
+
+    It asks a new optimizer for the step of a state that is not made yet; when it loads, it looks for a step beside the
+    moments, where it saved none; and it gives every parameter the same tensor, which Adam then counts up once for each.
+    """
+    stock_state, stock_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+        if not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.zeros(())
+        return stock_state(self)
+
+    def set_tensors(self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        main = self.optimizer.param_groups[group]["params"][order]
+        stock_set(self, parameter, {"step": self.optimizer.state[main]["step"], **tensors})
+
+    def load_state_dict(self: DistributedOptimizer, state: dict[str, Any]) -> None:
+        stock_load(self, state)
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+
+    DistributedOptimizer._resumes_torch_adam = True
+    DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict = state_dict, load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_tensors
