@@ -21,6 +21,7 @@ from qwen_cl.config.schema import (
     MockDataConfig,
     Precision,
     RunConfig,
+    VerifyMode,
 )
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
 from qwen_cl.data.module import MockDataModule, RowDataModule
@@ -28,6 +29,7 @@ from qwen_cl.data.rows import row_files
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.verification import VerifyLogits
 
 
 def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolder) -> run.Partial:
@@ -58,6 +60,8 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         run.Config(RunRecorder, output_dir=str(output_dir), log_interval=task.log_interval),
     ]
+    if config.model.verify is VerifyMode.logits:
+        callbacks.append(run.Config(VerifyLogits, source=config.model.source, output_dir=str(output_dir)))
     if isinstance(config.peft, LoraConfig):
         callbacks.append(
             run.Config(

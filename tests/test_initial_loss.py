@@ -48,6 +48,7 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
         "wandb.mode=disabled",
         "task.max_steps=2",
         "seed=7",
+        "model.verify=logits",
         *arguments,
         directory=tmp_path / "run",
     )
@@ -61,6 +62,8 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
     assert first["val/tokens"] == sum(example.num_labels for example in validation)
     assert first["val/loss"] == pytest.approx(_loss(reference, validation), abs=1e-4)
     step_1 = next(record for record in records if record["step"] == 1 and "train/loss" in record)
+    verified = done.folder.status()["verified"]
+    assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
     assert step_1["train/loss"] == pytest.approx(_loss(reference, [train[i] for i in range(4)]), abs=1e-4)
 
 

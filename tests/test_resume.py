@@ -14,10 +14,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.plan import make_plan
+from qwen_cl.run import write_worker_inputs
+from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.hub import client_environment
 from tests.models import save_random_model
@@ -65,9 +66,10 @@ def _prepare(model: Path, method: str, source: str, folder: Path) -> None:
     overrides = [f"peft={method}", "experiment=smoke", "wandb.mode=disabled", "model=local", f"model.source={model}"]
     overrides += ["lr=0.01", "cluster.accelerator=cpu"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = make_plan(cast(RunConfig, OmegaConf.to_object(compose("config", overrides)))).config
+        plan = make_plan(cast(RunConfig, OmegaConf.to_object(compose("config", overrides))))
     folder.mkdir()
-    save_config(replace(config, model=replace(config.model, source=source)), folder / "config.yaml")
+    config = replace(plan.config, model=replace(plan.config.model, source=source))
+    write_worker_inputs(replace(plan, config=config), RunFolder(folder))
 
 
 def _probe(directory: Path, arguments: list[str]) -> dict[str, Any]:

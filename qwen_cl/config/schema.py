@@ -34,6 +34,11 @@ class WandbMode(str, Enum):
     disabled = "disabled"
 
 
+class VerifyMode(str, Enum):
+    none = "none"
+    logits = "logits"
+
+
 COMMIT_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -49,6 +54,8 @@ class ModelConfig:
     """Directory the Hub's files are kept in; None for the Hub's own."""
     locked: bool
     """Refuse a source that does not name its commit."""
+    verify: VerifyMode
+    """``logits``: before the first step, compare the loss of a few rows with transformers'; stop on a mismatch."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():

@@ -1,0 +1,36 @@
+"""A run's worker, with one weight changed between the loading of the model and the first step.
+
+``python tests/verify_probe.py RUN_DIRECTORY``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from qwen_cl import worker
+
+
+def main(directory: str) -> int:
+    build: Any = worker.load_recipe
+
+    def load_recipe(*arguments: Any) -> Any:
+        import lightning.pytorch as pl
+        import nemo_run as run
+
+        class ChangeOneWeight(pl.Callback):
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                parameters = dict(trainer.strategy.megatron_parallel.named_parameters())
+                name = next(name for name in parameters if name.endswith("layers.1.mlp.linear_fc2.to_wrap.weight"))
+                parameters[name].data[3] *= -1
+
+        recipe = build(*arguments)
+        recipe.trainer.callbacks.append(run.Config(ChangeOneWeight))
+        return recipe
+
+    vars(worker)["load_recipe"] = load_recipe
+    return worker.main(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
