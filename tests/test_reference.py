@@ -2,92 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, launch
-from tests.hub import Hub, client_environment
+from tests.conftest import launch
+from tests.hub import client_environment
+from tests.machine import SMALL_FILES, TOKEN, WEIGHT_FILES, Machine, model_files, new_machine
 
-TOKEN = "hf_OnlyForThisTestHub"
-RESOLVE = """
-import json, sys
-from qwen_cl.config.errors import UserError
-from qwen_cl.source.reference import local_directory, resolve
-
-def answer(source, weights):
-    try:
-        files = resolve(source, weights=weights)
-    except UserError as error:
-        return {"error": str(error)}
-    return {"source": files.source, "directory": str(files.directory), "commit": files.commit,
-            "size": files.config["hidden_size"], "local_directory": str(local_directory(files.source))}
-
-answers = [answer(source, sys.argv[1] == "True") for source in sys.argv[2:]]
-print(json.dumps([answers, sorted({"torch", "nemo", "megatron"} & set(sys.modules))]))
-"""
-SMALL_FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"}
-WEIGHT_FILES = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
 ABSENT = ": no such model, or a private one; check the name, or `hf auth login` / HF_TOKEN"
 NO_COMMIT = "0" * 40
-UNUSED_FILES = {"pytorch_model.bin", "README.md", "modeling_custom.py", "original/consolidated.safetensors"}
 
 
-def model_files(size: int) -> dict[str, bytes]:
-    """As a repository holds them; what matters to these tests is which are fetched, not what they say."""
-    files = {name: f"{name} of {size}".encode() for name in SMALL_FILES | WEIGHT_FILES | UNUSED_FILES}
-    return {**files, "config.json": json.dumps({"hidden_size": size}).encode()}
-
-
-def offline(server: str) -> dict[str, Any]:
+def offline(server: str) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1"} if server == "offline" else {}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A client with an empty cache, and the Hub it asks."""
-
-    home: Path
-    hub: Hub
-    tagged: str
-    branched: str
-    newest: str
-
-    def resolve(self, source: str, *, weights: bool = False, **environment: Any) -> dict[str, Any]:
-        return self.resolve_all([source], weights=weights, **environment)[0]
-
-    def resolve_all(
-        self, sources: list[str], *, weights: bool = False, directory: Path | None = None, **environment: Any
-    ) -> list[dict[str, Any]]:
-        done = subprocess.run(
-            [sys.executable, "-c", RESOLVE, str(weights), *sources],
-            cwd=directory,
-            env=client_environment(self.hub.url, self.home, PYTHONPATH=str(ROOT), **environment),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert TOKEN not in done.stdout + done.stderr
-        answers, heavy_modules = json.loads(done.stdout)
-        assert heavy_modules == []
-        return list(answers)
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    with Hub(tmp_path / "hub", private={"org/private"}, gated={"org/gated"}, token=TOKEN) as hub:
-        hub.publish("org/private", model_files(7), "main")
-        hub.publish("org/gated", model_files(8), "main")
-        references = ("v1.0", "feature/japanese", "main")
-        commits = [hub.publish("org/tiny", model_files(1 + number), name) for number, name in enumerate(references)]
-        yield Machine(tmp_path / "home", hub, *commits)
+    with new_machine(tmp_path) as machine:
+        yield machine
 
 
 def names_in(directory: str) -> set[str]:
@@ -102,7 +37,7 @@ def test_a_name_resolves_to_its_commit(revision: str, attribute: str, size: int,
     commit = getattr(machine, attribute)
     answer = machine.resolve(f"hf://org/tiny{revision}")
     assert (answer["source"], answer["commit"], answer["size"]) == (f"hf://org/tiny@{commit}", commit, size)
-    assert json.loads((Path(answer["directory"]) / "config.json").read_text()) == {"hidden_size": size}
+    assert (Path(answer["directory"]) / "config.json").read_bytes() == model_files(size)["config.json"]
     assert answer["local_directory"] == answer["directory"]
 
 
@@ -181,11 +116,13 @@ def test_what_the_hub_refuses(machine: Machine) -> None:
 
 def test_a_model_without_safetensors(machine: Machine) -> None:
     files = model_files(9)
-    machine.hub.publish("org/old", {name: files[name] for name in ("config.json", "pytorch_model.bin")}, "main")
-    assert machine.resolve("hf://org/old", weights=False)["size"] == 9
-    message = machine.resolve("hf://org/old", weights=True)["error"]
-    assert message.startswith("model.source (hf://org/old)")
-    assert "*.safetensors" in message
+    names = ("config.json", "tokenizer.json", "pytorch_model.bin")
+    commit = machine.hub.publish("org/old", {name: files[name] for name in names}, "main")
+    reason = "holds no *.safetensors (found pytorch_model.bin); weights are read from safetensors only"
+    for weights in (False, True):
+        answer = machine.resolve("hf://org/old", weights=weights)
+        assert answer == {"error": f"model.source (hf://org/old): commit {commit[:12]} {reason}"}
+    assert machine.hub.fetched() == set()
 
 
 @pytest.mark.parametrize(("source", "size"), [("hf://org/private", 7), ("hf://org/gated", 8)])
@@ -221,7 +158,7 @@ def test_a_directory_resolves_to_its_absolute_path(tmp_path: Path, machine: Mach
     directory.mkdir()
     (directory / "config.json").write_text('{"hidden_size": 5}')
     expected = {name: str(directory) for name in ("source", "directory", "local_directory")}
-    expected |= {"commit": None, "size": 5}  # type: ignore[dict-item]
+    expected |= {"commit": None, "size": 5, "license": None}  # type: ignore[dict-item]
     sources = ["model", "~/model", str(directory)]
     assert machine.resolve_all(sources, directory=tmp_path, HOME=str(tmp_path)) == [expected] * 3
     assert machine.hub.requests == []

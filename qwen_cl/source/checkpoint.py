@@ -65,16 +65,29 @@ def weight_files(directory: Path) -> list[Path]:
             found = f" (found {', '.join(others[:3])})" if others else ""
             raise UserError(f"{directory} holds no *.safetensors{found}; weights are read from safetensors only")
         return files
-    try:
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not a safetensors index: {error!r}") from error
+    named = indexed_files(index)
     for name in named:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index}: file name {name!r} leaves the directory")
         if not (directory / name).is_file():
             raise UserError(f"{directory / name} is missing; {INDEX} names it, so the download is not whole")
     return [directory / name for name in named]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files an index lists.
+
+    Raises:
+        UserError: it is no index, or names a file of another directory or another kind.
+    """
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a safetensors index: {error!r}") from error
+    for name in sorted(named, key=str):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: file name {name!r} leaves the directory")
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{index}: {name} is not a safetensors file, and no other kind is read")
+    return sorted(named)
 
 
 def check_tensors(directory: Path, architecture: Architecture) -> None:

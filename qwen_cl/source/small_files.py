@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from qwen_cl.source.reference import FILES
+from qwen_cl.source.snapshot import FILES
 
 
 def copy_small_files(source: Path, target: Path) -> None:
