@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import RunFailed, RunPreempted
-from qwen_cl.config.schema import Accelerator, ClusterConfig
+from qwen_cl.config.schema import Accelerator, ClusterConfig, RunConfig
 from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.source.settings import HubSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_GRACE = 120
@@ -32,22 +33,25 @@ def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
     return [*torchrun, *worker]
 
 
-def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+def worker_environment(config: RunConfig) -> dict[str, str]:
     environment = dict(os.environ)
+    for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # only the launcher asks the Hub
+        environment.pop(token, None)
     for private in ("HYDRA_FULL_ERROR", "USE_TORCH", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):  # launch.py's own
         environment.pop(private, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched and pinned before
+    environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched and pinned before, into this cache
+    environment["HF_HUB_CACHE"] = str(HubSettings.of(config.model).cache_directory)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["PYTHONUNBUFFERED"] = "1"
-    if cluster.accelerator is Accelerator.cpu:
+    if config.cluster.accelerator is Accelerator.cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        threads = max(1, (os.cpu_count() or 1) // cluster.devices)
+        threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
 
 
-def execute(cluster: ClusterConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
+def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
     """Run to the end. ``watch`` is called several times a second to show progress.
 
     Raises:
@@ -56,11 +60,11 @@ def execute(cluster: ClusterConfig, folder: RunFolder, watch: Callable[[], None]
     """
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
-            worker_command(cluster, folder),
+            worker_command(config.cluster, folder),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=worker_environment(cluster),
+            env=worker_environment(config),
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

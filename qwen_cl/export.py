@@ -75,8 +75,9 @@ def _trained(config: RunConfig, checkpoint: Path) -> Any:
     from qwen_cl.source.distributed import DistributedWeights
     from qwen_cl.source.export import Trained
     from qwen_cl.source.reference import resolve
+    from qwen_cl.source.settings import HubSettings
 
-    model = resolve(config.model.source)
+    model = resolve(config.model.source, HubSettings.of(config.model))
     peft = config.peft
     shape = None
     if isinstance(peft, LoraConfig):

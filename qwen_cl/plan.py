@@ -14,12 +14,13 @@ from qwen_cl.layout import check_layout
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.reference import ModelFiles, resolve
+from qwen_cl.source.settings import HubSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     config: RunConfig
-    """With model.source pinned, and accelerator and precision settled."""
+    """With model.source pinned, model.cache absolute, and accelerator and precision settled."""
     model: ModelFiles
     architecture: Architecture
     device: Device
@@ -42,7 +43,8 @@ def make_plan(config: RunConfig) -> Plan:
         UserError: the run could not work, with what to change.
     """
     device = pick_device(config.cluster)
-    model = resolve(config.model.source, weights=False)
+    settings = HubSettings.of(config.model)
+    model = resolve(config.model.source, settings, weights=False)
     architecture = read_architecture(model.config, model.directory)
     check_layout(config.cluster.tensor_parallel, config.cluster.pipeline_parallel, architecture)
     _check_sequence_length(config, architecture)
@@ -52,7 +54,11 @@ def make_plan(config: RunConfig) -> Plan:
     _check_data(config, model, files)
     settled = replace(
         config,
-        model=replace(config.model, source=model.source),
+        model=replace(
+            config.model,
+            source=model.source,
+            cache=None if config.model.cache is None else str(settings.cache_directory),
+        ),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(settled, model, architecture, device, files, content_hash(files) if files else None)
@@ -60,7 +66,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 def fetch_weights(plan: Plan) -> None:
     """Make the weights present and check that they are this architecture's."""
-    model = resolve(plan.model.source)
+    model = resolve(plan.model.source, HubSettings.of(plan.config.model))
     check_tensors(model.directory, plan.architecture)
 
 

@@ -35,7 +35,7 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
         from qwen_cl.slurm import render_script
 
         console.print("\nsbatch script", style="bold")
-        print(render_script(plan.config.cluster, folder))
+        print(render_script(plan.config.cluster, plan.config.model, folder))
     console.print("\nrecipe", style="bold")
     sys.stdout.flush()
     _print_recipe(plan, folder)
@@ -89,7 +89,7 @@ def _print_recipe(plan: Plan, folder: RunFolder) -> None:
         save_config(plan.config, path)
         shown = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "qwen_cl.preview", str(path), str(folder.directory)],
-            env=worker_environment(plan.config.cluster),
+            env=worker_environment(plan.config),
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -65,7 +65,7 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             markup=False,
         )
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
-            execute(plan.config.cluster, folder, view.update)
+            execute(plan.config, folder, view.update)
         if notice := wandb_notice(folder.status()):
             console.print(notice, highlight=False, soft_wrap=True, markup=False)
         print_result(folder, console, time.monotonic() - started)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 
-from qwen_cl.config.schema import SlurmConfig
+from qwen_cl.config.schema import ModelConfig, SlurmConfig
 from qwen_cl.execute import ROOT
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.settings import HubSettings
 
 
-def build_executor(cluster: SlurmConfig, folder: RunFolder) -> object:
+def build_executor(cluster: SlurmConfig, model: ModelConfig, folder: RunFolder) -> object:
     """One task per GPU: Lightning reads ranks and addresses from Slurm's own variables. No secret goes into the
     script: keys come from the inherited environment."""
     from nemo_run import LocalTunnel, SlurmExecutor
@@ -26,11 +27,16 @@ def build_executor(cluster: SlurmConfig, folder: RunFolder) -> object:
         tunnel=LocalTunnel(job_dir=str(folder.directory.parent)),
         srun_args=[f"--chdir={ROOT}"],
         setup_lines=cluster.setup or None,
-        env_vars={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+        env_vars={
+            "HF_HUB_CACHE": str(HubSettings.of(model).cache_directory),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        },
     )
 
 
-def render_script(cluster: SlurmConfig, folder: RunFolder) -> str:
+def render_script(cluster: SlurmConfig, model: ModelConfig, folder: RunFolder) -> str:
     from nemo_run.run.torchx_backend.schedulers.slurm import SlurmBatchRequest
 
     command = f"python -m qwen_cl.worker {shlex.quote(str(folder.directory))}"
@@ -38,7 +44,7 @@ def render_script(cluster: SlurmConfig, folder: RunFolder) -> str:
         launch_cmd=["sbatch", "--parsable"],
         jobs=[folder.directory.parent.name],
         command_groups=[[command]],
-        executor=build_executor(cluster, folder),
+        executor=build_executor(cluster, model, folder),
         max_retries=0,
         extra_env={},
     )
