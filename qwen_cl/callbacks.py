@@ -53,6 +53,11 @@ class RunRecorder(pl.Callback):
         self.tokens = 0
         self._since = (0.0, 0)
 
+    def on_weights_read(self, done: int, total: int) -> None:
+        """A few times a second while the model loads, on rank 0 (qwen_cl/source/nemo.py)."""
+        size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+        self.folder.update_status(phase=f"loading the model: {done / size:.1f} of {total / size:.1f} {unit}")
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module._training_loss_reduction = TokenWeightedLoss()
         pl_module._validation_loss_reduction = TokenWeightedLoss(validation_step=True)

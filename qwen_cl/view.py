@@ -56,6 +56,7 @@ class ProgressView:
             self._print_line(phase, step, text)
 
     def _print_line(self, phase: str, step: int, text: str) -> None:
+        phase, _, _ = phase.partition(":")  # what follows counts up, and a line for each count is too many
         if phase != self._phase:
             self._phase = phase
             self.console.print(f"{phase} …", highlight=False)

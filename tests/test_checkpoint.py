@@ -218,6 +218,19 @@ def test_weights_of_another_shape_than_the_config_are_refused(field: str, value:
     assert "config.json" in str(refused.value)
 
 
+def test_quantized_weights_are_refused(tied: Path) -> None:
+    """Their values mean nothing without scales, and would be cast without a word."""
+    path, name = tied / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, path)
+    with pytest.raises(UserError) as refused:
+        check_tensors(tied, architecture_of(tied))
+    assert str(refused.value) == (
+        f"{tied}: tensor {name} is I8; weights must be BF16, F16, F32, F64: use the model that this one was "
+        "quantized from"
+    )
+
+
 def test_only_the_slice_read_is_counted(tmp_path: Path) -> None:
     tensor = torch.arange(24.0).view(6, 4)
     save_file({"single": tensor, "half": tensor.to(torch.bfloat16)}, tmp_path / "model.safetensors")

@@ -16,8 +16,9 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.families import count_parameters, expected_shapes, rule_for
+from qwen_cl.source.reading import read_into
 from qwen_cl.source.reference import read_model_config
-from qwen_cl.source.shards import CoverageError, _check_coverage, _read_qkv, fill, split_qkv
+from qwen_cl.source.shards import CoverageError, _check_coverage, fill, qkv_copies, split_qkv
 from tests.models import save_random_model
 
 CONFIG: dict[str, Any] = {
@@ -153,7 +154,13 @@ def test_split_qkv_undoes_the_interleaving(
     checkpoint = Checkpoint(tmp_path)
     per_group = heads // groups
     total = (heads + 2 * groups) * width
-    fused = _read_qkv(("q", "k", "v"), 0, total, checkpoint, architecture)
+
+    def read(first_row: int, num_rows: int) -> torch.Tensor:
+        rows = torch.full((num_rows, *shape), torch.nan)
+        read_into(list(qkv_copies(rows, ("q", "k", "v"), first_row, architecture)), checkpoint)
+        return rows
+
+    fused = read(0, total)
 
     query, key, value = (torch.tensor_split(tensors[name], len(tensors[name]) // width) for name in "qkv")  # by head
     blocks = [
@@ -164,7 +171,7 @@ def test_split_qkv_undoes_the_interleaving(
         assert torch.equal(part, tensors[name])
 
     rows = total // groups
-    shards = [_read_qkv(("q", "k", "v"), group * rows, rows, checkpoint, architecture) for group in range(groups)]
+    shards = [read(group * rows, rows) for group in range(groups)]
     assert torch.equal(torch.cat(shards), fused)
 
 
@@ -204,4 +211,4 @@ def test_fill_refuses_a_parameter_no_shard_reaches(tmp_path: Path) -> None:
     with pytest.raises(CoverageError, match=r"^parameter adapter: 0 of 240 bytes came from the checkpoint; "):
         parameters = [("norm", reached), ("adapter", forgotten)]
         fill(state, parameters, Checkpoint(tmp_path), Architecture(**READ))
-    assert torch.equal(reached, torch.ones(60))
+    assert torch.equal(reached, torch.zeros(60))  # refused before anything was written

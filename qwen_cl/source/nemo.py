@@ -27,6 +27,7 @@ from nemo.lightning.resume import AdapterPath, AutoResume
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import Checkpoint, check_tensors
 from qwen_cl.source.compatibility import check_model_config
+from qwen_cl.source.reading import Progress
 from qwen_cl.source.reference import ModelFiles, is_hub_reference, local_directory, read_model_config, resolve
 from qwen_cl.source.shards import fill
 from qwen_cl.source.tokenizer import load_tokenizer
@@ -173,7 +174,9 @@ def load_hugging_face(strategy: MegatronStrategy, source: str) -> None:
     architecture = read_architecture(read_model_config(directory), directory)
     checkpoint = Checkpoint(directory)
     model = strategy.megatron_parallel
-    shards = fill(model.sharded_state_dict(), model.named_parameters(), checkpoint, architecture)
+    shards = fill(
+        model.sharded_state_dict(), model.named_parameters(), checkpoint, architecture, progress=_progress(strategy)
+    )
     strategy.base_model_source = source
     if isinstance(strategy.checkpoint_io, WrappedAdapterIO):
         strategy.checkpoint_io.model_ckpt_path = source  # recorded in every adapter checkpoint
@@ -185,6 +188,19 @@ def load_hugging_face(strategy: MegatronStrategy, source: str) -> None:
         time.monotonic() - started,
         torch.distributed.get_rank(),
     )
+
+
+def _progress(strategy: MegatronStrategy) -> Progress | None:
+    """Rank 0 tells the callbacks that care, by ``on_weights_read(done, total)``, in bytes it has to read itself."""
+    if torch.distributed.get_rank() != 0:
+        return None
+    listeners = [callback for callback in strategy.trainer.callbacks if hasattr(callback, "on_weights_read")]
+
+    def tell(done: int, total: int) -> None:
+        for listener in listeners:
+            listener.on_weights_read(done, total)
+
+    return tell
 
 
 def _require_one_source(source: str) -> None:

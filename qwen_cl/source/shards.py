@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +18,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.families import GateUp, QueryKeyValue, Rule, Vocabulary, rule_for, tensor_shapes
+from qwen_cl.source.reading import Copy, Progress, read_into
 
 
 class CoverageError(RuntimeError):
     """A parameter was left unfilled, filled twice or from another shape; the run must not train on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to write where, every byte of this rank's parameters exactly once."""
+
+    copies: list[Copy]
+    padding: list[torch.Tensor]
+    """Rows of the vocabulary that no checkpoint has, which become zero."""
+    shards: int
 
 
 @torch.no_grad()
@@ -29,20 +41,40 @@ def fill(
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     checkpoint: Checkpoint,
     architecture: Architecture,
+    *,
+    readers: int | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Copy each local slice from the checkpoint; returns the number of shards filled.
 
     Raises:
-        CoverageError: a parameter was not filled exactly once, or has another shape than its source.
+        CoverageError: a parameter would not be filled exactly once, or has another shape than its source.
         KeyError: the model has a tensor the family's table does not know.
+        UserError: a file cannot be read.
     """
-    filled: list[tuple[int, int]] = []
-    for shard in local_shards(sharded_state_dict):
-        _fill_shard(shard, checkpoint, architecture)
-        start = shard.data.data_ptr()
-        filled.append((start, start + shard.data.numel() * shard.data.element_size()))
-    _check_coverage(sorted(filled), parameters)
-    return len(filled)
+    plan = plan_copies(sharded_state_dict, architecture)
+    written = [*(copy.destination for copy in plan.copies), *plan.padding]
+    _check_coverage(sorted(span_of(tensor) for tensor in written), parameters)
+    for rows in plan.padding:
+        rows.zero_()
+    read_into(plan.copies, checkpoint, readers=readers, progress=progress)
+    return plan.shards
+
+
+def plan_copies(sharded_state_dict: dict[str, Any], architecture: Architecture) -> Plan:
+    """Destinations are views of the parameters; nothing is read or written yet."""
+    plan = Plan([], [], 0)
+    shards = list(local_shards(sharded_state_dict))
+    for shard in shards:
+        if not shard.data.is_contiguous():
+            raise CoverageError(f"{shard.key} is not contiguous, so its bytes cannot be accounted for")
+        rule = rule_for(shard.key, architecture)
+        shapes = tensor_shapes(rule, layer_of(shard), architecture)
+        _check_shape(shard, rule, list(shapes.values()))
+        plan.copies.extend(_copies(shard, rule, tuple(shapes), architecture))
+        if isinstance(rule, Vocabulary) and (rows := _vocabulary_rows(shard, architecture)) < shard.local_shape[0]:
+            plan.padding.append(shard.data[rows:])
+    return replace(plan, shards=len(shards))
 
 
 def local_shards(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
@@ -59,24 +91,22 @@ def layer_of(shard: ShardedTensor) -> int | None:
     return shard.global_offset[0] if shard.prepend_axis_num else None
 
 
-def _fill_shard(shard: ShardedTensor, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    rule = rule_for(shard.key, architecture)
-    shapes = tensor_shapes(rule, layer_of(shard), architecture)
-    names = tuple(shapes)
-    _check_shape(shard, rule, list(shapes.values()))
-    offset = shard.global_offset[shard.prepend_axis_num :]
+def _copies(shard: ShardedTensor, rule: Rule, names: tuple[str, ...], architecture: Architecture) -> Iterable[Copy]:
+    first_row, *columns = shard.global_offset[shard.prepend_axis_num :]
     if isinstance(rule, QueryKeyValue):
-        shard.data.copy_(_read_qkv(names, offset[0], shard.local_shape[0], checkpoint, architecture))
-    elif isinstance(rule, GateUp):
-        which, first_row = divmod(offset[0], architecture.ffn_hidden_size)
-        shard.data.copy_(checkpoint.read(names[which], slice(first_row, first_row + shard.local_shape[0])))
-    elif isinstance(rule, Vocabulary):
-        rows = max(0, min(offset[0] + shard.local_shape[0], architecture.vocab_size) - offset[0])
-        shard.data[rows:].zero_()
-        shard.data[:rows].copy_(checkpoint.read(names[0], slice(offset[0], offset[0] + rows)))
-    else:
-        slices = [slice(start, start + size) for start, size in zip(offset, shard.local_shape)]
-        shard.data.copy_(checkpoint.read(names[0], *slices))
+        return qkv_copies(shard.data, names, first_row, architecture)
+    if isinstance(rule, GateUp):
+        which, first_row = divmod(first_row, architecture.ffn_hidden_size)
+        return [Copy(shard.data, names[which], first_row)]
+    if isinstance(rule, Vocabulary):
+        return [Copy(shard.data[: _vocabulary_rows(shard, architecture)], names[0], first_row)]
+    return [Copy(shard.data, names[0], first_row, *columns)]
+
+
+def _vocabulary_rows(shard: ShardedTensor, architecture: Architecture) -> int:
+    """Those of the shard that are in the checkpoint; the rest is padding."""
+    first = shard.global_offset[shard.prepend_axis_num]
+    return max(0, min(first + shard.local_shape[0], architecture.vocab_size) - first)
 
 
 def _check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]) -> None:
@@ -88,21 +118,17 @@ def _check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]
         raise CoverageError(f"{shard.key} is built with shape {built}, its source has {(rows, *columns)}")
 
 
-def _read_qkv(
-    names: tuple[str, ...], first_row: int, num_rows: int, checkpoint: Checkpoint, architecture: Architecture
-) -> torch.Tensor:
+def qkv_copies(
+    fused: torch.Tensor, names: tuple[str, ...], first_row: int, architecture: Architecture
+) -> Iterator[Copy]:
     """Rows of the fused tensor, which go by KV group: its query heads, its key head, its value head."""
     width = architecture.kv_channels
     queries = architecture.num_attention_heads // architecture.num_query_groups
-    rows_per_group = (queries + 2) * width
-    first, last = first_row // rows_per_group, (first_row + num_rows) // rows_per_group
-
-    def groups(name: str, heads: int) -> torch.Tensor:
-        rows = checkpoint.read(name, slice(first * heads * width, last * heads * width))
-        return rows.view(last - first, heads * width, *rows.shape[1:])
-
-    parts = [groups(names[0], queries), groups(names[1], 1), groups(names[2], 1)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    groups = fused.view(-1, (queries + 2) * width, *fused.shape[1:])
+    for number, group in enumerate(groups, first_row // groups.shape[1]):
+        parts = group[: queries * width], group[queries * width : -width], group[-width:]
+        for name, rows in zip(names, parts):
+            yield Copy(rows, name, number * len(rows))
 
 
 def split_qkv(fused: torch.Tensor, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,14 +155,19 @@ def pieces_of(
     return (full[: architecture.vocab_size] if isinstance(rule, Vocabulary) else full,)
 
 
+def span_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a contiguous tensor's first byte and of the byte after its last."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
 def _check_coverage(filled: list[tuple[int, int]], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Shards are contiguous row ranges, so a parameter is covered when they tile its bytes without a gap."""
+    """What is written are contiguous row ranges: a parameter is covered when they tile its bytes without a gap."""
     for previous, current in itertools.pairwise(filled):
         if current[0] < previous[1]:
             raise CoverageError("two shards were written to the same parameter; the weights cannot be trusted")
     for name, parameter in parameters:
-        start = parameter.data_ptr()
-        end = start + parameter.numel() * parameter.element_size()
+        start, end = span_of(parameter)
         covered = sum(stop - begin for begin, stop in filled if start <= begin and stop <= end)
         if covered != end - start:
             raise CoverageError(
