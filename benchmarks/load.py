@@ -1,0 +1,232 @@
+"""How long a model takes from safetensors to the device, and how much memory: this loader, transformers, and `cat`.
+
+``python benchmarks/load.py [--shape tiny|0.5b|7b] [--device cuda|cpu] [--repeats N]`` makes a Qwen2.5 of that shape
+with random bf16 weights in a temporary directory, and loads it with each side in a fresh process, in turns, from a
+warm page cache. Imports, and on a GPU the making of its context, are in nobody's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.sides import SIDES  # noqa: E402
+
+COMMON = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def shape(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+    return {
+        **COMMON,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "tiny": shape(512, 2048, 8, 8, 2, 8192, True),
+    "0.5b": shape(896, 4864, 24, 14, 2, 151936, True),
+    "7b": shape(3584, 18944, 28, 28, 4, 152064, False),
+}
+SIDE_SECONDS = 150
+FILE_BYTES = 4 * 10**9  # of one safetensors file, as on the Hub
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    parser.add_argument("--repeats", type=int, help="of each side; default 3, tiny 2")
+    parser.add_argument("--directory", type=Path, help="where the temporary directory is made")
+    arguments = parser.parse_args()
+    device = arguments.device or _default_device()
+    repeats = arguments.repeats or (2 if arguments.shape == "tiny" else 3)
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="load-") as temporary:
+        model, tiny = Path(temporary) / "model", Path(temporary) / "tiny"
+        size = write_model(model, SHAPES[arguments.shape])
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES if name != "import_ckpt"}
+        for _ in range(repeats):
+            for name, records in measured.items():
+                records.append(_measure(name, model, device))
+        write_model(tiny, SHAPES["tiny"])
+        stock = _measure("import_ckpt", tiny, device)
+    print_table(arguments.shape, device, size, measured, stock)
+    return 0 if all("error" not in record for record in measured["ours"]) else 1
+
+
+def _default_device() -> str:
+    from qwen_cl.devices import visible_gpus
+
+    return "cuda" if visible_gpus() else "cpu"
+
+
+def write_model(directory: Path, config: dict[str, Any]) -> int:
+    """In Hugging Face layout, with the demo's tokenizer; returns the bytes of its tensors."""
+    import shutil
+
+    from qwen_cl.source.architecture import read_architecture
+    from qwen_cl.source.checkpoint import INDEX
+    from qwen_cl.source.families import count_parameters, expected_shapes
+
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    for pattern in ("*token*", "*.jinja"):
+        for path in (ROOT / "qwen_cl/demo/model").glob(pattern):
+            shutil.copy(path, directory)
+    shapes = expected_shapes(read_architecture(config, directory))
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, dimensions in shapes.items():
+        if 2 * count_parameters(files[-1]) > FILE_BYTES:
+            files.append({})
+        files[-1][name] = dimensions
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        _write_tensors(directory / name, tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    os.sync()  # so that no measurement competes with the writing
+    return 2 * count_parameters(shapes)
+
+
+def _write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Values come from one random block, each tensor from another place in it: drawing 7e9 would take a minute."""
+    import torch
+    from safetensors.torch import save_file
+
+    block = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    tensors = {}
+    for number, (name, dimensions) in enumerate(shapes.items()):
+        tensor = torch.empty(dimensions, dtype=torch.bfloat16)
+        flat, step = tensor.view(-1), len(block) - 7919 * (number % 1000)
+        for start in range(0, len(flat), step):
+            piece = flat[start : start + step]
+            piece.copy_(block[-step:][: len(piece)])
+        tensors[name] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _measure(side: str, model: Path, device: str) -> dict[str, Any]:
+    """What the side's process wrote as its last line, or why there is none."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    print(f"{side} …", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.sides", side, str(model), device],
+            cwd=model.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SIDE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {SIDE_SECONDS} s"}
+    lines = done.stdout.splitlines()
+    if lines and lines[-1].startswith('{"'):
+        record: dict[str, Any] = json.loads(lines[-1])
+        return record
+    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+
+
+def print_table(
+    shape: str, device: str, size: int, measured: dict[str, list[dict[str, Any]]], stock: dict[str, Any]
+) -> None:
+    import rich
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE, pad_edge=False)
+    headings = [
+        "side",
+        "the time is",
+        "s min",
+        "s med",
+        "GB/s",
+        "RSS +MB",
+        "anon +MB",
+        "read MB",
+        "written B",
+        "device MB",
+    ]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right", overflow="fold")
+    for name, records in measured.items():
+        good = [record for record in records if "error" not in record]
+        if not good:
+            table.add_row(name, f"failed: {records[-1]['error']}")
+            continue
+        for timed in good[0]["seconds"]:
+            table.add_row(name, timed, *_figures(good, timed, size))
+    console = Console(width=150)
+    console.print(f"Qwen2.5 {shape}: {size / 1e9:.2f} GB of bf16 safetensors, warm page cache, on {_machine(device)}")
+    console.print(table)
+    console.print(
+        "RSS: peak of resident memory beyond what was resident before, with mapped pages of the files; anon: without "
+        "them, sampled. read: asked of the files through read(), '-' where they are mapped. written: bytes given to "
+        "write(). Memory is the largest, and in the rows of one process the same. "
+        + measured["ours"][-1].get("note", "")
+    )
+    engine = "with" if importlib.util.find_spec("transformer_engine") else "without"
+    if "error" in stock:
+        result = f"failed: {stock['error'][:160]}"
+    else:
+        result = f"took {stock['seconds']['import_ckpt']:.1f} s and wrote {stock['written']:,} B"
+    console.print(
+        f"NeMo's llm.import_ckpt, tried on the tiny shape {engine} Transformer Engine, {result}", markup=False
+    )
+
+
+def _figures(records: list[dict[str, Any]], timed: str, size: int) -> list[str]:
+    seconds = [record["seconds"][timed] for record in records]
+    read = max(record["read"] for record in records)
+    return [
+        f"{min(seconds):.3f}",
+        f"{statistics.median(seconds):.3f}",
+        f"{size / min(seconds) / 1e9:.2f}",
+        *(f"{max(record[name] for record in records) / 1e6:,.0f}" for name in ("rss", "anonymous")),
+        f"{read / 1e6:,.1f}" if read > size / 2 else "-",
+        f"{max(record['written'] for record in records):,}",
+        f"{max(record['device_peak'] for record in records) / 1e6:,.0f}",
+    ]
+
+
+def _machine(device: str) -> str:
+    from qwen_cl.devices import visible_gpus
+
+    cpus = f"{len(os.sched_getaffinity(0))} CPU cores"
+    return f"{visible_gpus()[0].name}, {cpus}" if device == "cuda" else f"a CPU, {cpus}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
