@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.collections.llm.peft import dora, lora, utils
 
@@ -18,6 +19,9 @@ def install() -> None:
         lora.te = types.SimpleNamespace(Linear=type("NoTransformerEngine", (), {}))
         utils.HAVE_TE = False
     dora.DoRALinear.forward = _dora_forward
+    if not hasattr(dora.DoRALinear, "_norm_of_held_columns"):
+        dora.DoRALinear._norm_of_held_columns = dora.DoRALinear._get_weight_norm
+        dora.DoRALinear._get_weight_norm = _norm_of_whole_rows
 
 
 def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -34,3 +38,14 @@ def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor,
         dropped = self.base_linear_forward(self.adapter.dropout(layernorm_output) - layernorm_output)[0]
         out = out + (scale - 1) * (dropped if added is None else dropped - added)
     return out if added is None else out + added, bias
+
+
+def _norm_of_whole_rows(self: dora.DoRALinear) -> torch.Tensor:
+    """NeMo 2.7 takes the norm of the columns this rank holds. Under tensor parallelism the two layers that are split
+    that way (linear_proj, linear_fc2) then train another function on each rank, and a checkpoint keeps the first's."""
+    norm: torch.Tensor = self._norm_of_held_columns()
+    if not self.adapter.input_is_parallel or parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return norm
+    squares = norm.float().square()
+    torch.distributed.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
+    return squares.sqrt().to(norm.dtype)
