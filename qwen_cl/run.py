@@ -17,6 +17,7 @@ from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.view import ProgressView, print_result, wandb_notice
 
@@ -37,7 +38,7 @@ def run(config: object) -> None:
     if isinstance(config.task, ExportConfig):
         from qwen_cl.export import export
 
-        export(config.task)
+        export(config, config.task, list(HydraConfig.get().overrides.task))
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     plan = make_plan(config)
@@ -88,6 +89,7 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         step=0,
         model_source=plan.model.source,
         model_commit=plan.model.commit,
+        model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
         data_hash=plan.data_hash,
         git_commit=git_commit(ROOT),
         versions=versions(),

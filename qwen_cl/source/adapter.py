@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.families import rule_for, tensor_shapes
 from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_config
 from qwen_cl.source.shards import layer_of, local_shards, pieces_of
+from qwen_cl.source.whole_folder import appearing
 
 ADAPTER = ".adapter."
 
@@ -84,7 +84,9 @@ def peft_tensors(
     return {f"base_model.model.{name}.{suffix}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, directory: Path) -> None:
+def write_adapter(
+    tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, directory: Path, card: str | None = None
+) -> None:
     from peft import LoraConfig
 
     match = HUB_REFERENCE.fullmatch(source)
@@ -99,14 +101,12 @@ def write_adapter(tensors: dict[str, torch.Tensor], shape: AdapterShape, source:
         revision=match["revision"] if match else None,
         inference_mode=True,
     )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as name:
-        config.save_pretrained(name)
-        _sort_modules(Path(name) / "adapter_config.json")
-        save_file(tensors, str(Path(name) / "adapter_model.safetensors"), metadata={"format": "pt"})
-        Path(name).chmod(0o755)
-        Path(name).rename(directory)
-        Path(name).mkdir()  # what the context manager goes on to remove
+    with appearing(directory) as temporary:
+        config.save_pretrained(temporary)
+        _sort_modules(temporary / "adapter_config.json")
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def _sort_modules(path: Path) -> None:

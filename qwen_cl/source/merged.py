@@ -1,0 +1,235 @@
+"""The model a run trained, tensor by tensor under the names its base gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.source.adapter import ADAPTER, AdapterShape, peft_tensors
+from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.checkpoint import Checkpoint
+from qwen_cl.source.distributed import DistributedWeights
+from qwen_cl.source.families import (
+    LAYER_PREFIX,
+    OUTPUT_LAYER,
+    TOP_LEVEL,
+    WRAPPER_PREFIX,
+    Rule,
+    Vocabulary,
+    expected_shapes,
+    layer_rules,
+    rule_for,
+    tensor_shapes,
+    top_level_rules,
+)
+from qwen_cl.source.shards import pieces_of
+
+FACTORS, MAGNITUDE = ("linear_in.weight", "linear_out.weight"), "weight_magnitude"
+"""The parts of an adapter, as NeMo calls A, B and what DoRA adds."""
+VOCABULARIES = {key for key, rule in (TOP_LEVEL | OUTPUT_LAYER).items() if isinstance(rule, Vocabulary)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a run left, and what it needs from its base."""
+
+    weights: DistributedWeights
+    source: str
+    """The base as the run named it: pinned, or a directory."""
+    base: Path | None
+    """Its directory in Hugging Face layout; None where no weight of it is needed."""
+    small_files: Path
+    """Config, tokenizer and chat template, as the run kept them."""
+    architecture: Architecture
+    adapter: AdapterShape | None
+    tensor_parallel: int
+    """Of the run: see ``peft_tensors``."""
+
+
+class TrainedAdapter:
+    """The adapter in a checkpoint, a layer at a time.
+
+    Raises:
+        UserError: the checkpoint holds another adapter than the run's config says, or none.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        assert trained.adapter is not None
+        self._trained = trained
+        self._parts = (*FACTORS, MAGNITUDE) if trained.adapter.dora else FACTORS
+        self._keys = _stored_keys(trained.weights)
+        self.modules = [
+            key.removesuffix(".weight")
+            for key in (LAYER_PREFIX + name for name in layer_rules(trained.architecture))
+            if key.removesuffix(".weight").rpartition(".")[2] in trained.adapter.target_modules
+            and key.endswith(".weight")
+        ]
+        self._check()
+
+    def layer(self, module: str, layer: int) -> dict[str, torch.Tensor]:
+        """One of Megatron's linear layers (:attr:`modules`), by PEFT's names of its parts."""
+        tensors: dict[str, torch.Tensor] = {}
+        for part in self._parts:
+            key = f"{module}{ADAPTER}{part}"
+            full = self._trained.weights.read(self._keys[key], layer)
+            tensors |= peft_tensors(key, layer, full, self._trained.architecture, self._trained.tensor_parallel)
+        return tensors
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        layers = range(self._trained.architecture.num_layers)
+        return {
+            name: tensor
+            for module in self.modules
+            for layer in layers
+            for name, tensor in self.layer(module, layer).items()
+        }
+
+    def _check(self) -> None:
+        assert self._trained.adapter is not None
+        architecture = self._trained.architecture
+        rank, layers = self._trained.adapter.rank, architecture.num_layers
+        expected: dict[str, tuple[int, ...]] = {}
+        for module in self.modules:
+            rows, columns = _fused_shape(rule_for(f"{module}.weight", architecture), architecture)
+            shapes = {
+                FACTORS[0]: (layers, rank, *columns),
+                FACTORS[1]: (layers, rows, rank),
+                MAGNITUDE: (layers, rows),
+            }
+            expected |= {f"{module}{ADAPTER}{part}": shapes[part] for part in self._parts}
+        _check_stored(self._trained.weights, expected, self._keys)
+        held = {key for key in self._keys if key.startswith(LAYER_PREFIX) and ADAPTER in key}
+        if more := sorted(held - expected.keys()):
+            raise UserError(f"{self._trained.weights.directory} holds {more[0]}, which the run's config.yaml has not")
+
+
+class MergedModel:
+    """The tensors of the whole model by Hugging Face name, read and computed one at a time.
+
+    ``dtype`` None keeps the base's, tensor by tensor.
+
+    Raises:
+        UserError: a tensor of the model is not in the checkpoint, or of another shape there.
+    """
+
+    def __init__(self, trained: Trained, dtype: torch.dtype | None) -> None:
+        self.trained, self.dtype = trained, dtype
+        self._base = None if trained.base is None else Checkpoint(trained.base)
+        self._sources = _sources(trained.architecture)
+        self._keys = _stored_keys(trained.weights)
+        self._fused: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
+        self._layer: tuple[tuple[str, int], dict[str, torch.Tensor]] | None = None
+        self._adapter = None if trained.adapter is None else TrainedAdapter(trained)
+        if self._adapter is None:
+            _check_stored(trained.weights, _full_shapes(trained.architecture), self._keys)
+        shapes = expected_shapes(trained.architecture)
+        self.tensors = {
+            name: torch.empty(shape, dtype=self._dtype_of(name), device="meta") for name, shape in shapes.items()
+        }
+        """Without content: shapes and dtypes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._from_checkpoint(name) if self._adapter is None else self._from_base(name)
+        return self._cast(name, tensor).contiguous()
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        assert self._base is not None
+        return self._base.dtype(name)
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        cast = tensor.to(self.tensors[name].dtype)
+        if cast.dtype is torch.float16 and cast.isinf().any() and not tensor.isinf().any():
+            raise UserError(
+                f"task.dtype=fp16: {name} has values past {torch.finfo(torch.float16).max:g}, which fp16 cannot hold; "
+                "write bf16 or fp32"
+            )
+        return cast
+
+    def _from_base(self, name: str) -> torch.Tensor:
+        assert self._base is not None
+        assert self._adapter is not None
+        weight = self._base.read(name, slice(None))
+        key, layer, *_ = self._sources[name]
+        module = key.removesuffix(".weight")
+        if layer is None or module not in self._adapter.modules:
+            return weight
+        if self._layer is None or self._layer[0] != (module, layer):
+            self._layer = (module, layer), self._adapter.layer(module, layer)
+        return self._merge(weight.float(), f"base_model.model.{name.removesuffix('.weight')}", self._layer[1])
+
+    def _merge(self, weight: torch.Tensor, prefix: str, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+        """In fp32: LoRA (arXiv 2106.09685), and DoRA's rows rescaled to their magnitude (arXiv 2402.09353)."""
+        assert self.trained.adapter is not None
+        scale = self.trained.adapter.alpha / self.trained.adapter.rank
+        up, down = (adapter[f"{prefix}.lora_{factor}.weight"].float() for factor in "BA")
+        update = up @ down * scale
+        update.masked_fill_(update == 0, -0.0)  # added to -0.0, 0.0 would flip its sign
+        merged = weight + update
+        magnitude = adapter.get(f"{prefix}.lora_magnitude_vector")
+        if magnitude is None:
+            return merged
+        return merged * (magnitude.float() / merged.norm(dim=1)).unsqueeze(1)
+
+    def _from_checkpoint(self, name: str) -> torch.Tensor:
+        key, layer, rule, position = self._sources[name]
+        if self._fused is None or self._fused[0] != (key, layer):
+            full = self.trained.weights.read(self._keys[key], layer)
+            self._fused = (key, layer), pieces_of(rule, full, self.trained.architecture)
+        return self._fused[1][position]
+
+
+def _stored_keys(weights: DistributedWeights) -> dict[str, str]:
+    """Sharded key without NeMo's wrapper -> as it is stored."""
+    return {key.removeprefix(WRAPPER_PREFIX): key for key in weights.keys}
+
+
+def _sources(architecture: Architecture) -> dict[str, tuple[str, int | None, Rule, int]]:
+    """Hugging Face name -> sharded key, layer, rule, and which of the rule's tensors it is."""
+    rules: list[tuple[str, int | None, Rule]] = [
+        (key, None, rule) for key, rule in top_level_rules(architecture).items()
+    ]
+    for layer in range(architecture.num_layers):
+        rules += [(LAYER_PREFIX + key, layer, rule) for key, rule in layer_rules(architecture).items()]
+    return {
+        name: (key, layer, rule, position)
+        for key, layer, rule in rules
+        for position, name in enumerate(tensor_shapes(rule, layer, architecture))
+    }
+
+
+def _fused_shape(rule: Rule, architecture: Architecture) -> tuple[int, tuple[int, ...]]:
+    """Rows of Megatron's tensor, and its other sizes; a vocabulary may have more rows."""
+    shapes = list(tensor_shapes(rule, 0, architecture).values())
+    return sum(shape[0] for shape in shapes), shapes[0][1:]
+
+
+def _full_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every sharded key of a whole model; those of layers stack them along a first axis."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, rule in top_level_rules(architecture).items():
+        rows, columns = _fused_shape(rule, architecture)
+        shapes[key] = (rows, *columns)
+    for key, rule in layer_rules(architecture).items():
+        rows, columns = _fused_shape(rule, architecture)
+        shapes[LAYER_PREFIX + key] = (architecture.num_layers, rows, *columns)
+    return shapes
+
+
+def _check_stored(weights: DistributedWeights, expected: dict[str, tuple[int, ...]], stored: dict[str, str]) -> None:
+    for key, shape in expected.items():
+        if key not in stored:
+            raise UserError(f"{weights.directory} lacks {key}; it is no checkpoint of this run's model")
+        found = weights.shape(stored[key])
+        padded = key in VOCABULARIES and len(found) == len(shape) and found[0] > shape[0]
+        if found != (found[0], *shape[1:]) if padded else found != shape:
+            raise UserError(f"{weights.directory}: {key} has shape {found} where the run's config calls for {shape}")

@@ -1,0 +1,71 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwen_cl.config.errors import UserError
+
+
+@contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """A folder beside ``directory`` that becomes it when the block ends well, and vanishes when it does not.
+
+    A process that is killed leaves it behind, under a name that starts with a dot and is in nobody's way.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone
+            _flush(path)
+        temporary.chmod(0o755)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def left_behind(directory: Path) -> list[Path]:
+    """What killed processes left of it."""
+    return sorted(directory.parent.glob(f".{directory.name}-*"))
+
+
+def require_room(key: str, directory: Path, size: int) -> None:
+    """Before anything is written: the place can be written to and has ``size`` bytes free.
+
+    Raises:
+        UserError: names ``key``, the config's for the folder.
+    """
+    parent = next(parent for parent in directory.parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{key} ({directory}): {parent} is a file; choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        raise UserError(f"{key} ({directory}): {parent} cannot be written to; choose another folder")
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        remains = ", ".join(path.name for path in left_behind(directory))
+        hint = f" (an export that was killed left {remains})" if remains else ""
+        raise UserError(
+            f"{key} ({directory}) needs {_amount(size)} and {_amount(free)} are free there{hint}; make room, or choose "
+            "another folder"
+        )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _flush(path: Path) -> None:
+    """On the disk, so that a machine that goes down after the rename has not renamed empty files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
