@@ -1,30 +1,23 @@
-"""Megatron's distributed checkpoints read tensor by tensor, whatever layout wrote them, without Megatron."""
+"""Megatron's distributed checkpoints read slice by slice, whatever layout wrote them, without Megatron."""
 
 from __future__ import annotations
 
-import enum
+import io
+import itertools
+import math
 import pickle
-from dataclasses import is_dataclass
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from qwen_cl.config.errors import UserError
-
-METADATA = ".metadata"
-# Megatron's two subclasses only add fields, which stay readable on torch's own classes.
-STAND_INS = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
-PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+from qwen_cl.source.distributed_metadata import DistributedMetadata, Piece
 
 
 class DistributedWeights:
-    """The tensors of a ``torch_dist`` checkpoint, by sharded key.
+    """The tensors of a ``torch_dist`` checkpoint, by sharded key; counts the bytes it reads.
 
     Raises:
         UserError: it is not one, it is not whole, or its metadata would run code.
@@ -32,75 +25,72 @@ class DistributedWeights:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            with (directory / METADATA).open("rb") as stream:
-                metadata = _SafeUnpickler(stream).load()
-        except OSError as error:
-            raise UserError(f"{directory / METADATA} cannot be read: no distributed checkpoint is there") from error
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{directory / METADATA} is not the metadata of a checkpoint: {error}") from error
-        self._reader = FileSystemReader(directory)
-        self._reader.storage_data = metadata.storage_data
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: value
-            for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
+        self.bytes_read = 0
+        self._metadata = DistributedMetadata(directory)
 
     @property
     def keys(self) -> set[str]:
-        return set(self._tensors)
+        return self._metadata.keys
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].size)
+        return self._metadata.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].properties.dtype
+        dtype: torch.dtype = getattr(torch, self._metadata.tensor(key).dtype)
+        return dtype
 
     def read(self, key: str, layer: int | None) -> torch.Tensor:
         """The whole tensor, or one layer of a key that stacks them along its first axis."""
-        stored = self._tensors[key]
-        first, count = (0, stored.size[0]) if layer is None else (layer, 1)
-        offsets = torch.Size([first, *[0] * (len(stored.size) - 1)])
-        target = torch.empty([count, *stored.size[1:]], dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(offsets, target.size())
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.directory}: {key} cannot be read, the checkpoint is not whole: {error}") from error
-        if sum(item.lengths.numel() for item in items) != target.numel():
-            raise UserError(f"{self.directory}: {key} is not whole")
+        shape = self.shape(key)
+        first, count = (0, shape[0]) if layer is None else (layer, 1)
+        target = torch.empty([count, *shape[1:]], dtype=self.dtype(key))
+        self.read_into(target, key, [first, *[0] * (len(shape) - 1)])
         return target if layer is None else target[0]
 
+    def read_into(self, target: torch.Tensor, key: str, offsets: Sequence[int]) -> None:
+        """The slice that begins at ``offsets`` and has the target's shape, in the target's dtype.
 
-class _Into(DefaultLoadPlanner):
-    """The part of a LoadPlanner that FileSystemReader asks for."""
+        Only the pieces that the slice touches are read, one at a time, each of them whole.
+        """
+        written: list[tuple[slice, ...]] = []
+        for piece in self._metadata.tensor(key).pieces:
+            overlap = [
+                (max(low, first), min(low + size, first + count))
+                for low, size, first, count in zip(piece.offsets, piece.sizes, offsets, target.shape)
+            ]
+            if any(low >= high for low, high in overlap):
+                continue
+            there = tuple(slice(low - first, high - first) for (low, high), first in zip(overlap, piece.offsets))
+            here = tuple(slice(low - first, high - first) for (low, high), first in zip(overlap, offsets))
+            target[here].copy_(self._load(key, piece)[there])
+            written.append(here)
+        self._check_coverage(key, written, target.numel())
 
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self.target = target
+    def _load(self, key: str, piece: Piece) -> torch.Tensor:
+        """Torch's own reader, which unpickles nothing but tensors; it does not look at the checksums torch wrote."""
+        path = self.directory / piece.file
+        try:
+            with path.open("rb") as stream:
+                stream.seek(piece.start)
+                content = io.BytesIO(stream.read(piece.length))
+            with zipfile.ZipFile(content) as archive:
+                if spoilt := archive.testzip():
+                    raise zipfile.BadZipFile(f"the checksum of {spoilt} does not fit")
+            content.seek(0)
+            tensor = torch.load(content, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: {key} cannot be read, the checkpoint is damaged: {reason}") from error
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != piece.sizes or tensor.dtype != self.dtype(key):
+            raise UserError(f"{path}: {key} is another tensor than the checkpoint's metadata says")
+        self.bytes_read += piece.length
+        return tensor
 
-    def resolve_tensor(self, item: Any) -> torch.Tensor:
-        slices = tuple(slice(start, start + size) for start, size in zip(item.dest_offsets, item.lengths))
-        return self.target[slices]
-
-    def commit_tensor(self, item: Any, tensor: torch.Tensor) -> None:
-        pass
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Only what describes a checkpoint: torch reads this file with plain pickle, which would run what it names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "megatron.core.dist_checkpointing.strategies.torch" and name in STAND_INS:
-            return STAND_INS[name]
-        if (module, name) in PLAIN:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("torch.distributed.checkpoint."):
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, enum.Enum)):
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+    def _check_coverage(self, key: str, written: list[tuple[slice, ...]], wanted: int) -> None:
+        """Boxes that do not meet and add up to the target are the target."""
+        for one, other in itertools.combinations(written, 2):
+            if all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other)):
+                raise UserError(f"{self.directory}: two pieces of {key} overlap; the checkpoint is damaged")
+        covered = sum(math.prod(part.stop - part.start for part in box) for box in written)
+        if covered != wanted:
+            raise UserError(f"{self.directory}: {key} is not whole")
