@@ -13,6 +13,8 @@ from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
+from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
+from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.source.reference import ModelFiles, resolve
 from qwen_cl.source.settings import HubSettings
 
@@ -49,7 +51,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_layout(config.cluster.tensor_parallel, config.cluster.pipeline_parallel, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
-        check_tensors(model.directory, architecture)
+        _check_weights(model, architecture)
     files = row_files(config.data, config.training)
     _check_data(config, model, files)
     settled = replace(
@@ -66,8 +68,12 @@ def make_plan(config: RunConfig) -> Plan:
 
 def fetch_weights(plan: Plan) -> None:
     """Make the weights present and check that they are this architecture's."""
-    model = resolve(plan.model.source, HubSettings.of(plan.config.model))
-    check_tensors(model.directory, plan.architecture)
+    _check_weights(resolve(plan.model.source, HubSettings.of(plan.config.model)), plan.architecture)
+
+
+def _check_weights(model: ModelFiles, architecture: Architecture) -> None:
+    check = check_nemo_tensors if is_nemo_checkpoint(model.directory) else check_tensors
+    check(model.directory, architecture)
 
 
 def _check_sequence_length(config: RunConfig, architecture: Architecture) -> None:
@@ -83,13 +89,14 @@ def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) ->
     if files is None:
         return
     train, validation = read_rows(files)
-    tokenizer = load_tokenizer(str(model.directory))
+    directory = tokenizer_directory(model.directory)
+    tokenizer = load_tokenizer(str(directory))
     if isinstance(config.task, FinetuneConfig):
-        check_chat_template(tokenizer, str(model.directory))
+        check_chat_template(tokenizer, str(directory))
     largest = max(tokenizer.get_vocab().values())
     if largest >= int(model.config["vocab_size"]):
         raise UserError(
-            f"{model.directory}: its tokenizer has id {largest}, past the model's vocab_size "
+            f"{directory}: its tokenizer has id {largest}, past the model's vocab_size "
             f"({model.config['vocab_size']}); tokenizer and weights are not of the same model"
         )
     loss_on = config.task.loss_on if isinstance(config.task, FinetuneConfig) else LossOn.all

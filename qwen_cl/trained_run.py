@@ -52,7 +52,7 @@ def find_run(task: ExportConfig) -> Run:
 
 
 def _run_config(folder: RunFolder) -> RunConfig:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         config = load_config(folder.config)

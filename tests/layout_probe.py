@@ -1,4 +1,5 @@
-"""Builds Megatron models as a run builds them, fills them from their directories, and saves their logits.
+"""Builds Megatron models as a run builds them, fills them from their directories (in Hugging Face layout or NeMo
+2.0 checkpoints), and saves their logits.
 
 ``torchrun tests/layout_probe.py OUT_DIRECTORY TENSOR_PARALLEL PIPELINE_PARALLEL MODEL_DIRECTORY...``: a process of
 its own, because Megatron on a CPU changes torch for good. Every model in one process, because importing NeMo is what
@@ -51,14 +52,23 @@ def _probe(out: Path, directory: Path, config: RunConfig) -> None:
     from safetensors.torch import save_file
 
     from qwen_cl.source.checkpoint import Checkpoint
+    from qwen_cl.source.distributed import DistributedWeights
+    from qwen_cl.source.nemo_context import is_nemo_checkpoint
+    from qwen_cl.source.nemo_shards import fill_from_nemo
     from qwen_cl.source.shards import fill
 
     plan = make_plan(config)
     model = _build(plan)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    checkpoint = Checkpoint(directory)
-    fill(model.sharded_state_dict(), model.named_parameters(), checkpoint, plan.architecture)
+    checkpoint: Any
+    if is_nemo_checkpoint(directory):
+        checkpoint = DistributedWeights(directory / "weights")
+        sharded = model.sharded_state_dict(prefix="module.")
+        fill_from_nemo(sharded, model.named_parameters(), checkpoint, plan.architecture)
+    else:
+        checkpoint = Checkpoint(directory)
+        fill(model.sharded_state_dict(), model.named_parameters(), checkpoint, plan.architecture)
     rank = torch.distributed.get_rank()
     held = sum(parameter.numel() for parameter in model.parameters())
     read = {"bytes_read": checkpoint.bytes_read, "parameters_held": held}

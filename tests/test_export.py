@@ -138,7 +138,7 @@ def _train(model: Path, case: Case, folder: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "tests/probe.py"), str(folder)],
-        env=worker_environment(plan.config.cluster),
+        env=worker_environment(plan.config),
         capture_output=True,
         text=True,
         check=False,

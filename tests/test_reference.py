@@ -168,7 +168,7 @@ def test_not_a_directory(tmp_path: Path, machine: Machine) -> None:
     """No source at all is not the working directory, even where that holds a model."""
     (tmp_path / "config.json").write_text('{"hidden_size": 5}')
     sources = ["", "absent", "config.json", "~no-such-user/model"]
-    rule = "is not a directory; give one in Hugging Face layout, or hf://ORG/NAME"
+    rule = "is not a directory; give one in Hugging Face layout, a NeMo 2.0 checkpoint, or hf://ORG/NAME"
     answers = machine.resolve_all(sources, directory=tmp_path)
     assert answers == [{"error": f"model.source ({source}) {rule}"} for source in sources]
 

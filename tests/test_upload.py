@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
 from transformers import AutoModelForCausalLM
 

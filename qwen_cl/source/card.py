@@ -62,7 +62,7 @@ def model_card(facts: CardFacts, licence: dict[str, str]) -> str:
 
 def licence_of(model: ModelConfig) -> dict[str, str]:
     """The licence fields of the base's own card; none where it has no card, or the Hub cannot be asked for it."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from huggingface_hub import hf_hub_download, metadata_load
     from requests.exceptions import RequestException
 

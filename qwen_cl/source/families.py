@@ -124,6 +124,20 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tensor_sources(architecture: Architecture) -> dict[str, tuple[str, int | None, Rule, int]]:
+    """Hugging Face name -> sharded key, layer, rule, and which of the rule's tensors it is."""
+    rules: list[tuple[str, int | None, Rule]] = [
+        (key, None, rule) for key, rule in top_level_rules(architecture).items()
+    ]
+    for layer in range(architecture.num_layers):
+        rules += [(LAYER_PREFIX + key, layer, rule) for key, rule in layer_rules(architecture).items()]
+    return {
+        name: (key, layer, rule, position)
+        for key, layer, rule in rules
+        for position, name in enumerate(tensor_shapes(rule, layer, architecture))
+    }
+
+
 def count_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 

@@ -10,7 +10,6 @@ import torch
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.adapter import ADAPTER, AdapterShape, peft_tensors
 from qwen_cl.source.architecture import Architecture
-from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.families import (
     LAYER_PREFIX,
@@ -23,8 +22,10 @@ from qwen_cl.source.families import (
     layer_rules,
     rule_for,
     tensor_shapes,
+    tensor_sources,
     top_level_rules,
 )
+from qwen_cl.source.nemo_tensors import open_tensors
 from qwen_cl.source.shards import pieces_of
 
 FACTORS, MAGNITUDE = ("linear_in.weight", "linear_out.weight"), "weight_magnitude"
@@ -117,8 +118,8 @@ class MergedModel:
 
     def __init__(self, trained: Trained, dtype: torch.dtype | None) -> None:
         self.trained, self.dtype = trained, dtype
-        self._base = None if trained.base is None else Checkpoint(trained.base)
-        self._sources = _sources(trained.architecture)
+        self._base = None if trained.base is None else open_tensors(trained.base, trained.architecture)
+        self._sources = tensor_sources(trained.architecture)
         self._keys = _stored_keys(trained.weights)
         self._fused: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
         self._layer: tuple[tuple[str, int], dict[str, torch.Tensor]] | None = None
@@ -191,20 +192,6 @@ class MergedModel:
 def _stored_keys(weights: DistributedWeights) -> dict[str, str]:
     """Sharded key without NeMo's wrapper -> as it is stored."""
     return {key.removeprefix(WRAPPER_PREFIX): key for key in weights.keys}
-
-
-def _sources(architecture: Architecture) -> dict[str, tuple[str, int | None, Rule, int]]:
-    """Hugging Face name -> sharded key, layer, rule, and which of the rule's tensors it is."""
-    rules: list[tuple[str, int | None, Rule]] = [
-        (key, None, rule) for key, rule in top_level_rules(architecture).items()
-    ]
-    for layer in range(architecture.num_layers):
-        rules += [(LAYER_PREFIX + key, layer, rule) for key, rule in layer_rules(architecture).items()]
-    return {
-        name: (key, layer, rule, position)
-        for key, layer, rule in rules
-        for position, name in enumerate(tensor_shapes(rule, layer, architecture))
-    }
 
 
 def _fused_shape(rule: Rule, architecture: Architecture) -> tuple[int, tuple[int, ...]]:

@@ -27,6 +27,11 @@ from nemo.lightning.resume import AdapterPath, AutoResume
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import Checkpoint, check_tensors
 from qwen_cl.source.compatibility import check_model_config
+from qwen_cl.source.distributed import DistributedWeights
+from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
+from qwen_cl.source.nemo_config import supported_class
+from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint
+from qwen_cl.source.nemo_shards import fill_from_nemo
 from qwen_cl.source.reading import Progress
 from qwen_cl.source.reference import ModelFiles, is_hub_reference, local_directory, read_model_config, resolve
 from qwen_cl.source.shards import fill
@@ -125,9 +130,9 @@ def _replace_load() -> None:
         self: MegatronStrategy, checkpoint_path: str | Path, selective_restore: bool = False
     ) -> dict[str, Any]:
         source = _reference(getattr(checkpoint_path, "base_model_path", None) or checkpoint_path)
-        if not in_hugging_face_layout(source):
+        if not (in_hugging_face_layout(source) or _gives_weights(self, source, selective_restore)):
             return stock_load(self, checkpoint_path, selective_restore)
-        load_hugging_face(self, source)
+        load_weights(self, source)
         trained = _trainer_state(self.checkpoint_io, checkpoint_path) if _is_adapter(checkpoint_path) else {}
         return {**trained, FILLED: True}
 
@@ -166,17 +171,32 @@ def _trainer_state(checkpoint_io: WrappedAdapterIO, path: AdapterPath) -> dict[s
     return state
 
 
-def load_hugging_face(strategy: MegatronStrategy, source: str) -> None:
+def _gives_weights(strategy: MegatronStrategy, path: str | Path, selective_restore: bool) -> bool:
+    """Whether a NeMo checkpoint of a model we know is where the weights come from, and nothing is resumed."""
+    return (
+        selective_restore
+        and not strategy.restore_config.load_optim_state
+        and is_nemo_checkpoint(Path(path))
+        and supported_class(Path(path))
+    )
+
+
+def load_weights(strategy: MegatronStrategy, source: str) -> None:
     """Fill the strategy's model, before any adapter exists, from a resolved source."""
     started = time.monotonic()
     _require_one_source(source)
     directory = local_directory(source)
     architecture = read_architecture(read_model_config(directory), directory)
-    checkpoint = Checkpoint(directory)
     model = strategy.megatron_parallel
-    shards = fill(
-        model.sharded_state_dict(), model.named_parameters(), checkpoint, architecture, progress=_progress(strategy)
-    )
+    sharded, parameters = model.sharded_state_dict(), model.named_parameters()
+    checkpoint: Checkpoint | DistributedWeights
+    if is_nemo_checkpoint(directory):
+        check_nemo_tensors(directory, architecture)
+        checkpoint = DistributedWeights(directory / WEIGHTS)
+        shards = fill_from_nemo(sharded, parameters, checkpoint, architecture)
+    else:
+        checkpoint = Checkpoint(directory)
+        shards = fill(sharded, parameters, checkpoint, architecture, progress=_progress(strategy))
     strategy.base_model_source = source
     if isinstance(strategy.checkpoint_io, WrappedAdapterIO):
         strategy.checkpoint_io.model_ckpt_path = source  # recorded in every adapter checkpoint

@@ -15,6 +15,8 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.hub import cached_directory, fetch_snapshot
 from qwen_cl.source.manifest import Manifest
+from qwen_cl.source.nemo_config import read_nemo_config
+from qwen_cl.source.nemo_context import SCHEME, is_nemo_checkpoint, nemo_directory, refuse_half, refuse_other_kinds
 from qwen_cl.source.settings import HubSettings
 
 HUB_REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
@@ -30,7 +32,7 @@ class ModelFiles:
     commit: str | None
     """40-hex commit on the Hub; None for a directory of the user's own."""
     config: dict[str, Any]
-    """The model's config.json."""
+    """The model's config.json; of a NeMo checkpoint, what it would be."""
     manifest: Manifest | None = None
     """Files, sizes and licence of the commit; None for a directory, and for a cache that other tools filled."""
 
@@ -48,11 +50,14 @@ def resolve(source: str, settings: HubSettings = HUB_DEFAULTS, *, weights: bool 
         UserError: the reference is malformed, absent, out of reach, incomplete, damaged, or its config.json does not
             parse.
     """
+    if source.startswith(SCHEME):
+        source = str(nemo_directory(source))
     if not is_hub_reference(source):
         directory = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
         if not source.strip() or not directory.is_dir():
             raise UserError(
-                f"model.source ({source}) is not a directory; give one in Hugging Face layout, or hf://ORG/NAME"
+                f"model.source ({source}) is not a directory; give one in Hugging Face layout, a NeMo 2.0 checkpoint, "
+                "or hf://ORG/NAME"
             )
         return ModelFiles(str(directory), directory, None, read_model_config(directory))
     match = HUB_REFERENCE.fullmatch(source)
@@ -78,6 +83,10 @@ def local_directory(source: str) -> Path:
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
+    refuse_other_kinds(directory)
+    refuse_half(directory)
+    if is_nemo_checkpoint(directory):
+        return read_nemo_config(directory)
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
+from qwen_cl.source.reference import read_model_config
 from qwen_cl.source.snapshot import FILES
 
 
 def copy_small_files(source: Path, target: Path) -> None:
     """Config, tokenizer and chat template into ``target``, which is made; the files themselves where the Hub's cache
-    has links."""
+    has links. A NeMo checkpoint has the config of its model in NeMo's terms: here it gets Hugging Face's."""
     target.mkdir(parents=True, exist_ok=True)
     for pattern in FILES:
-        for path in source.glob(pattern):
+        for path in tokenizer_directory(source).glob(pattern):
             shutil.copyfile(path, target / path.name)
+    if is_nemo_checkpoint(source):
+        config = json.dumps(read_model_config(source), indent=2)
+        (target / "config.json").write_text(config + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+"""A base model's tensors by the names Hugging Face gives them, whatever layout it is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.checkpoint import Checkpoint
+from qwen_cl.source.distributed import DistributedWeights
+from qwen_cl.source.families import WRAPPER_PREFIX, tensor_sources
+from qwen_cl.source.nemo_checkpoint import check_nemo_tensors, key_of_layer
+from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint
+from qwen_cl.source.shards import pieces_of
+
+
+def open_tensors(directory: Path, architecture: Architecture) -> Checkpoint | NemoTensors:
+    return NemoTensors(directory, architecture) if is_nemo_checkpoint(directory) else Checkpoint(directory)
+
+
+class NemoTensors:
+    """Of a NeMo 2.0 checkpoint; each is read whole.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another architecture.
+    """
+
+    def __init__(self, directory: Path, architecture: Architecture) -> None:
+        check_nemo_tensors(directory, architecture)
+        self._weights = DistributedWeights(directory / WEIGHTS)
+        self._architecture = architecture
+        self._sources = tensor_sources(architecture)
+        self._fused: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
+
+    def dtype(self, name: str) -> torch.dtype:
+        key, layer, *_ = self._sources[name]
+        return self._weights.dtype(self._stored(key, layer)[0])
+
+    def read(self, name: str, *slices: slice) -> torch.Tensor:
+        key, layer, rule, position = self._sources[name]
+        if self._fused is None or self._fused[0] != (key, layer):
+            full = self._weights.read(*self._stored(key, layer))
+            self._fused = (key, layer), pieces_of(rule, full, self._architecture)
+        return self._fused[1][position][slices]
+
+    def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
+        key = WRAPPER_PREFIX + key
+        if layer is not None and (own := key_of_layer(key, layer)) in self._weights.keys:
+            return own, None
+        return key, layer
