@@ -49,7 +49,7 @@ class Copy:
 def read_into(
     copies: Sequence[Copy], checkpoint: Checkpoint, *, readers: int | None = None, progress: Progress | None = None
 ) -> None:
-    """Returns when every byte is in place; all destinations are on one device.
+    """Returns when every byte is in place. Destinations may be on the CPU and on one GPU: what NeMo moves there late.
 
     Raises:
         UserError: a file cannot be read or is shorter than its header says.
@@ -57,7 +57,7 @@ def read_into(
     blocks = sorted(_blocks(copies, checkpoint), key=lambda block: (block.path, block.offset))
     if not blocks:
         return
-    (device,) = {block.destination.device for block in blocks}
+    device = max((block.destination.device for block in blocks), key=lambda device: device.type == "cuda")
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # what made the destinations is done with them
     count = min(readers or default_readers(), len(blocks))
@@ -73,7 +73,14 @@ def read_into(
 def default_readers() -> int:
     """The CPUs this process may use, shared with the other ranks of the node; never one, which would wait on a disk."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(MOST_READERS, len(os.sched_getaffinity(0)) // ranks))
+    return max(2, min(MOST_READERS, _cpus() // ranks))
+
+
+def _cpus() -> int:
+    import psutil
+
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on a Mac
 
 
 def _run(tasks: list[_Reader], total: int, progress: Progress | None) -> None:
@@ -149,7 +156,7 @@ class _Reader:
         self.bytes_read = 0
 
     def run(self) -> None:
-        ring = Ring(self.device)
+        rings = {device: Ring(device) for device in {self.device, torch.device("cpu")}}
         make: Any = torch.cuda.Stream
         stream = make(self.device) if self.device.type == "cuda" else None
         with torch.no_grad(), torch.cuda.stream(stream) if stream else contextlib.nullcontext():
@@ -158,7 +165,7 @@ class _Reader:
                     block = self.work.popleft()
                 except IndexError:
                     break
-                self._read(block, ring)
+                self._read(block, rings[block.destination.device])
         if stream is not None:
             stream.synchronize()
 
@@ -241,8 +248,9 @@ class _Files:
         if block.row_bytes == block.stride or block.rows == 1:
             self._read_at(block, block.offset, memory)
             return
-        # The system cannot guess such a pattern, so it is told that the block's pages are wanted.
-        os.posix_fadvise(self._descriptors[block.path], block.offset, block.rows * block.stride, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # the system cannot guess such a pattern; a Mac cannot be told
+            size = block.rows * block.stride
+            os.posix_fadvise(self._descriptors[block.path], block.offset, size, os.POSIX_FADV_WILLNEED)
         for row in range(block.rows):
             part = memory[row * block.row_bytes : (row + 1) * block.row_bytes]
             self._read_at(block, block.offset + row * block.stride, part)
