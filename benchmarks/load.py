@@ -193,9 +193,8 @@ def print_table(
     console.print(table)
     console.print(
         "RSS: peak of resident memory beyond what was resident before, with mapped pages of the files; anon: without "
-        "them, sampled. read: asked of the files through read(), '-' where they are mapped. written: bytes given to "
-        "write(). Memory is the largest, and in the rows of one process the same. "
-        + measured["ours"][-1].get("note", "")
+        "them, sampled. read: asked of the files through read(), '-' where they are mapped. written: bytes of "
+        "files. Memory is the largest, and in the rows of one process the same. " + measured["ours"][-1].get("note", "")
     )
     engine = "with" if importlib.util.find_spec("transformer_engine") else "without"
     if "error" in stock:

@@ -33,8 +33,9 @@ def ours(model: Path, device: str) -> dict[str, Any]:
     plan = _plan(config)
     _one_rank()
     from qwen_cl.source.checkpoint import Checkpoint
-    from qwen_cl.source.reading import BLOCK, BUFFERS, default_readers
+    from qwen_cl.source.reading import default_readers
     from qwen_cl.source.shards import fill
+    from qwen_cl.source.staging import BUFFERS, PINNED_BLOCK
 
     _start(device)
     with measured() as record:
@@ -57,7 +58,7 @@ def ours(model: Path, device: str) -> dict[str, Any]:
         "built module to weights in place": filled - began,
         "the same, and building the module": built - started + filled - began,
     }
-    pinned = default_readers() * BUFFERS * BLOCK / 1e6 if device == "cuda" else 0
+    pinned = default_readers() * BUFFERS * PINNED_BLOCK / 1e6 if device == "cuda" else 0
     record["note"] = f"ours: memory is while filling (building added {building['anonymous'] / 1e6:,.0f} MB anon"
     record["note"] += f"), and {pinned:.0f} MB of pinned buffers, which RSS may not count." if pinned else ")."
     return record
@@ -158,7 +159,7 @@ def measured() -> Iterator[dict[str, Any]]:
     after = _status()
     record["rss"] = max(0, after["VmHWM"] - before["VmRSS"])
     record["anonymous"] = max(peak[0], after["RssAnon"]) - before["RssAnon"]
-    record["read"], record["written"] = (ended[name] - traffic[name] for name in ("rchar", "wchar"))
+    record["read"], record["written"] = (ended[name] - traffic[name] for name in ("rchar", "write_bytes"))
     record["device_peak"] = _device_peak()
 
 

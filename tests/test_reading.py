@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from qwen_cl.callbacks import RunRecorder
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.checkpoint import Checkpoint
-from qwen_cl.source.reading import BLOCK, Copy, read_into
+from qwen_cl.source.reading import Copy, read_into
+from qwen_cl.source.staging import BLOCK
 from qwen_cl.view import ProgressView
 from tests.conftest import ROOT
 

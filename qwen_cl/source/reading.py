@@ -14,20 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen_cl.config.errors import UserError
 from qwen_cl.source.checkpoint import DTYPES, Checkpoint
+from qwen_cl.source.staging import Block, OpenFiles, Ring, block_size
 
-BLOCK = 4 * 2**20
-"""Bytes read at a time: far more than a system call costs, far less than a cache of the CPU that others need."""
-BUFFERS = 2
-"""Of each reader: one is filled from the file while the other travels to the device."""
-CAST = 32768
-"""Elements cast at a time on a CPU: torch would start a team of threads, in each reader, for more."""
 MOST_READERS = 8
 INTERVAL = 0.25
 """Seconds between two reports of progress."""
@@ -61,7 +54,7 @@ def read_into(
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # what made the destinations is done with them
     count = min(readers or default_readers(), len(blocks))
-    with _Files(sorted({block.path for block in blocks})) as files:
+    with OpenFiles(sorted({block.path for block in blocks})) as files:
         work = deque(blocks)
         tasks = [_Reader(work, files, device) for _ in range(count)]
         try:
@@ -100,35 +93,7 @@ def _run(tasks: list[_Reader], total: int, progress: Progress | None) -> None:
         progress(total, total)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows of one tensor that are read at once: ``row_bytes`` at ``offset`` and then every ``stride`` bytes."""
-
-    destination: torch.Tensor
-    dtype: torch.dtype
-    """The file's."""
-    path: Path
-    offset: int
-    row_bytes: int
-    stride: int
-
-    @property
-    def rows(self) -> int:
-        return self.destination.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.row_bytes
-
-    def split(self, most_bytes: int) -> Iterator[_Block]:
-        """In blocks of at most so many bytes, and at least one row."""
-        step = max(1, most_bytes // self.row_bytes)
-        for first in range(0, self.rows, step):
-            rows, offset = self.destination[first : first + step], self.offset + first * self.stride
-            yield _Block(rows, self.dtype, self.path, offset, self.row_bytes, self.stride)
-
-
-def _blocks(copies: Sequence[Copy], checkpoint: Checkpoint) -> Iterator[_Block]:
+def _blocks(copies: Sequence[Copy], checkpoint: Checkpoint) -> Iterator[Block]:
     for copy in copies:
         if copy.destination.numel() == 0:
             continue
@@ -145,13 +110,14 @@ def _blocks(copies: Sequence[Copy], checkpoint: Checkpoint) -> Iterator[_Block]:
         if len(shape) > 1:
             offset += copy.first_column * math.prod(shape[2:]) * dtype.itemsize
         row_bytes = math.prod(wanted[1:]) * dtype.itemsize
-        yield from _Block(copy.destination, dtype, location.path, offset, row_bytes, stride).split(BLOCK)
+        whole = Block(copy.destination, dtype, location.path, offset, row_bytes, stride)
+        yield from whole.split(block_size(copy.destination.device))
 
 
 class _Reader:
     """One thread's share: takes blocks until there are none."""
 
-    def __init__(self, work: deque[_Block], files: _Files, device: torch.device) -> None:
+    def __init__(self, work: deque[Block], files: OpenFiles, device: torch.device) -> None:
         self.work, self.files, self.device = work, files, device
         self.bytes_read = 0
 
@@ -169,7 +135,7 @@ class _Reader:
         if stream is not None:
             stream.synchronize()
 
-    def _read(self, block: _Block, ring: Ring) -> None:
+    def _read(self, block: Block, ring: Ring) -> None:
         if block.destination.device.type == "cpu" and block.destination.dtype is block.dtype:
             self.files.read(block, block.destination.view(-1).view(torch.uint8))
             self.bytes_read += block.size
@@ -178,95 +144,3 @@ class _Reader:
             self.files.read(block, staged)
             ring.send(staged.view(block.dtype).view(block.destination.shape), block.destination)
         self.bytes_read += block.size
-
-
-class Ring:
-    """The staging buffers of one reader, used in turn: a buffer is written again when its copy has left it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        self._buffers: list[torch.Tensor | None] = [None] * BUFFERS
-        event: Any = torch.cuda.Event
-        self._sent = [event(blocking=True) for _ in range(BUFFERS)] if self.cuda else []
-        self._on_device: torch.Tensor | None = None
-        self._turn = 0
-
-    @contextlib.contextmanager
-    def buffer(self, size: int) -> Iterator[torch.Tensor]:
-        """``size`` bytes to fill and send before the block ends."""
-        turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
-        if self.cuda:
-            self._sent[turn].synchronize()
-        buffer = self._buffers[turn]
-        if buffer is None or len(buffer) < size:
-            self._buffers[turn] = buffer = torch.empty(max(size, BLOCK), dtype=torch.uint8, pin_memory=self.cuda)
-        yield buffer[:size]
-        if self.cuda:
-            self._sent[turn].record()
-
-    def send(self, staged: torch.Tensor, destination: torch.Tensor) -> None:
-        """To the device as it is, and cast there."""
-        if not self.cuda:
-            chunks: Any = torch.split
-            for there, here in zip(chunks(destination.view(-1), CAST), chunks(staged.view(-1), CAST)):
-                there.copy_(here)
-            return
-        if staged.dtype is not destination.dtype:
-            raw = staged.view(-1).view(torch.uint8)
-            if self._on_device is None or len(self._on_device) < len(raw):
-                self._on_device = torch.empty(max(len(raw), BLOCK), dtype=torch.uint8, device=self.device)
-            there = self._on_device[: len(raw)]  # one is enough: a stream does its work in order
-            there.copy_(raw, non_blocking=True)
-            staged = there.view(staged.dtype).view(staged.shape)
-        destination.copy_(staged, non_blocking=True)
-
-
-class _Files:
-    """Open files that any thread may read, each read at its own place."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
-        self._descriptors: dict[Path, int] = {}
-
-    def __enter__(self) -> _Files:
-        try:
-            for path in self._paths:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            self.__exit__()
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def read(self, block: _Block, target: torch.Tensor) -> None:
-        """Into ``target``, contiguous bytes on the CPU; not one byte beside the block's own is asked for."""
-        memory = target.numpy().data
-        if block.row_bytes == block.stride or block.rows == 1:
-            self._read_at(block, block.offset, memory)
-            return
-        if hasattr(os, "posix_fadvise"):  # the system cannot guess such a pattern; a Mac cannot be told
-            size = block.rows * block.stride
-            os.posix_fadvise(self._descriptors[block.path], block.offset, size, os.POSIX_FADV_WILLNEED)
-        for row in range(block.rows):
-            part = memory[row * block.row_bytes : (row + 1) * block.row_bytes]
-            self._read_at(block, block.offset + row * block.stride, part)
-
-    def _read_at(self, block: _Block, offset: int, memory: memoryview) -> None:
-        done = 0
-        while done < len(memory):
-            try:
-                count = os.preadv(self._descriptors[block.path], [memory[done:]], offset + done)
-            except OSError as error:
-                where = f"at byte {offset + done}: {error.strerror}"
-                raise UserError(f"{block.path} cannot be read {where}; check the disk, or download it again") from error
-            if count == 0:
-                size = os.fstat(self._descriptors[block.path]).st_size
-                raise UserError(
-                    f"{block.path} has become shorter than its header says ({size} bytes) since the run began; "
-                    "download it again"
-                )
-            done += count
