@@ -75,9 +75,9 @@ def main() -> int:
         for _ in range(repeats):
             for name, records in measured.items():
                 records.append(_measure(name, model, device))
+        print_table(arguments.shape, device, size, measured)
         write_model(tiny, SHAPES["tiny"])
-        stock = _measure("import_ckpt", tiny, device)
-    print_table(arguments.shape, device, size, measured, stock)
+        print_stock(_measure("import_ckpt", tiny, device))
     return 0 if all("error" not in record for record in measured["ours"]) else 1
 
 
@@ -159,9 +159,7 @@ def _measure(side: str, model: Path, device: str) -> dict[str, Any]:
     return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
 
 
-def print_table(
-    shape: str, device: str, size: int, measured: dict[str, list[dict[str, Any]]], stock: dict[str, Any]
-) -> None:
+def print_table(shape: str, device: str, size: int, measured: dict[str, list[dict[str, Any]]]) -> None:
     import rich
     from rich.console import Console
     from rich.table import Table
@@ -196,14 +194,15 @@ def print_table(
         "them, sampled. read: asked of the files through read(), '-' where they are mapped. written: bytes of "
         "files. Memory is the largest, and in the rows of one process the same. " + measured["ours"][-1].get("note", "")
     )
+
+
+def print_stock(stock: dict[str, Any]) -> None:
     engine = "with" if importlib.util.find_spec("transformer_engine") else "without"
     if "error" in stock:
         result = f"failed: {stock['error'][:160]}"
     else:
         result = f"took {stock['seconds']['import_ckpt']:.1f} s and wrote {stock['written']:,} B"
-    console.print(
-        f"NeMo's llm.import_ckpt, tried on the tiny shape {engine} Transformer Engine, {result}", markup=False
-    )
+    print(f"NeMo's llm.import_ckpt, tried on the tiny shape {engine} Transformer Engine, {result}")
 
 
 def _figures(records: list[dict[str, Any]], timed: str, size: int) -> list[str]:

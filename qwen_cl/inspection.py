@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
 
-from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, PeftConfig, RunConfig
+from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, ModelConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import InspectConfig
+from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.estimate import Batch, estimate_memory
 from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
+from qwen_cl.plan import check_weights
 from qwen_cl.source.architecture import FAMILIES, Architecture, read_architecture
+from qwen_cl.source.card import licence_of
+from qwen_cl.source.checkpoint import DTYPES, Checkpoint, weight_files
+from qwen_cl.source.distributed_metadata import DistributedMetadata
 from qwen_cl.source.families import count_parameters, expected_shapes
+from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.source.reference import ModelFiles, resolve
+from qwen_cl.source.settings import HubSettings
 from qwen_cl.view import print_facts
 
 GIB = 2**30
@@ -26,10 +34,17 @@ SIZES = (1, 2, 4, 8)
 def inspect(config: RunConfig, task: InspectConfig) -> None:
     """Raises UserError where the model cannot be found, read or trained."""
     device = pick_device(config.cluster)
-    model = resolve(config.model.source, weights=False)
+    model = resolve(config.model.source, HubSettings.of(config.model), weights=False)
     architecture = read_architecture(model.config, model.directory)
+    if model.commit is None:
+        check_weights(model, architecture)
+    facts = [
+        *_model_facts(model, architecture),
+        *_file_facts(model, config.model),
+        *_device_facts(device, architecture),
+    ]
     console = Console()
-    print_facts([*_model_facts(model, architecture), *_device_facts(device, architecture)], console)
+    print_facts(facts, console)
     batch = Batch(task.sequence_length, task.micro_batch_size, task.micro_batches)
     console.print(_layout_table(config, batch, device, architecture))
 
@@ -51,6 +66,36 @@ def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[st
         ("vocabulary", f"{architecture.vocab_size:,}"),
         ("context", f"{architecture.longest_sequence:,} tokens"),
     ]
+
+
+def _file_facts(model: ModelFiles, settings: ModelConfig) -> list[tuple[str, str]]:
+    size, dtypes = _weights(model)
+    tokenizer = load_tokenizer(str(tokenizer_directory(model.directory)))
+    licence = model.manifest.license if model.manifest else licence_of(settings).get("license")
+    return [
+        ("weights", f"{size / 1e9:,.2f} GB, {dtypes}" if size else dtypes),
+        ("tokenizer", f"{len(tokenizer):,} tokens, {'with' if tokenizer.chat_template else 'without'} a chat template"),
+        ("licence", licence or "not said; look at the model's page or ask who gave you the files"),
+    ]
+
+
+def _weights(model: ModelFiles) -> tuple[int, str]:
+    """Bytes (0 where nobody says), and the type of their values."""
+    if model.commit is not None:
+        files = model.manifest.files if model.manifest else {}
+        size = sum(file.size or 0 for name, file in files.items() if name.endswith(".safetensors") and "/" not in name)
+        return size, f"{model.config.get('dtype') or model.config.get('torch_dtype') or 'of a type config.json omits'}"
+    if is_nemo_checkpoint(model.directory):
+        metadata = DistributedMetadata(model.directory / WEIGHTS)
+        types = Counter(metadata.tensor(key).dtype for key in metadata.keys)
+        return sum(path.stat().st_size for path in (model.directory / WEIGHTS).glob("*.distcp")), _most(types)
+    checkpoint = Checkpoint(model.directory)
+    types = Counter(DTYPES.get(name, name) for name in (checkpoint.location(each).dtype for each in checkpoint.names))
+    return sum(path.stat().st_size for path in weight_files(model.directory)), _most(types)
+
+
+def _most(types: Counter[str]) -> str:
+    return ", ".join(f"{dtype} ({count} tensors)" for dtype, count in types.most_common())
 
 
 def _tied(architecture: Architecture) -> str:

@@ -51,7 +51,7 @@ def make_plan(config: RunConfig) -> Plan:
     check_layout(config.cluster.tensor_parallel, config.cluster.pipeline_parallel, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
-        _check_weights(model, architecture)
+        check_weights(model, architecture)
     files = row_files(config.data, config.training)
     _check_data(config, model, files)
     settled = replace(
@@ -68,10 +68,11 @@ def make_plan(config: RunConfig) -> Plan:
 
 def fetch_weights(plan: Plan) -> None:
     """Make the weights present and check that they are this architecture's."""
-    _check_weights(resolve(plan.model.source, HubSettings.of(plan.config.model)), plan.architecture)
+    check_weights(resolve(plan.model.source, HubSettings.of(plan.config.model)), plan.architecture)
 
 
-def _check_weights(model: ModelFiles, architecture: Architecture) -> None:
+def check_weights(model: ModelFiles, architecture: Architecture) -> None:
+    """Raises UserError where the files' own lists of tensors are not this architecture's."""
     check = check_nemo_tensors if is_nemo_checkpoint(model.directory) else check_tensors
     check(model.directory, architecture)
 

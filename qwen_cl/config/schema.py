@@ -45,7 +45,8 @@ COMMIT_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     source: str
-    """``hf://ORG/NAME[@REVISION]``, or a directory in Hugging Face layout."""
+    """``hf://ORG/NAME[@REVISION]``, a directory in Hugging Face layout, or a NeMo 2.0 checkpoint (a directory, or
+    ``nemo://PATH``)."""
     endpoint: str | None
     """URL of the Hub or a mirror of it; None for HF_ENDPOINT, and without that huggingface.co."""
     offline: bool

@@ -6,18 +6,26 @@ import hashlib
 from pathlib import Path
 
 from qwen_cl.source.checkpoint import weight_files
+from qwen_cl.source.distributed_metadata import METADATA
+from qwen_cl.source.nemo_context import CONTEXT, MODEL, WEIGHTS, is_nemo_checkpoint
 
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 def fingerprint(directory: Path) -> str:
-    """sha256 over config.json and, of each weight file, its name, size, head and evenly spaced samples.
+    """sha256 over config.json (of a NeMo checkpoint, over what describes it) and, of each weight file, its name, size,
+    head and evenly spaced samples.
 
     Reads 1 MiB a file where a full hash would read them whole: other weights of the same shapes show, a single
     flipped bit does not.
     """
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(weight_files(directory)):
+    if is_nemo_checkpoint(directory):
+        described = [directory / CONTEXT / MODEL, directory / WEIGHTS / METADATA]
+        weights = list((directory / WEIGHTS).glob("*.distcp"))
+    else:
+        described, weights = [directory / "config.json"], weight_files(directory)
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in described))
+    for path in sorted(weights):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as stream:
