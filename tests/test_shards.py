@@ -18,7 +18,7 @@ from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.families import count_parameters, expected_shapes, rule_for
 from qwen_cl.source.reading import read_into
 from qwen_cl.source.reference import read_model_config
-from qwen_cl.source.shards import CoverageError, _check_coverage, fill, qkv_copies, split_qkv
+from qwen_cl.source.shards import CoverageError, check_coverage, fill, qkv_copies, split_qkv
 from tests.models import save_random_model
 
 CONFIG: dict[str, Any] = {
@@ -183,7 +183,7 @@ def spans(parameter: torch.nn.Parameter, *rows: tuple[int, int]) -> list[tuple[i
 @pytest.mark.parametrize("rows", [[(0, 8)], [(0, 3), (3, 8)], [(3, 8), (0, 1), (1, 3)]])
 def test_an_exact_tiling_is_accepted(rows: list[tuple[int, int]]) -> None:
     parameter = torch.nn.Parameter(torch.empty(8, 4))
-    _check_coverage(spans(parameter, *rows), [("table", parameter)])
+    check_coverage(spans(parameter, *rows), [("table", parameter)])
 
 
 @pytest.mark.parametrize("rows", [[], [(0, 7)], [(1, 8)], [(0, 3), (4, 8)]])
@@ -193,14 +193,14 @@ def test_a_gap_is_refused(rows: list[tuple[int, int]]) -> None:
     filled = sorted(spans(parameter, *rows) + spans(whole, (0, 8)))
     message = f"parameter table: {covered} of 128 bytes came from the checkpoint; the weights cannot be trusted"
     with pytest.raises(CoverageError, match=f"^{message}$"):
-        _check_coverage(filled, [("whole", whole), ("table", parameter)])
+        check_coverage(filled, [("whole", whole), ("table", parameter)])
 
 
 @pytest.mark.parametrize("rows", [[(0, 8), (0, 8)], [(0, 5), (4, 8)], [(0, 8), (2, 3)]])
 def test_an_overlap_is_refused(rows: list[tuple[int, int]]) -> None:
     parameter = torch.nn.Parameter(torch.empty(8, 4))
     with pytest.raises(CoverageError, match=r"^two shards were written to the same parameter; "):
-        _check_coverage(spans(parameter, *rows), [("table", parameter)])
+        check_coverage(spans(parameter, *rows), [("table", parameter)])
 
 
 def test_fill_refuses_a_parameter_no_shard_reaches(tmp_path: Path) -> None:

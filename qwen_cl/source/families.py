@@ -108,6 +108,12 @@ def tensor_shapes(rule: Rule, layer: int | None, architecture: Architecture) -> 
     return {name.format(layer=layer): shape for name, shape in shapes.items()}
 
 
+def fused_shape(rule: Rule, layer: int | None, architecture: Architecture) -> tuple[int, ...]:
+    """Megatron's one tensor for the rule's several, without padding."""
+    shapes = list(tensor_shapes(rule, layer, architecture).values())
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
 def layer_shapes(layer: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The tensors of one layer."""
     rules = layer_rules(architecture).values()

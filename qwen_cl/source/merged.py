@@ -16,12 +16,11 @@ from qwen_cl.source.families import (
     OUTPUT_LAYER,
     TOP_LEVEL,
     WRAPPER_PREFIX,
-    Rule,
     Vocabulary,
     expected_shapes,
+    fused_shape,
     layer_rules,
     rule_for,
-    tensor_shapes,
     tensor_sources,
     top_level_rules,
 )
@@ -94,7 +93,7 @@ class TrainedAdapter:
         rank, layers = self._trained.adapter.rank, architecture.num_layers
         expected: dict[str, tuple[int, ...]] = {}
         for module in self.modules:
-            rows, columns = _fused_shape(rule_for(f"{module}.weight", architecture), architecture)
+            rows, *columns = fused_shape(rule_for(f"{module}.weight", architecture), 0, architecture)
             shapes = {
                 FACTORS[0]: (layers, rank, *columns),
                 FACTORS[1]: (layers, rows, rank),
@@ -194,21 +193,13 @@ def _stored_keys(weights: DistributedWeights) -> dict[str, str]:
     return {key.removeprefix(WRAPPER_PREFIX): key for key in weights.keys}
 
 
-def _fused_shape(rule: Rule, architecture: Architecture) -> tuple[int, tuple[int, ...]]:
-    """Rows of Megatron's tensor, and its other sizes; a vocabulary may have more rows."""
-    shapes = list(tensor_shapes(rule, 0, architecture).values())
-    return sum(shape[0] for shape in shapes), shapes[0][1:]
-
-
 def _full_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every sharded key of a whole model; those of layers stack them along a first axis."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, rule in top_level_rules(architecture).items():
-        rows, columns = _fused_shape(rule, architecture)
-        shapes[key] = (rows, *columns)
+        shapes[key] = fused_shape(rule, None, architecture)
     for key, rule in layer_rules(architecture).items():
-        rows, columns = _fused_shape(rule, architecture)
-        shapes[LAYER_PREFIX + key] = (architecture.num_layers, rows, *columns)
+        shapes[LAYER_PREFIX + key] = (architecture.num_layers, *fused_shape(rule, 0, architecture))
     return shapes
 
 

@@ -13,8 +13,8 @@ from qwen_cl.source.families import (
     WRAPPER_PREFIX,
     Rule,
     Vocabulary,
+    fused_shape,
     layer_rules,
-    tensor_shapes,
     top_level_rules,
 )
 from qwen_cl.source.nemo_context import WEIGHTS
@@ -59,20 +59,14 @@ def key_of_layer(key: str, layer: int) -> str:
 def _expected(architecture: Architecture, found: set[str]) -> Iterator[tuple[str, tuple[Rule, tuple[int, ...]]]]:
     """Sharded keys with their rules and shapes, by layer where the checkpoint has them so."""
     for key, rule in top_level_rules(architecture).items():
-        yield WRAPPER_PREFIX + key, (rule, _fused(rule, None, architecture))
+        yield WRAPPER_PREFIX + key, (rule, fused_shape(rule, None, architecture))
     layers = range(architecture.num_layers)
     for key, rule in layer_rules(architecture).items():
-        name, shape = f"{WRAPPER_PREFIX}{LAYER_PREFIX}{key}", _fused(rule, 0, architecture)
+        name, shape = f"{WRAPPER_PREFIX}{LAYER_PREFIX}{key}", fused_shape(rule, 0, architecture)
         if key_of_layer(name, 0) in found:
             yield from ((key_of_layer(name, layer), (rule, shape)) for layer in layers)
         else:
             yield name, (rule, (len(layers), *shape))
-
-
-def _fused(rule: Rule, layer: int | None, architecture: Architecture) -> tuple[int, ...]:
-    """Megatron's one tensor for the rule's several."""
-    shapes = list(tensor_shapes(rule, layer, architecture).values())
-    return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
 def _not_of_the_model(key: str) -> bool:

@@ -12,7 +12,7 @@ from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.families import Vocabulary, rule_for, tensor_shapes
 from qwen_cl.source.nemo_checkpoint import key_of_layer
-from qwen_cl.source.shards import _check_coverage, _check_shape, layer_of, local_shards
+from qwen_cl.source.shards import check_coverage, check_shape, layer_of, local_shards, vocabulary_rows
 
 
 @torch.no_grad()
@@ -37,13 +37,13 @@ def fill_from_nemo(
         _fill_shard(shard, weights, architecture)
         start = shard.data.data_ptr()
         filled.append((start, start + shard.data.numel() * shard.data.element_size()))
-    _check_coverage(sorted(filled), parameters)
+    check_coverage(sorted(filled), parameters)
     return len(filled)
 
 
 def _fill_shard(shard: ShardedTensor, weights: DistributedWeights, architecture: Architecture) -> None:
     rule, layer = rule_for(shard.key, architecture), layer_of(shard)
-    _check_shape(shard, rule, list(tensor_shapes(rule, layer, architecture).values()))
+    check_shape(shard, rule, list(tensor_shapes(rule, layer, architecture).values()))
     key, offsets = shard.key, list(shard.global_offset)
     target = shard.data.view(shard.data.shape)
     if layer is not None and (own := key_of_layer(key, layer)) in weights.keys:
@@ -51,7 +51,7 @@ def _fill_shard(shard: ShardedTensor, weights: DistributedWeights, architecture:
     elif layer is not None:
         target = target.unsqueeze(0)
     if isinstance(rule, Vocabulary):
-        rows = max(0, min(offsets[0] + target.shape[0], architecture.vocab_size) - offsets[0])
+        rows = vocabulary_rows(shard, architecture)
         target[rows:].zero_()
         target = target[:rows]
     if target.numel():

@@ -54,7 +54,7 @@ def fill(
     """
     plan = plan_copies(sharded_state_dict, architecture)
     written = [*(copy.destination for copy in plan.copies), *plan.padding]
-    _check_coverage(sorted(span_of(tensor) for tensor in written), parameters)
+    check_coverage(sorted(span_of(tensor) for tensor in written), parameters)
     for rows in plan.padding:
         rows.zero_()
     read_into(plan.copies, checkpoint, readers=readers, progress=progress)
@@ -70,9 +70,9 @@ def plan_copies(sharded_state_dict: dict[str, Any], architecture: Architecture) 
             raise CoverageError(f"{shard.key} is not contiguous, so its bytes cannot be accounted for")
         rule = rule_for(shard.key, architecture)
         shapes = tensor_shapes(rule, layer_of(shard), architecture)
-        _check_shape(shard, rule, list(shapes.values()))
+        check_shape(shard, rule, list(shapes.values()))
         plan.copies.extend(_copies(shard, rule, tuple(shapes), architecture))
-        if isinstance(rule, Vocabulary) and (rows := _vocabulary_rows(shard, architecture)) < shard.local_shape[0]:
+        if isinstance(rule, Vocabulary) and (rows := vocabulary_rows(shard, architecture)) < shard.local_shape[0]:
             plan.padding.append(shard.data[rows:])
     return replace(plan, shards=len(shards))
 
@@ -99,17 +99,17 @@ def _copies(shard: ShardedTensor, rule: Rule, names: tuple[str, ...], architectu
         which, first_row = divmod(first_row, architecture.ffn_hidden_size)
         return [Copy(shard.data, names[which], first_row)]
     if isinstance(rule, Vocabulary):
-        return [Copy(shard.data[: _vocabulary_rows(shard, architecture)], names[0], first_row)]
+        return [Copy(shard.data[: vocabulary_rows(shard, architecture)], names[0], first_row)]
     return [Copy(shard.data, names[0], first_row, *columns)]
 
 
-def _vocabulary_rows(shard: ShardedTensor, architecture: Architecture) -> int:
+def vocabulary_rows(shard: ShardedTensor, architecture: Architecture) -> int:
     """Those of the shard that are in the checkpoint; the rest is padding."""
     first = shard.global_offset[shard.prepend_axis_num]
     return max(0, min(first + shard.local_shape[0], architecture.vocab_size) - first)
 
 
-def _check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]) -> None:
+def check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]) -> None:
     """The model was built for these tensors: only a vocabulary may have more rows, which are padding."""
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
     built = shard.global_shape[shard.prepend_axis_num :]
@@ -161,7 +161,7 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + tensor.numel() * tensor.element_size()
 
 
-def _check_coverage(filled: list[tuple[int, int]], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+def check_coverage(filled: list[tuple[int, int]], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
     """What is written are contiguous row ranges: a parameter is covered when they tile its bytes without a gap."""
     for previous, current in itertools.pairwise(filled):
         if current[0] < previous[1]:
