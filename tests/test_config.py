@@ -32,6 +32,8 @@ MANDATORY = {
     "model.source": "/models/mine",
     "data.path": "/data/train.jsonl",
     "task.run": "/outputs/run",
+    "replay.sets": {"english": "/data/old.jsonl"},
+    "retention.sets": {"english": "/data/english.jsonl"},
     "cluster.account": "us",
     "cluster.partition": "gpus",
 }
@@ -54,7 +56,7 @@ def compose_config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", list(overrides))
     for key in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, key, MANDATORY[key])
+        OmegaConf.update(config, key, MANDATORY[key], force_add=True)
     return config
 
 
@@ -63,7 +65,7 @@ def compose_run(*overrides: str) -> RunConfig:
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or prefix.count(".") == 1:  # group.field: below are a user's own names
         return {prefix: node}
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}.{name}".lstrip(".")).items()}
 

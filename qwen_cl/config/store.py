@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_origin
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import schema, tasks
+from qwen_cl.config import forgetting, schema, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -25,6 +26,12 @@ GROUPS: dict[str, dict[str, type]] = {
         "file_schema": schema.FileDataConfig,
         "mock_schema": schema.MockDataConfig,
     },
+    "replay": {
+        "replay_schema": forgetting.ReplayConfig,
+        "file_replay_schema": forgetting.FileReplayConfig,
+        "generated_replay_schema": forgetting.GeneratedReplayConfig,
+    },
+    "retention": {"retention_schema": forgetting.RetentionConfig},
     "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
 }
 
@@ -35,5 +42,15 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=schema.RunConfig)
     for group, schemas in GROUPS.items():
         for name, node in schemas.items():
-            store.store(group=group, name=name, node=node)
+            store.store(group=group, name=name, node=_with_open_mappings(node))
     OmegaConf.register_new_resolver("package_path", lambda relative: str(PACKAGE / relative), replace=True)
+
+
+def _with_open_mappings(schema: type) -> DictConfig:
+    """Hydra refuses every key it does not know; those of a mapping are the user's own names."""
+    node: DictConfig = OmegaConf.structured(schema)
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and get_origin(child._metadata.ref_type) is dict:
+            OmegaConf.set_struct(child, False)
+    return node
