@@ -125,8 +125,13 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) 
         return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)
     files = row_files(config.data, task)
     assert files is not None
-    loss_on = task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all
-    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, loss_on=loss_on.value, **common)
+    return run.Config(
+        RowDataModule,
+        **{**asdict(files), "fields": list(files.fields)},
+        loss_on=(task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all).value,
+        packing=isinstance(task, FinetuneConfig) and task.packing,
+        **common,
+    )
 
 
 def _log(config: RunConfig, output_dir: Path) -> run.Config:

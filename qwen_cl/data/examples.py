@@ -19,16 +19,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Example:
     ids: list[int]
-    """One more than the positions trained on: each id but the first is somebody's label."""
+    """One more for each segment than the positions trained on: each id but a segment's first is somebody's label."""
     counted: tuple[tuple[int, int], ...]
-    """Half-open ranges of indices in ``ids``, in order and from 1 on, whose ids count as labels."""
+    """Half-open ranges of indices in ``ids``, in order and none with a segment's first, whose ids count as labels."""
+    starts: tuple[int, ...] = (0,)
+    """Index in ``ids`` of each segment's first; segments know nothing of each other."""
 
     @property
     def num_labels(self) -> int:
         return sum(stop - start for start, stop in self.counted)
 
+    @property
+    def num_positions(self) -> int:
+        """What the model is run on: every id but the last of each segment."""
+        return len(self.ids) - len(self.starts)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of indices in ``ids``."""
+        return zip(self.starts, [*self.starts[1:], len(self.ids)])
+
     def cut(self, length: int) -> Example:
-        """The first ``length`` ids, and the labels among them."""
+        """The first ``length`` ids of an example of one segment, and the labels among them."""
         kept = tuple((start, min(stop, length)) for start, stop in self.counted if start < length)
         return Example(self.ids[:length], kept)
 

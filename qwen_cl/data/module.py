@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +16,12 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import Dataset
 
 from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.batches import epoch_order, padded_width
 from qwen_cl.data.examples import Example, build_examples
+from qwen_cl.data.packing import pack_examples
 from qwen_cl.data.rows import RowFiles, read_rows
 
 logger = logging.getLogger(__name__)
-PADDING_MULTIPLE = 16
-"""Rows are padded to a multiple of this: few distinct shapes, and tensor cores like it."""
 
 
 class TokenDataset(Dataset[Example]):
@@ -41,27 +42,48 @@ class TokenDataset(Dataset[Example]):
         if self.seed is None:
             # Past the end: a validation batch is filled up with examples that do not count.
             example = self.examples[position]
-            return example if epoch == 0 else Example(example.ids, ())
+            return example if epoch == 0 else replace(example, counted=())
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
+            self._epoch, self._order = epoch, epoch_order(len(self.examples), self.seed, epoch)
         return self.examples[self._order[position]]
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions)."""
-    longest = max(len(example.ids) for example in examples) - 1
-    width = -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions).
+
+    Where a row has several segments there is ``segments`` too: their boundaries in the flattened batch, int32, from 0
+    to batch x positions, as attention kernels want them (``cu_seqlens``). Padding is of the segment before it, which
+    as attention is causal never sees it.
+    """
+    width = padded_width([example.num_positions for example in examples])
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.zeros_like(tokens)
     loss_mask = torch.zeros(len(examples), width)
+    boundaries = []
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        labels[row, : len(ids) - 1] = ids[1:]
-        for start, stop in example.counted:
-            loss_mask[row, start - 1 : stop - 1] = 1.0
+        _fill_row(example, tokens[row], labels[row], loss_mask[row])
+        boundaries += [row * width + start - number for number, start in enumerate(example.starts)]
+    # A position is a distance to rotary embeddings, so those of a segment may start anywhere.
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
-    return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    if len(boundaries) > len(examples):
+        batch["segments"] = torch.tensor([*boundaries, tokens.numel()], dtype=torch.int32)
+    return batch
+
+
+def _fill_row(example: Example, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
+    """The last id of a segment is a label only, so the next segment's first takes the position after it."""
+    ids = torch.tensor(example.ids)
+    counted = torch.zeros(len(ids))
+    for start, stop in example.counted:
+        counted[start:stop] = 1.0
+    position = 0
+    for start, stop in example.segments():
+        end = position + stop - start - 1
+        tokens[position:end] = ids[start : stop - 1]
+        labels[position:end] = ids[start + 1 : stop]
+        loss_mask[position:end] = counted[start + 1 : stop]
+        position = end
 
 
 class TokenDataModule(pl.LightningDataModule, IOMixin):
@@ -106,7 +128,11 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         # Lightning stops the loader after so many items, which are one rank's micro batches.
         self.trainer.limit_val_batches = num_samples // (self.micro_batch_size * self.data_parallel_size())
         labels = sum(example.num_labels for example in train)
-        logger.info("%d training and %d validation examples, %d labels an epoch", len(train), len(validation), labels)
+        segments = sum(len(example.starts) for example in train)
+        logger.info(
+            "%d training examples of %d segments and %d validation examples, %d labels an epoch",
+            *(len(train), segments, len(validation), labels),
+        )
 
     def train_dataloader(self) -> WrappedDataLoader:
         return self._dataloader(self.train_dataset, "train")
@@ -145,10 +171,12 @@ class RowDataModule(TokenDataModule):
         validation_every: int,
         fields: list[str],
         loss_on: str,
+        packing: bool,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.loss_on = LossOn(loss_on)
+        self.packing = packing
         self.files = RowFiles(
             train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
         )
@@ -163,7 +191,8 @@ class RowDataModule(TokenDataModule):
             ]
             for rows in read_rows(self.files)
         )
-        return train, validation
+        # A packed validation set would have the same loss; by itself each row is seen as it is when it is answered.
+        return (pack_examples(train, self.seq_length) if self.packing else train), validation
 
 
 class MockDataModule(TokenDataModule):
