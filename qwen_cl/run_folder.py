@@ -40,6 +40,8 @@ class RunFolder:
         self.tokenizer = self.directory / "tokenizer"
         self.adapter = self.directory / "adapter"
         self.wandb = self.directory / "wandb"
+        self.data_report = self.directory / "data_report.txt"
+        self.data_report_json = self.directory / "data_report.json"
 
     @contextmanager
     def claim(self) -> Iterator[None]:

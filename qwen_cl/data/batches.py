@@ -1,4 +1,4 @@
-"""Which examples meet in a micro batch, and how wide it is: what training does and the data report foretells. No torch."""
+"""Which examples meet in a micro batch, and how wide it is: the same to training and to the data report. No torch."""
 
 from __future__ import annotations
 

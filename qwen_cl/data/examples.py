@@ -57,8 +57,15 @@ def build_examples(
         yield from _pack(everything, tokenizer, sequence_length)
     else:
         for row in everything:
-            assert isinstance(row, Conversation)
-            yield _conversation(row, tokenizer, loss_on).cut(sequence_length + 1)
+            yield whole_example(row, tokenizer, loss_on).cut(sequence_length + 1)
+
+
+def whole_example(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
+    """One row by itself, of any length."""
+    if isinstance(row, Conversation):
+        return _conversation(row, tokenizer, loss_on)
+    ids = _document(row, tokenizer)
+    return Example(ids, ((1, len(ids)),))
 
 
 def check_examples(
@@ -106,12 +113,16 @@ def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_leng
     buffer: list[int] = []
     for row in rows:
         assert isinstance(row, Text)
-        buffer += [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
+        buffer += _document(row, tokenizer)
         while len(buffer) > sequence_length:
             yield Example(buffer[: sequence_length + 1], ((1, sequence_length + 1),))
             buffer = buffer[sequence_length:]
     if len(buffer) > 1:
         yield Example(buffer, ((1, len(buffer)),))
+
+
+def _document(row: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
