@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from dataclasses import asdict
 from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,12 +17,13 @@ from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
+from qwen_cl.data.report_text import report_page, summary
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
-from qwen_cl.view import ProgressView, print_result, read_metrics, wandb_notice
+from qwen_cl.view import ProgressView, print_facts, print_result, read_metrics, wandb_notice
 
 
 def run(config: object) -> None:
@@ -66,6 +69,8 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             soft_wrap=True,
             markup=False,
         )
+        if plan.data_report is not None:
+            print_facts(summary(plan.data_report), console)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)
@@ -91,6 +96,10 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
     OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
     write_worker_inputs(plan, folder)
     shutil.copyfile(folder.config, hydra / "config.yaml")
+    if plan.data_report is not None:
+        folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
+        record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
+        folder.data_report_json.write_text(record + "\n", encoding="utf-8")
     folder.update_status(
         state=State.RUNNING,
         reason=None,
@@ -102,6 +111,7 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         model_commit=plan.model.commit,
         model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
         data_hash=plan.data_hash,
+        tokenizer_hash=plan.tokenizer_hash,
         git_commit=git_commit(ROOT),
         versions=versions(),
         device=plan.device.name,
