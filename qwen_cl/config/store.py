@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qwen_cl.config import schema, tasks
+from qwen_cl.config import data, schema, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -21,9 +21,10 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {
-        "demo_schema": schema.DemoDataConfig,
-        "file_schema": schema.FileDataConfig,
-        "mock_schema": schema.MockDataConfig,
+        "demo_schema": data.DemoDataConfig,
+        "file_schema": data.FileDataConfig,
+        "mock_schema": data.MockDataConfig,
+        "text_schema": data.TextDataConfig,
     },
     "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
 }

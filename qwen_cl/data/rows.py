@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_cl.config.data import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
 
