@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_cl.config.data import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
@@ -103,23 +104,37 @@ def _read_file(path: Path, fields: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> Row:
+    value = parse_object(line, where, fields)
+    if len(fields) == 2:
+        return parse_conversation(value, (fields[0], fields[1]), where)
+    (field,) = fields
+    if field not in value:
+        raise missing_field(value, field, where)
+    return Text(check_text(value[field], f"field {field!r}", where))
+
+
+def parse_object(line: bytes, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """A line of JSON Lines. Raises UserError where it is no object, saying which ``fields`` it should have."""
     try:
         value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; convert the file, "
-            "for example with: iconv -f SHIFT_JIS -t UTF-8"
-        ) from error
+        raise not_utf8(where, line[error.start], error.start + 1) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); every line is one object") from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deep; every line is one object of texts") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {type(value).__name__} where an object with {', '.join(fields)} must be")
-    if len(fields) == 2:
-        return parse_conversation(value, (fields[0], fields[1]), where)
-    (field,) = fields
-    if field not in value:
-        found = ", ".join(map(repr, value)) or "none"
-        raise UserError(f"{where}: field {field!r} is missing (found: {found}); rename it, or set data.text_field")
-    return Text(check_text(value[field], f"field {field!r}", where))
+    return value
+
+
+def not_utf8(where: str, byte: int, column: int) -> UserError:
+    return UserError(
+        f"{where}: byte 0x{byte:02x} at column {column} is not UTF-8; convert the file, "
+        "for example with: iconv -f SHIFT_JIS -t UTF-8"
+    )
+
+
+def missing_field(found: Iterable[str], field: str, where: str) -> UserError:
+    names = ", ".join(map(repr, found)) or "none"
+    return UserError(f"{where}: field {field!r} is missing (found: {names}); rename it, or set data.text_field")

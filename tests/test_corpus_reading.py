@@ -1,0 +1,219 @@
+"""Raw text in every form gives the same documents; what cannot be read is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.documents import TextSource, read_files
+from qwen_cl.data.corpus.files import find_files
+from tests.corpora import FORMS, TEXTS, json_lines, source, text_files, write_parquet, zstd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(path: Path | str, text_field: str = "text") -> list[str]:
+    return [document.text for document in read_files(find_files(str(path), "data.path"), text_field)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_documents(form: str, tmp_path: Path) -> None:
+    path = FORMS[form](tmp_path, TEXTS)
+    files = find_files(str(path), "data.path")
+    documents = list(read_files(files, "text"))
+    assert [document.text for document in documents] == TEXTS
+    progress = [document.progress for document in documents]
+    assert progress == sorted(progress)
+    assert 0 < progress[0] <= progress[-1] <= sum(file.size for file in files)
+    assert len({document.where for document in documents}) == len(documents)
+
+
+def test_files_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a/z.jsonl", "a/b/c.jsonl", "c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(json_lines([name]))
+    ordered = ["a/b/c.jsonl", "a/z.jsonl", "b.jsonl", "c.jsonl"]
+    assert read(tmp_path) == read(tmp_path / "**/*.jsonl") == ordered
+    assert read(tmp_path / "*.jsonl") == ["b.jsonl", "c.jsonl"]
+    # A name that reads like a glob is a name where there is such a file.
+    (tmp_path / "[bc].jsonl").write_bytes(json_lines(["itself"]))
+    assert read(tmp_path / "[bc].jsonl") == ["itself"]
+
+
+def test_a_home_directory_and_a_relative_path_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("here", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert read("~/a.txt") == read("a.txt") == ["here"]
+
+
+def test_marks_blanks_and_newlines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf  one\r\ntwo\n")
+    (tmp_path / "b.txt").write_bytes(b" \n")
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "c"}\n\n{"text": " "}\r\n{"text": "d", "other": 1}')
+    assert read(tmp_path) == ["  one\r\ntwo\n", "", "c", "", "d"]
+
+
+def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["x"], "body"))
+    assert read(tmp_path / "a.jsonl", "body") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "one\ntwo é".encode("latin-1"), "{path}:2: byte 0xe9 at column 5 is not UTF-8; convert the file"),
+        ("a.txt.gz", gzip.compress(b"\xff"), "{path}:1: byte 0xff at column 1 is not UTF-8"),
+        ("a.jsonl", json_lines(["x"]) + b'{"text": "\xe9"}\n', "{path}:2: byte 0xe9 at column 11 is not UTF-8"),
+        ("a.jsonl", json_lines(["x"]) + b'\n{"text": \n', "{path}:3: not JSON (Expecting value at column 10)"),
+        ("a.jsonl", b'["x"]\n', "{path}:1: list where an object with text must be"),
+        ("a.jsonl", b'{"body": "x"}\n', "{path}:1: field 'text' is missing (found: 'body'); rename it, or set data.te"),
+        ("a.jsonl", b'{"text": 3}\n', "{path}:1: field 'text' is int, it must be a string"),
+        ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is NoneType, it must be a string"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "{path}:1: field 'text' holds half of a surrogate pair"),
+        ("a.jsonl.zst", zstd(json_lines(TEXTS))[:-9], "{path}: damaged zstd: Truncated compressed stream; fetch or"),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9], "{path}: damaged gzip: Truncated compressed stream"),
+        ("a.jsonl.gz", json_lines(TEXTS), "{path}: damaged gzip: zlib inflate failed: incorrect header check"),
+        ("a.parquet", json_lines(TEXTS), "{path} cannot be read as Parquet: Parquet magic bytes not found"),
+        ("a.csv", b"text\n", "data.path: {path} is of an unknown format; known are .txt, .jsonl, .ndjson or .json"),
+        ("a.parquet.gz", b"", "data.path: {path} is of an unknown format"),
+        ("README", b"text\n", "data.path: {path} is of an unknown format"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read(path)
+    assert str(refused.value).startswith(message.format(path=path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.jsonl", "does not exist; name a file, a glob, a directory, hf://datasets/ORG/NAME, or the prefix"),
+        ("*.jsonl", "matches no file; ** stands for any number of directories"),
+        ("empty", "is a directory without files; put .txt, .jsonl"),
+    ],
+)
+def test_a_path_without_files_is_refused(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / path)
+    assert str(refused.value).startswith(f"data.path ({tmp_path / path}) {message}")
+
+
+def test_an_unknown_kind_among_others_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    text_files(tmp_path / "texts", TEXTS)
+    (tmp_path / "texts" / "table.csv").touch()
+    with pytest.raises(
+        UserError, match=r"table\.csv is of an unknown format; .*; a glob such as .* leaves others out$"
+    ):
+        read(tmp_path / "texts")
+
+
+def test_a_column_that_parquet_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "a.parquet", "body")
+    assert str(refused.value).startswith(f"{tmp_path}/a.parquet: field 'body' is missing (found: 'number', 'text');")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS)))
+    (tmp_path / "a.jsonl.gz").chmod(0)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: Permission denied$"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OFFLINE = """
+import sys
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.data.corpus.hub_dataset import pin, read_hub_dataset
+path, split, subset, commit = sys.argv[1:]
+source = TextSource(key="data.path", path=path, text_field="text", split=split, subset=subset or None)
+try:
+    for document in read_hub_dataset(source, commit or pin(source)):
+        print(document.where, document.progress, ascii(document.text))
+    print(pin(source), "torch" in sys.modules)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset as `datasets` keeps it once it was fetched: under its name, its subset and its commit."""
+    directory = tmp_path_factory.mktemp("datasets")
+    content = directory / "content"
+    content.mkdir()
+    write_parquet(content / "train.parquet", TEXTS[:4])
+    write_parquet(content / "test.parquet", TEXTS[4:5])
+    files = {split: str(content / f"{split}.parquet") for split in ("train", "test")}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(directory / "made"))
+    (info,) = (directory / "made").rglob("dataset_info.json")
+    for repository, subsets in (("org___texts", ["default"]), ("org___two", ["ja", "en"])):
+        for subset in subsets:
+            place = directory / "cache" / repository / subset / "0.0.0" / COMMIT
+            shutil.copytree(info.parent, place)
+            for arrow in place.glob("parquet-*.arrow"):
+                arrow.rename(arrow.with_name(arrow.name.replace("parquet-", f"{repository.split('___')[1]}-")))
+            text = (place / "dataset_info.json").read_text(encoding="utf-8")
+            text = text.replace('"config_name": "default"', f'"config_name": "{subset}"')
+            (place / "dataset_info.json").write_text(text, encoding="utf-8")
+    return directory / "cache"
+
+
+def read_offline(cache: Path, path: str, split: str = "train", subset: str = "", commit: str = "") -> list[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache), "USE_TORCH": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, path, split, subset, commit],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_cache: Path) -> None:
+    path = f"hf://datasets/org/texts@{COMMIT}"
+    *rows, last = read_offline(datasets_cache, path)
+    assert rows == [f"{path}: row {number} {number} {ascii(text)}" for number, text in enumerate(TEXTS[:4], start=1)]
+    assert last == f"{COMMIT} False"
+    assert read_offline(datasets_cache, "hf://datasets/org/two", "test", "ja")[0].endswith(ascii(TEXTS[4]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "hf://datasets/org"}, "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
+        ({"path": "hf://org/name"}, "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
+        ({"path": "hf://datasets/org/absent"}, "cannot be read: "),
+        ({"path": "hf://datasets/org/texts", "split": "dev"}, "cannot be read: Bad split: dev. Available splits: ['tr"),
+        ({"path": "hf://datasets/org/two"}, "cannot be read: There are multiple 'org/two' configurations in the cache"),
+        ({"path": "hf://datasets/org/texts@" + "f" * 40}, "the cache holds commit 0123456789ab of it; connect once"),
+        ({"path": "hf://datasets/org/texts", "commit": "f" * 40}, "the cache holds commit 0123456789ab, not ffffffff"),
+    ],
+)
+def test_a_dataset_of_the_hub_that_cannot_be_read(
+    arguments: dict[str, Any], message: str, datasets_cache: Path
+) -> None:
+    (line,) = read_offline(datasets_cache, **arguments)
+    assert line.startswith(
+        (f"data.path ({arguments['path']}) {message}", f"data.path ({arguments['path']}): {message}")
+    )
