@@ -87,6 +87,12 @@ def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
     return InputFile(path, format, compression, path.stat().st_size)
 
 
+def stamps(files: list[InputFile]) -> list[list[str | int]]:
+    """Tells whether files are still what they were: plain values that survive JSON."""
+    status = [(file.path, file.path.stat()) for file in files]
+    return [[str(path), now.st_size, now.st_mtime_ns] for path, now in status]
+
+
 @contextmanager
 def opened(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
     """Its bytes, decompressed, and how many of those on disk were read so far.

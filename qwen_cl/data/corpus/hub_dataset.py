@@ -89,7 +89,5 @@ def _explained(source: TextSource) -> Iterator[None]:
         elif "Bad split" in reason:
             fix = "set data.split to one of them"
         else:
-            fix = (
-                "see to the name, to the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, to `hf auth login`"
-            )
+            fix = "see to its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
         raise UserError(f"{source.key} ({source.path}) cannot be read: {reason.rstrip('.')}; {fix}") from error
