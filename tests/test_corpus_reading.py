@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -137,18 +137,19 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = """
-import sys
+import json, sys
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.hub_dataset import pin, read_hub_dataset
-path, split, subset, commit = sys.argv[1:]
-source = TextSource(key="data.path", path=path, text_field="text", split=split, subset=subset or None)
-try:
-    for document in read_hub_dataset(source, commit or pin(source)):
-        print(document.where, document.progress, ascii(document.text))
-    print(pin(source), "torch" in sys.modules)
-except UserError as error:
-    print(error)
+answers = []
+for path, split, subset, commit in json.loads(sys.argv[1]):
+    source = TextSource(key="data.path", path=path, text_field="text", split=split, subset=subset)
+    try:
+        documents = list(read_hub_dataset(source, commit or pin(source)))
+        answers.append([pin(source), [[document.where, document.progress, document.text] for document in documents]])
+    except UserError as error:
+        answers.append(str(error))
+print(json.dumps([answers, "torch" in sys.modules]))
 """
 
 
@@ -175,43 +176,42 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "cache"
 
 
-def read_offline(cache: Path, path: str, split: str = "train", subset: str = "", commit: str = "") -> list[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache), "USE_TORCH": "0"}
+def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_cache: Path) -> None:
+    pinned, other, refused = f"hf://datasets/org/texts@{COMMIT}", "hf://datasets/org/two", "data.path (hf://{}) {}"
+    cases = [
+        (pinned, "train", None, None),
+        (other, "test", "ja", None),
+        ("hf://datasets/org", "train", None, None),
+        ("hf://org/name", "train", None, None),
+        ("hf://datasets/org/absent", "train", None, None),
+        ("hf://datasets/org/texts", "dev", None, None),
+        (other, "train", None, None),
+        ("hf://datasets/org/texts@" + "f" * 40, "train", None, None),
+        (pinned, "train", None, "f" * 40),
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, path, split, subset, commit],
+        [sys.executable, "-c", OFFLINE, json.dumps(cases)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache), "USE_TORCH": "0"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout.splitlines()
-
-
-def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_cache: Path) -> None:
-    path = f"hf://datasets/org/texts@{COMMIT}"
-    *rows, last = read_offline(datasets_cache, path)
-    assert rows == [f"{path}: row {number} {number} {text!a}" for number, text in enumerate(TEXTS[:4], start=1)]
-    assert last == f"{COMMIT} False"
-    assert read_offline(datasets_cache, "hf://datasets/org/two", "test", "ja")[0].endswith(ascii(TEXTS[4]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"path": "hf://datasets/org"}, "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
-        ({"path": "hf://org/name"}, "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
-        ({"path": "hf://datasets/org/absent"}, "cannot be read: "),
-        ({"path": "hf://datasets/org/texts", "split": "dev"}, "cannot be read: Bad split: dev. Available splits: ['tr"),
-        ({"path": "hf://datasets/org/two"}, "cannot be read: There are multiple 'org/two' configurations in the cache"),
-        ({"path": "hf://datasets/org/texts@" + "f" * 40}, "the cache holds commit 0123456789ab of it; connect once"),
-        ({"path": "hf://datasets/org/texts", "commit": "f" * 40}, "the cache holds commit 0123456789ab, not ffffffff"),
-    ],
-)
-def test_a_dataset_of_the_hub_that_cannot_be_read(
-    arguments: dict[str, Any], message: str, datasets_cache: Path
-) -> None:
-    (line,) = read_offline(datasets_cache, **arguments)
-    assert line.startswith(
-        (f"data.path ({arguments['path']}) {message}", f"data.path ({arguments['path']}): {message}")
-    )
+    (first, second, *refusals), torch_is_imported = json.loads(done.stdout)
+    assert not torch_is_imported
+    assert first == [COMMIT, [[f"{pinned}: row {n}", n, text] for n, text in enumerate(TEXTS[:4], start=1)]]
+    assert second == [COMMIT, [[f"{other}: row 1", 1, TEXTS[4]]]]
+    expected = [
+        refused.format("datasets/org", "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
+        refused.format("org/name", "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
+        refused.format("datasets/org/absent", "cannot be read: "),
+        refused.format(
+            "datasets/org/texts", "cannot be read: Bad split: dev. Available splits: ['train', 'test']; set"
+        ),
+        refused.format("datasets/org/two", "cannot be read: There are multiple 'org/two' configurations in the cache"),
+        f"data.path ({cases[7][0]}): the cache holds commit 0123456789ab of it; connect once to fetch the other",
+        f"data.path ({pinned}): the cache holds commit 0123456789ab, not ffffffffffff; connect once to fetch it",
+    ]
+    assert [refusal[: len(start)] for refusal, start in zip(refusals, expected)] == expected
+    assert len(refusals) == len(expected)
+    assert not any("\n" in refusal for refusal in refusals)
