@@ -17,6 +17,8 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import read_files
 from qwen_cl.data.corpus.files import find_files
 from tests.corpora import FORMS, TEXTS, json_lines, text_files, write_parquet, zstd
+from tests.dataset_hub import DatasetHub
+from tests.hub import client_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,7 +138,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-OFFLINE = """
+READ_HUB = """
 import json, sys
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import TextSource
@@ -151,6 +153,52 @@ for path, split, subset, commit in json.loads(sys.argv[1]):
         answers.append(str(error))
 print(json.dumps([answers, "torch" in sys.modules]))
 """
+
+
+IDENTIFY = """
+import sys
+from transformers import AutoTokenizer
+from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.data.corpus.prepare import make_order
+source = TextSource(key="data.path", path=sys.argv[1], text_field="text", split="train", subset=None)
+order = make_order(source, AutoTokenizer.from_pretrained("qwen_cl/demo/model"), workers=1, cache=None)
+print(order.known.commit, order.entry)
+"""
+
+
+def run_python(script: str, argument: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, argument],
+        cwd=ROOT,
+        env={**environment, "USE_TORCH": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_dataset_of_the_hub_is_pinned_and_streamed(tmp_path: Path) -> None:
+    with DatasetHub(tmp_path / "hub") as hub:
+        card = b"---\nlicense: mit\n---\n"
+        files = {"train.jsonl": json_lines(TEXTS[:4]), "test.jsonl": json_lines(TEXTS[4:5]), "README.md": card}
+        old = hub.publish("org/texts", files, "main", "v1")
+        new = hub.publish("org/texts", {**files, "train.jsonl": json_lines(["new"])}, "main")
+        environment = client_environment(hub.url, tmp_path / "home", QWEN_CL_CACHE=str(tmp_path / "cache"))
+        references = ["hf://datasets/org/texts", "hf://datasets/org/texts@v1", f"hf://datasets/org/texts@{old}"]
+        cases = [(reference, "train", None, None) for reference in [*references, "hf://datasets/org/absent"]]
+        answers, _ = json.loads(run_python(READ_HUB, json.dumps(cases), environment))
+        (newest, *older, absent), texts = answers, TEXTS[:4]
+        assert newest == [new, [["hf://datasets/org/texts: row 1", 1, "new"]]]
+        assert [(commit, [text for _, _, text in documents]) for commit, documents in older] == [(old, texts)] * 2
+        assert absent.startswith("data.path (hf://datasets/org/absent) cannot be read: Dataset 'org/absent' doesn't")
+        online = [run_python(IDENTIFY, reference, environment) for reference in references[:2]]
+    # What a reference meant is remembered, so what was tokenised is found again without a network.
+    environment["HF_HUB_OFFLINE"] = "1"
+    assert [run_python(IDENTIFY, reference, environment) for reference in references[:2]] == online
+    assert [line.split()[0] for line in online] == [new, old]
+    assert len({line.split()[1] for line in online}) == 2
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +237,8 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_
         ("hf://datasets/org/texts@" + "f" * 40, "train", None, None),
         (pinned, "train", None, "f" * 40),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps(cases)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache), "USE_TORCH": "0"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (first, second, *refusals), torch_is_imported = json.loads(done.stdout)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache)}
+    (first, second, *refusals), torch_is_imported = json.loads(run_python(READ_HUB, json.dumps(cases), environment))
     assert not torch_is_imported
     assert first == [COMMIT, [[f"{pinned}: row {n}", n, text] for n, text in enumerate(TEXTS[:4], start=1)]]
     assert second == [COMMIT, [[f"{other}: row 1", 1, TEXTS[4]]]]

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Batch:
 
 def tokenise(
     documents: Iterable[Document], tokenizer: str, eos_id: int, workers: int
-) -> Iterator[tuple[Batch, list[Document]]]:
+) -> Generator[tuple[Batch, list[Document]], None, None]:
     """``tokenizer`` is the text of a tokenizer.json. Documents with no text must not be among them.
 
     Raises:
