@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.build import build
@@ -175,6 +175,15 @@ def test_an_entry_that_is_not_whole_is_built_again(damage: str, tmp_path: Path) 
     assert read_entry(entry, None) is None
     build(order)
     assert {path.name: path.read_bytes() for path in entry.iterdir()} == whole
+
+
+def test_a_tokenizer_without_its_rules_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}', encoding="utf-8")
+    (tmp_path / "merges.txt").touch()
+    slow = Qwen2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    with pytest.raises(UserError, match=r"its tokenizer has no tokenizer\.json, which raw text is read with$"):
+        make_order(source(tmp_path / "a.jsonl"), slow, workers=1, cache=str(tmp_path / "cache"))
 
 
 def test_a_text_without_text_is_refused(tmp_path: Path) -> None:

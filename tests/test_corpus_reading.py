@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import read_files
@@ -127,6 +129,14 @@ def test_a_column_that_parquet_lacks_is_named_with_those_it_has(tmp_path: Path) 
     with pytest.raises(UserError) as refused:
         read(tmp_path / "a.parquet", "body")
     assert str(refused.value).startswith(f"{tmp_path}/a.parquet: field 'body' is missing (found: 'number', 'text');")
+
+
+def test_a_column_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    latin = pyarrow.array([b"fine", "é".encode("latin-1")]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "a.parquet")
+    assert str(refused.value).startswith(f"{tmp_path}/a.parquet cannot be read as Parquet: 'utf-8' codec can't decode")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -255,4 +265,6 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_
     ]
     assert [refusal[: len(start)] for refusal, start in zip(refusals, expected)] == expected
     assert len(refusals) == len(expected)
+    assert refusals[3].endswith("; set data.split to one of them")
+    assert refusals[4].endswith("; set data.subset to one of them")
     assert not any("\n" in refusal for refusal in refusals)

@@ -87,7 +87,7 @@ def _explained(source: TextSource) -> Iterator[None]:
         if "Config name is missing" in reason or "multiple" in reason:
             fix = "set data.subset to one of them"
         elif "Bad split" in reason:
-            fix = "set data.split to one of them"
+            fix = f"set {source.key.removesuffix('path')}split to one of them"
         else:
             fix = "see to its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
         raise UserError(f"{source.key} ({source.path}) cannot be read: {reason.rstrip('.')}; {fix}") from error
