@@ -15,11 +15,11 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnnealScheduler
 
 from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
+from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import (
     DoraConfig,
     LoraConfig,
-    MockDataConfig,
     Precision,
     RunConfig,
     VerifyMode,

@@ -210,6 +210,11 @@ def test_every_key_says_what_it_does(path: Path) -> None:
     [
         ("peft.rank=0", "peft.rank (0) must be at least 1"),
         ("peft.alpha=-1", "peft.alpha (-1.0) must be above 0"),
+        ("data=text data.validation_share=0", "data.validation_share (0.0) must be above 0"),
+        ("data=text data.validation_share=1", "data.validation_share (1.0) must be below 1"),
+        ("data=text data.workers=0", "data.workers (0) must be at least 1"),
+        ("data=text data.path=' '", "data.path is empty; conf/data/text.yaml says what it takes"),
+        ("data=text data.subset=' '", "data.subset is empty; write null"),
         ("peft.target_modules=[]", "peft.target_modules ([]) must name one or more of linear_qkv, linear_proj"),
         ("seed=-1", "seed (-1) must be at least 0"),
         ("seed=2147483648", "seed (2147483648) must be at most 2147483647"),
@@ -228,7 +233,7 @@ def test_every_key_says_what_it_does(path: Path) -> None:
 )
 def test_a_value_out_of_its_range_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
-        compose_run(override)
+        compose_run(*re.split(" (?=data)", override))
     assert str(refused.value).startswith(message)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from urllib.parse import urlsplit
 
+from qwen_cl.config.data import DataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import ReplayConfig, RetentionConfig
 from qwen_cl.config.rules import require
@@ -110,45 +111,6 @@ class LoraConfig(PeftConfig):
 @dataclass(kw_only=True, slots=True)
 class DoraConfig(LoraConfig):
     """LoRA on the direction of each weight, with its magnitude trained beside it (arXiv 2402.09353)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    pass
-
-
-@dataclass(kw_only=True, slots=True)
-class DemoDataConfig(DataConfig):
-    instructions: str
-    """Path of the pairs, less ``.train.jsonl`` and ``.validation.jsonl``."""
-    text: str
-    """Path of the documents, likewise."""
-
-
-@dataclass(kw_only=True, slots=True)
-class FileDataConfig(DataConfig):
-    path: str
-    """Training rows, JSON Lines in UTF-8."""
-    validation_path: str | None
-    """Validation rows; without it every ``validation_every``-th row of ``path`` is held out."""
-    validation_every: int
-    prompt_field: str
-    completion_field: str
-    text_field: str
-    allow_overlap: bool
-    """Train although validation rows are in the training set."""
-
-    def __post_init__(self) -> None:
-        require("data.validation_every", self.validation_every, at_least=2)
-
-
-@dataclass(kw_only=True, slots=True)
-class MockDataConfig(DataConfig):
-    rows: int
-    """Training sequences of random tokens; an eighth as many (at least one) validate."""
-
-    def __post_init__(self) -> None:
-        require("data.rows", self.rows, at_least=1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import forgetting, schema, tasks
+from qwen_cl.config import data, forgetting, schema, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -22,9 +22,10 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {
-        "demo_schema": schema.DemoDataConfig,
-        "file_schema": schema.FileDataConfig,
-        "mock_schema": schema.MockDataConfig,
+        "demo_schema": data.DemoDataConfig,
+        "file_schema": data.FileDataConfig,
+        "mock_schema": data.MockDataConfig,
+        "text_schema": data.TextDataConfig,
     },
     "replay": {
         "replay_schema": forgetting.ReplayConfig,

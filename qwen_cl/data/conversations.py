@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from qwen_cl.config.errors import UserError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT}
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def check_text(value: Any, name: str, where: str) -> str:
         raise UserError(f"{where}: {name} is {type(value).__name__}, it must be a string")
     if not value.strip():
         raise UserError(f"{where}: {name} is empty; remove the row or fill it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if SURROGATE.search(value):
         raise UserError(
             f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; "
             "write the character itself, or both halves"

@@ -38,10 +38,14 @@ def decode(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; convert the file, "
-            "for example with: iconv -f SHIFT_JIS -t UTF-8"
-        ) from error
+        raise not_utf8(where, line[error.start], error.start + 1) from error
+
+
+def not_utf8(where: str, byte: int, column: int) -> UserError:
+    return UserError(
+        f"{where}: byte 0x{byte:02x} at column {column} is not UTF-8; convert the file, "
+        "for example with: iconv -f SHIFT_JIS -t UTF-8"
+    )
 
 
 def parse_object(line: str, where: str, fields: str) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_cl.config.data import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
 from qwen_cl.data.lines import numbered_lines, parse_object
@@ -115,6 +115,10 @@ def read_file(path: Path, fields: tuple[str, ...], key: str) -> Iterator[Row]:
 
 def _text(value: dict[str, Any], field: str, where: str) -> Text:
     if field not in value:
-        found = ", ".join(map(repr, value)) or "none"
-        raise UserError(f"{where}: field {field!r} is missing (found: {found}); rename it, or set data.text_field")
+        raise missing_field(value, field, where)
     return Text(check_text(value[field], f"field {field!r}", where))
+
+
+def missing_field(found: Iterable[str], field: str, where: str) -> UserError:
+    names = ", ".join(map(repr, found)) or "none"
+    return UserError(f"{where}: field {field!r} is missing (found: {names}); rename it, or set data.text_field")

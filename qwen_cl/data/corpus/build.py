@@ -1,0 +1,160 @@
+"""Builds one entry of the cache: alone, whole or not at all. Needs megatron-core."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.cache import STEM, TEXT_BYTES, Counts, read_entry, write_manifest
+from qwen_cl.data.corpus.documents import Document, read_files
+from qwen_cl.data.corpus.files import find_files, stamps
+from qwen_cl.data.corpus.hub_dataset import read_hub_dataset
+from qwen_cl.data.corpus.prepare import Order
+from qwen_cl.data.corpus.tokens import tokenise
+
+
+def build(order: Order) -> None:
+    """Returns when the entry is there, also where another process has built it meanwhile.
+
+    Raises:
+        UserError: something in the source is not as it must be, or the cache cannot be written to.
+        BrokenProcessPool: a worker was killed.
+    """
+    entry, console = Path(order.entry), Console(stderr=True)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(entry, console):
+            if read_entry(entry, order.known.prefix) is None:
+                _build_alone(order, entry, console)
+    except OSError as error:
+        raise UserError(
+            f"data.cache ({entry.parent}) cannot be written to: {error.strerror or error}; free space there, or name "
+            "another directory"
+        ) from error
+
+
+@contextmanager
+def _alone(entry: Path, console: Console) -> Iterator[None]:
+    """The lock is held by the kernel, so it does not outlive its holder."""
+    lock = FileLock(f"{entry}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print("Another run is tokenising this text; waiting for it", highlight=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build_alone(order: Order, entry: Path, console: Console) -> None:
+    unfinished = entry.with_name(f"{entry.name}.unfinished")
+    for left_behind in (unfinished, entry):  # by one that was killed; or without its manifest, or cut short
+        if left_behind.exists():
+            shutil.rmtree(left_behind)
+    unfinished.mkdir()
+    try:
+        if order.known.prefix is not None:
+            from qwen_cl.data.corpus.indexed import check_indexed
+
+            counts = check_indexed(order.known.prefix, order.eos_id, order.source)
+        else:
+            counts = _tokenise_into(unfinished, order, console)
+        write_manifest(unfinished, order.known.content, counts)
+        unfinished.rename(entry)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _tokenise_into(directory: Path, order: Order, console: Console) -> Counts:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(directory / f"{STEM}.bin"), _dtype(order))
+    reading, text_bytes = _Reading(order), []
+    documents = tokens = largest = 0
+    started = time.monotonic()
+    with (
+        builder.data_file,
+        _bar(console) as bar,
+        closing(tokenise(reading.documents(), order.tokenizer, order.eos_id, order.workers)) as batches,
+    ):
+        task = bar.add_task("Tokenising", total=reading.total, documents=0, tokens=0)
+        if not console.is_terminal:
+            console.print(f"Tokenising {order.source.path}", highlight=False, markup=False, soft_wrap=True)
+        for batch, read in batches:
+            for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
+                builder.add_document(ids, [len(ids)])
+            documents, tokens = documents + len(read), tokens + len(batch.ids)
+            largest = max(largest, int(batch.ids.max()))
+            text_bytes.append(batch.text_bytes)
+            bar.update(task, completed=read[-1].progress, documents=documents, tokens=tokens)
+        if not documents:
+            raise UserError(f"{order.source.key} ({order.source.path}) holds no text; nothing can be learnt from it")
+        builder.finalize(str(directory / f"{STEM}.idx"))
+    np.save(directory / TEXT_BYTES, np.concatenate(text_bytes))
+    left_out = f", {reading.blank:,} without text left out" if reading.blank else ""
+    seconds = time.monotonic() - started
+    console.print(f"{documents:,} documents, {tokens:,} tokens{left_out}; {seconds:.0f} s", highlight=False)
+    return Counts(documents=documents, tokens=tokens, blank=reading.blank, largest_id=largest)
+
+
+def _dtype(order: Order) -> type[np.number[Any]]:
+    """The narrowest of Megatron's own that holds every id."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    vocabulary = Tokenizer.from_str(order.tokenizer).get_vocab(with_added_tokens=True)
+    return DType.optimal_dtype(max(*vocabulary.values(), order.eos_id) + 1)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+class _Reading:
+    """The documents of a source that hold text, counting those that do not."""
+
+    def __init__(self, order: Order) -> None:
+        self.source, self.known = order.source, order.known
+        self.files = [] if self.known.commit else find_files(self.source.path, self.source.key)
+        self.total = sum(file.size for file in self.files) or None
+        self.blank = 0
+
+    def documents(self) -> Iterator[Document]:
+        for document in self._everything():
+            if document.text:
+                yield document
+            else:
+                self.blank += 1
+        # The entry is named by what the files held when they were hashed.
+        if self.known.commit is None and stamps(find_files(self.source.path, self.source.key)) != self.known.stamps:
+            raise UserError(
+                f"{self.source.key} ({self.source.path}) changed while it was read; run it again when it is whole"
+            )
+
+    def _everything(self) -> Iterator[Document]:
+        if self.known.commit is None:
+            return read_files(self.files, self.source.text_field)
+        return read_hub_dataset(self.source, self.known.commit)

@@ -1,0 +1,117 @@
+"""Which files a path means, what each holds, and their content line by line or whole. No torch."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, cast
+
+from qwen_cl.config.errors import UserError
+
+
+class Format(str, Enum):
+    text = "text"
+    json_lines = "json_lines"
+    parquet = "parquet"
+
+
+FORMATS = {
+    ".txt": Format.text,
+    ".jsonl": Format.json_lines,
+    ".ndjson": Format.json_lines,
+    ".json": Format.json_lines,
+    ".parquet": Format.parquet,
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+KNOWN = ".txt, .jsonl, .ndjson or .json, each also .gz or .zst; .parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    path: Path
+    """Absolute."""
+    format: Format
+    compression: str | None
+    """As pyarrow names it."""
+    size: int
+    """Bytes on disk."""
+
+
+def find_files(path: str, key: str) -> list[InputFile]:
+    """The files behind a file's name, a directory or a glob, by name; ``key`` is how messages call the path.
+
+    Raises:
+        UserError: nothing is there, or something that is not known how to read.
+    """
+    expanded = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - Path's raises on an unknown user
+    if os.path.isfile(expanded):  # noqa: PTH113
+        names = [expanded]
+    elif os.path.isdir(expanded):  # noqa: PTH112
+        names = _below(expanded)
+        if not names:
+            raise UserError(f"{key} ({path}) is a directory without files; put {KNOWN} there")
+    elif glob.has_magic(expanded):
+        names = [name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name)]  # noqa: PTH113, PTH207
+        if not names:
+            raise UserError(f"{key} ({path}) matches no file; ** stands for any number of directories")
+    else:
+        raise UserError(
+            f"{key} ({path}) does not exist; name a file, a glob, a directory, hf://datasets/ORG/NAME, or the prefix "
+            "of Megatron's PREFIX.bin and PREFIX.idx"
+        )
+    return [_input_file(Path(name), key, in_directory=names != [expanded]) for name in sorted(names)]
+
+
+def _below(directory: str) -> list[str]:
+    """Names that start with . or _ are the marks that other programs leave beside data."""
+    names = glob.glob(os.path.join(glob.escape(directory), "**"), recursive=True)  # noqa: PTH118, PTH207
+    relative = {name: Path(name).relative_to(directory) for name in names if os.path.isfile(name)}  # noqa: PTH113
+    return [name for name, path in relative.items() if not any(part.startswith("_") for part in path.parts)]
+
+
+def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression is not None:
+        suffixes.pop()
+    format = FORMATS.get(suffixes[-1]) if suffixes else None
+    if format is None or (format is Format.parquet and compression is not None):
+        others = "; a glob such as DIRECTORY/**/*.jsonl leaves others out" if in_directory else ""
+        raise UserError(f"{key}: {path} is of an unknown format; known are {KNOWN}{others}")
+    return InputFile(path, format, compression, path.stat().st_size)
+
+
+def stamps(files: list[InputFile]) -> list[list[str | int]]:
+    """Tells whether files are still what they were: plain values that survive JSON."""
+    status = [(file.path, file.path.stat()) for file in files]
+    return [[str(path), now.st_size, now.st_mtime_ns] for path, now in status]
+
+
+@contextmanager
+def opened(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
+    """Its bytes, decompressed, and how many of those on disk were read so far.
+
+    Raises:
+        UserError: it cannot be read, or its compression is damaged or cut off.
+    """
+    import pyarrow
+
+    try:
+        if file.compression is None:
+            with file.path.open("rb") as stream:
+                yield stream, stream.tell
+        else:
+            raw = pyarrow.OSFile(str(file.path))
+            decompressed = cast(Any, pyarrow.CompressedInputStream(raw, file.compression))
+            with BufferedReader(decompressed, 2**18) as stream:
+                yield stream, raw.tell
+    except OSError as error:
+        if error.errno is None:  # pyarrow's word on the content
+            raise UserError(f"{file.path}: damaged {file.compression}: {error}; fetch or compress it again") from error
+        raise UserError(f"{file.path} cannot be read: {os.strerror(error.errno)}") from error

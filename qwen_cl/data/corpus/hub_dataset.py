@@ -1,0 +1,93 @@
+"""Datasets of the Hugging Face Hub: pinned to a commit, streamed, and off-line from the cache of ``datasets``.
+
+No torch: ``datasets`` imports none by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.documents import Document, TextSource, take_text
+
+SCHEME = "hf://datasets/"
+REFERENCE = re.compile(rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_hub_dataset(path: str) -> bool:
+    return path.startswith("hf://")
+
+
+def pin(source: TextSource) -> str:
+    """The commit that the reference means now; off-line, the one in the cache.
+
+    Raises:
+        UserError: the reference is malformed, or nothing of that name can be reached or is in the cache.
+    """
+    with _explained(source):
+        return str(_builder(source, None).hash)
+
+
+def read_hub_dataset(source: TextSource, commit: str) -> Iterator[Document]:
+    """Its rows in order, as they come.
+
+    Raises:
+        UserError: it cannot be read to the end, off-line the cache holds another commit, or a row has no text.
+    """
+    with _explained(source):
+        builder = _builder(source, commit)
+        if builder.hash != commit:
+            raise UserError(
+                f"{source.key} ({source.path}): the cache holds commit {builder.hash[:12]}, not {commit[:12]}; "
+                "connect once to fetch it (unset HF_HUB_OFFLINE)"
+            )
+        rows = iter(builder.as_streaming_dataset(split=source.split))
+    number = 0
+    while True:
+        number += 1
+        where = f"{source.path}: row {number}"
+        with _explained(source):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield Document(take_text(row, source.text_field, where), where, number)
+
+
+def _builder(source: TextSource, commit: str | None) -> Any:
+    import datasets
+
+    match = REFERENCE.fullmatch(source.path)
+    if match is None:
+        raise UserError(
+            f"{source.key} ({source.path}) must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"
+        )
+    datasets.logging.set_verbosity_error()  # its warning that it used the cache is what off-line asks for
+    revision = commit or match["revision"]
+    builder = datasets.load_dataset_builder(match["repository"], source.subset, revision=revision)
+    if commit is None and COMMIT.fullmatch(revision or "") and builder.hash != revision:
+        raise UserError(
+            f"{source.key} ({source.path}): the cache holds commit {builder.hash[:12]} of it; connect once to fetch "
+            "the other (unset HF_HUB_OFFLINE)"
+        )
+    return builder
+
+
+@contextmanager
+def _explained(source: TextSource) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:  # the Hub's HTTP errors are OSErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "Config name is missing" in reason or "multiple" in reason:
+            fix = "set data.subset to one of them"
+        elif "Bad split" in reason:
+            fix = f"set {source.key.removesuffix('path')}split to one of them"
+        else:
+            fix = "see to its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
+        raise UserError(f"{source.key} ({source.path}) cannot be read: {reason.rstrip('.')}; {fix}") from error

@@ -1,0 +1,86 @@
+"""An indexed dataset that someone else wrote: is it whole, and is it this tokenizer's? Needs megatron-core."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.cache import Counts
+from qwen_cl.data.corpus.documents import TextSource
+
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the ids' type, number of sequences, number of document bounds."""
+MAGIC = b"MMIDIDX\x00\x00"
+INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CHUNK = 2**24
+
+
+def check_indexed(prefix: str, eos_id: int, source: TextSource) -> Counts:
+    """Reads every id once: a damaged file must not show itself in the middle of a run.
+
+    Raises:
+        UserError: it is not Megatron's format or not whole, or a document does not end with ``eos_id``.
+    """
+    where = f"{source.key} ({prefix})"
+    _check_header(prefix, where)
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        dataset = IndexedDataset(prefix)
+    except (AssertionError, ValueError) as error:
+        raise _not_whole(where) from error
+    lengths, bounds = dataset.sequence_lengths.astype(np.int64), dataset.document_indices
+    item = np.dtype(dataset.index.dtype).itemsize
+    ends = np.cumsum(lengths)
+    in_order = (
+        bounds[0] == 0
+        and bounds[-1] == len(lengths)
+        and (np.diff(bounds) > 0).all()
+        and (lengths >= 0).all()
+        and (dataset.index.sequence_pointers == (ends - lengths) * item).all()
+        and Path(f"{prefix}.bin").stat().st_size == ends[-1] * item
+    )
+    if not in_order:
+        raise _not_whole(where)
+    tokens = int(ends[-1])
+    ids = dataset.bin_reader.read(dtype=dataset.index.dtype, count=tokens, offset=0)
+    last = ids[ends[bounds[1:] - 1] - 1]
+    if (others := np.flatnonzero(last != eos_id)).size:
+        raise UserError(
+            f"{where}: document {others[0] + 1} ends with id {last[others[0]]}, not with this tokenizer's end-of-text "
+            f"({eos_id}); index it with this tokenizer and --append-eod, or give the text itself"
+        )
+    smallest, largest = _extremes(ids)
+    if smallest < 0:
+        raise UserError(f"{where} has a negative token id ({smallest}); index it again")
+    return Counts(documents=len(bounds) - 1, tokens=tokens, blank=0, largest_id=largest)
+
+
+def _check_header(prefix: str, where: str) -> None:
+    """What Megatron's reader asserts, or trusts."""
+    index = Path(f"{prefix}.idx")
+    with index.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise UserError(f"{where}: the .idx is not an index of Megatron's; name the prefix of a pair that it wrote")
+    _, version, code, sequences, bounds = HEADER.unpack(header)
+    if version != 1 or code not in INTEGERS:
+        raise UserError(f"{where}: the .idx (version {version}, type {code}) is not one of token ids")
+    if bounds < 2 or index.stat().st_size != HEADER.size + 12 * sequences + 8 * bounds:
+        raise _not_whole(where)
+    if Path(f"{prefix}.bin").stat().st_size == 0:
+        raise _not_whole(where)
+
+
+def _extremes(ids: npt.NDArray[Any]) -> tuple[int, int]:
+    chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+    return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
+
+
+def _not_whole(where: str) -> UserError:
+    return UserError(f"{where}: .bin and .idx do not fit each other, or hold no document; write both again")

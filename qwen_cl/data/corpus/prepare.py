@@ -1,0 +1,204 @@
+"""From the path of a text to a corpus: out of the cache, or built by a process of its own.
+
+Called by the launcher, which has no torch; the builder has Megatron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.data.corpus.cache import FORMAT_VERSION, Corpus, cache_directory, read_entry
+from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.data.corpus.files import find_files, stamps
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin
+from qwen_cl.data.corpus.references import recall, remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[3]
+BUILDER = "qwen_cl.tokenise"
+STOP_GRACE = 30
+"""Seconds the builder has to clear up once it is asked to stop."""
+BLOCK = 2**22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a source is at this moment."""
+
+    content: str
+    prefix: str | None
+    """Of a dataset that is indexed already, and only checked."""
+    commit: str | None
+    """Of a dataset on the Hub."""
+    stamps: list[list[str | int]]
+    """Of files, from before they were hashed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the builder is told; plain values, as JSON on its standard input."""
+
+    source: TextSource
+    known: Identity
+    entry: str
+    """Directory in the cache."""
+    tokenizer: str
+    """The text of tokenizer.json."""
+    eos_id: int
+    workers: int
+
+    @classmethod
+    def parse(cls, line: str) -> Order:
+        values = json.loads(line)
+        return cls(**{**values, "source": TextSource(**values["source"]), "known": Identity(**values["known"])})
+
+
+def prepare_corpus(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, workers: int | None, cache: str | None
+) -> Corpus:
+    """Each document's tokens and the tokenizer's end-of-text. Shows its progress on standard error.
+
+    ``vocab_size`` is the model's. Text is never taken for a special token, whatever it reads like.
+
+    Raises:
+        UserError: something in the source is not as it must be, or the cache cannot be written to.
+        RunFailed: the builder died.
+    """
+    order = make_order(source, tokenizer, workers=workers, cache=cache)
+    entry, prefix = Path(order.entry), order.known.prefix
+    corpus = read_entry(entry, prefix)
+    if corpus is None:
+        _build(order)
+        corpus = read_entry(entry, prefix)
+    if corpus is None:
+        raise RunFailed(f"{source.key} ({source.path}): what was tokenised is gone from {entry}; run it again")
+    if corpus.counts.largest_id >= vocab_size:
+        raise UserError(
+            f"{source.key} ({source.path}) has token id {corpus.counts.largest_id}, past the model's vocab_size "
+            f"({vocab_size}); index it with this model's tokenizer, or give the text itself"
+        )
+    return corpus
+
+
+def make_order(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, workers: int | None, cache: str | None
+) -> Order:
+    """Says what the source is now, and so which entry of the cache is its."""
+    root = cache_directory(cache)
+    known = _identify(source, root)
+    rules, eos_id = _tokenizer_rules(tokenizer), int(tokenizer.eos_token_id)
+    name = _hash(FORMAT_VERSION, known.content, source.text_field, known.prefix is None, rules, eos_id)
+    count = workers or os.cpu_count() or 1
+    return Order(source=source, known=known, entry=str(root / name), tokenizer=rules, eos_id=eos_id, workers=count)
+
+
+def _identify(source: TextSource, root: Path) -> Identity:
+    prefix = indexed_prefix(source.path)
+    if prefix is not None:
+        content = _hash_files([Path(f"{prefix}.bin"), Path(f"{prefix}.idx")])
+        return Identity(content=content, prefix=prefix, commit=None, stamps=[])
+    if is_hub_dataset(source.path):
+        commit = recall(root, source) or pin(source)
+        remember(root, source, commit)
+        content = _hash("hub", source.path.partition("@")[0], commit, source.subset, source.split)
+        return Identity(content=content, prefix=None, commit=commit, stamps=[])
+    files = find_files(source.path, source.key)
+    before = stamps(files)
+    kinds = [f"{file.format.value} {file.compression}" for file in files]
+    content = _hash(*kinds, _hash_files([file.path for file in files]))
+    return Identity(content=content, prefix=None, commit=None, stamps=before)
+
+
+def indexed_prefix(path: str) -> str | None:
+    """The absolute prefix where ``path`` means Megatron's pair of files, with or without one's suffix."""
+    stem = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+    if stem.endswith((".bin", ".idx")):
+        stem = stem[:-4]
+    return stem if all(Path(f"{stem}{suffix}").is_file() for suffix in (".bin", ".idx")) else None
+
+
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """tokenizer.json as it is used here: of what a caller may have set in passing, nothing."""
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no tokenizer.json, which raw text is read with")
+    rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rules.no_truncation()
+    rules.no_padding()
+    return str(rules.to_str())
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps([str(value) for value in values]).encode()).hexdigest()
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
+                while block := stream.read(BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _build(order: Order) -> None:
+    """Its standard input stays open as long as this process lives: that is how the builder knows."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # it is the processes that are parallel
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    with _stopped_with_us(
+        subprocess.Popen(
+            [sys.executable, "-m", BUILDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes to us, and we ask it to stop
+            text=True,
+            encoding="utf-8",
+        )
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(asdict(order)) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; its return code says how
+        answer = process.stdout.readline()
+        process.wait()
+    if process.returncode == UserError.exit_code:
+        raise UserError(json.loads(answer))
+    if process.returncode:
+        killed = f"killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "broken off"
+        reason = json.loads(answer) if answer else f"the process that tokenises was {killed}"
+        raise RunFailed(f"{order.source.key} ({order.source.path}): {reason}")
+
+
+@contextmanager
+def _stopped_with_us(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

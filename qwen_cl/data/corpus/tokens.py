@@ -1,0 +1,102 @@
+"""Text to tokens in parallel processes, in order. No torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from qwen_cl.data.corpus.documents import Document
+
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**19, 1024
+AHEAD = 3
+"""Batches under way for each process: enough that none waits, few enough to hold in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    ids: npt.NDArray[np.int32]
+    """All documents' ids, each document's followed by the end-of-text id."""
+    lengths: npt.NDArray[np.int64]
+    """Ids of each document, end-of-text included."""
+    text_bytes: npt.NDArray[np.int64]
+    """Of each document."""
+
+
+def tokenise(
+    documents: Iterable[Document], tokenizer: str, eos_id: int, workers: int
+) -> Generator[tuple[Batch, list[Document]], None, None]:
+    """``tokenizer`` is the text of a tokenizer.json. Documents with no text must not be among them.
+
+    Raises:
+        BrokenProcessPool: a worker was killed.
+    """
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(tokenizer, eos_id)
+    )
+    under_way: deque[tuple[Future[Batch], list[Document]]] = deque()
+    try:
+        for batch in _batches(documents):
+            under_way.append((pool.submit(_encode, [document.text for document in batch]), batch))
+            if len(under_way) > AHEAD * workers:
+                future, done = under_way.popleft()
+                yield future.result(), done
+        while under_way:
+            future, done = under_way.popleft()
+            yield future.result(), done
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Worker:
+    """What one process keeps from its start on."""
+
+    tokenizer: Tokenizer
+    eos_id: int
+
+
+def _start(tokenizer: str, eos_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _Worker.tokenizer, _Worker.eos_id = Tokenizer.from_str(tokenizer), eos_id
+    _Worker.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is thirteen characters of it
+
+
+def _end_with_parent() -> None:
+    """A pool's worker does not notice that its parent was killed, and would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> Batch:
+    encodings = _Worker.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.array([*encoding.ids, _Worker.eos_id], dtype=np.int32) for encoding in encodings]
+    return Batch(
+        np.concatenate(ids),
+        np.array([len(document) for document in ids], dtype=np.int64),
+        np.array([len(text.encode()) for text in texts], dtype=np.int64),
+    )
