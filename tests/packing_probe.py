@@ -66,7 +66,7 @@ def main(out: Path, directory: Path) -> None:
     from qwen_cl.source.checkpoint import Checkpoint
     from qwen_cl.source.shards import fill
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=0, world_size=1)
     parallel_state.initialize_model_parallel(1, 1)
     model_parallel_cuda_manual_seed(1)
     model = _build(plan)
@@ -74,7 +74,7 @@ def main(out: Path, directory: Path) -> None:
     model.train()
     alone, packed, changed = (collate(make()) for make in (probe_examples, packed_examples, changed_examples))
     leaking = {name: value for name, value in packed.items() if name != "segments"}
-    results = {}
+    results: dict[str, torch.Tensor] = {}
     for case, batch in {"alone": alone, "packed": packed, "changed": changed, "leaking": leaking}.items():
         results |= _losses_and_gradients(case, model, batch)
     save_file(results, str(out))

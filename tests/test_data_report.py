@@ -170,7 +170,7 @@ def test_a_run_leaves_its_report_and_prints_three_lines(trained: Launched) -> No
 
 
 def test_the_page_draws_the_histogram() -> None:
-    rows: list[Row] = [Text("あ" * 3)] * 4 + [Text("か" * 300)]
+    rows: list[Row] = [*[Text("あ" * 3)] * 4, Text("か" * 300)]
     page = report_page(report(rows))
     bars = [line for line in page.splitlines() if line.endswith("#")]
     assert [line.count("#") for line in bars] == [40, 10]

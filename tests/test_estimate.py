@@ -138,7 +138,7 @@ def test_splitting_the_stack_takes_less_weights_of_each_device() -> None:
 
 @pytest.mark.parametrize("key", ["task.micro_batch_size", "task.sequence_length"])
 def test_activations_grow_with_the_tokens_of_a_pass(key: str) -> None:
-    before, after = estimate(f"{key}=4"), estimate(f"{key}=8")
+    before, after = (estimate("task.global_batch_size=8", f"{key}={size}") for size in (4, 8))
     assert after.activations == 2 * before.activations > 0
     assert (after.weights, after.gradients_and_optimizer) == (before.weights, before.gradients_and_optimizer)
     assert after.total - before.total == before.activations

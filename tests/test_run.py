@@ -111,7 +111,8 @@ def test_in_use_then_interrupted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p"]]
+    "arguments",
+    [[], ["cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p", "task.packing=false"]],
 )
 def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_path: Path) -> None:
     done = launch("dry_run=true", *arguments, directory=tmp_path / "outputs/run")
@@ -121,4 +122,9 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     for fact in ("commit", "tokens per step", "memory", "tensor_parallel 1, pipeline_parallel 1"):
         assert fact in done.stdout
     assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
+    # Transformer Engine's layers cannot keep segments apart.
+    assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
+    assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)
+    assert f"packing={not arguments}," in done.stdout
+    assert re.search(r"training set  320 rows, 27,\d{3} tokens, .*; median length", done.stdout)
     assert not (tmp_path / "outputs/run").exists()

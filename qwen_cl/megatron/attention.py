@@ -44,11 +44,13 @@ class CausalAttention(torch.nn.Module):
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             out = self._attend(query, key, value, dropout).permute(2, 0, 1, 3)
         else:
-            flat = [tensor.transpose(0, 1).reshape(batch * sequence, -1, width) for tensor in (query, key, value)]
+            query, key, value = (
+                tensor.transpose(0, 1).reshape(batch * sequence, -1, width) for tensor in (query, key, value)
+            )
             if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-                packed = self._attend_by_kernel(*flat, attention_mask, sequence)
+                packed = self._attend_by_kernel(query, key, value, attention_mask, sequence)
             else:
-                packed = self._attend_by_segment(*flat, attention_mask, dropout)
+                packed = self._attend_by_segment(query, key, value, attention_mask, dropout)
             out = packed.view(batch, sequence, heads, width).transpose(0, 1)
         return out.reshape(sequence, batch, heads * width)
 
@@ -70,8 +72,8 @@ class CausalAttention(torch.nn.Module):
         """Shapes: (tokens of the batch, heads, width). On any device and in any type, a call for each segment."""
         out = torch.empty_like(query)
         for start, stop in pairwise(segments.tolist()):
-            part = [tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value)]
-            out[start:stop] = self._attend(*part, dropout)[0].transpose(0, 1)
+            own_query, own_key, own_value = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
+            out[start:stop] = self._attend(own_query, own_key, own_value, dropout)[0].transpose(0, 1)
         return out
 
     def _attend_by_kernel(
@@ -80,9 +82,10 @@ class CausalAttention(torch.nn.Module):
         """One flash kernel for all segments. ``longest`` bounds them: their true maximum would wait for the GPU."""
         repeats = query.shape[1] // key.shape[1]  # torch 2.11's kernel takes as many heads of keys as of queries
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-        out: torch.Tensor = varlen_attn(
+        out = varlen_attn(
             query, key, value, segments, segments, longest, longest, scale=self.softmax_scale, window_size=(-1, 0)
         )
+        assert isinstance(out, torch.Tensor)  # a pair only where its statistics are asked for
         return out
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
