@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
@@ -39,6 +40,16 @@ def run(config: object) -> None:
         from qwen_cl.export import export
 
         export(config, config.task, list(HydraConfig.get().overrides.task))
+        return
+    if isinstance(config.task, EvaluateConfig):
+        from qwen_cl.inference.evaluate import evaluate
+
+        evaluate(config, config.task, list(HydraConfig.get().overrides.task))
+        return
+    if isinstance(config.task, GenerateConfig):
+        from qwen_cl.inference.generate import generate
+
+        generate(config, config.task, list(HydraConfig.get().overrides.task))
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     plan = make_plan(config)

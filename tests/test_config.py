@@ -63,7 +63,7 @@ def compose_run(*overrides: str) -> RunConfig:
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or not node:
         return {prefix: node}
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}.{name}".lstrip(".")).items()}
 

@@ -239,13 +239,13 @@ def test_a_long_row_is_cut_and_keeps_the_labels_before_the_cut(past_prompt: int)
     assert cut.num_labels < whole.num_labels
 
 
-def test_packed_sequences_make_every_token_but_the_first_a_label_once() -> None:
+def test_packed_sequences_make_every_token_of_the_texts_a_label_once() -> None:
     rows = demo_rows("text")
-    stream: list[int] = []
+    stream: list[int] = [tokenizer().eos_token_id]
     for row in rows:
         assert isinstance(row, Text)
         stream += [*tokens(row.text), tokenizer().eos_token_id]
-    assert stream.count(tokenizer().convert_tokens_to_ids("<|endoftext|>")) == len(rows)
+    assert stream.count(tokenizer().convert_tokens_to_ids("<|endoftext|>")) == len(rows) + 1
     # Also where the text ends with a sequence, one token before and one after.
     for length in (64, len(stream) - 2, len(stream) - 1, len(stream), (len(stream) - 1) // 2):
         examples = list(build_examples(rows, tokenizer(), length))

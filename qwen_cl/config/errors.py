@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
@@ -73,6 +73,8 @@ def _experiment_file(error: BaseException) -> str:
 def refuse_added_keys(cfg: DictConfig, owner: str = "") -> None:
     """``+key=value`` gets past a schema while composing; a typo must not."""
     schema: Any = OmegaConf.get_type(cfg)
+    if not is_dataclass(schema):
+        return  # a dictionary, whose keys are the user's
     known = [field.name for field in fields(schema)]
     for name in map(str, cfg):
         key = f"{owner}.{name}" if owner else name

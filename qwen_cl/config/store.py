@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import schema, tasks
+from qwen_cl.config import answers, schema, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -18,6 +20,8 @@ GROUPS: dict[str, dict[str, type]] = {
         "pretrain_schema": tasks.PretrainConfig,
         "inspect_schema": tasks.InspectConfig,
         "export_schema": tasks.ExportConfig,
+        "evaluate_schema": answers.EvaluateConfig,
+        "generate_schema": answers.GenerateConfig,
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {
@@ -35,5 +39,15 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=schema.RunConfig)
     for group, schemas in GROUPS.items():
         for name, node in schemas.items():
-            store.store(group=group, name=name, node=node)
+            store.store(group=group, name=name, node=_node(node))
     OmegaConf.register_new_resolver("package_path", lambda relative: str(PACKAGE / relative), replace=True)
+
+
+def _node(schema: type) -> Any:
+    """Names of sets are the user's: dictionaries take keys that no file has."""
+    node = OmegaConf.structured(schema)
+    for name in node:
+        value = node._get_node(name)
+        if isinstance(value, DictConfig) and typing.get_origin(value._metadata.ref_type) is dict:
+            OmegaConf.set_struct(value, False)
+    return node

@@ -83,13 +83,19 @@ def _alpaca(row: dict[str, Any], where: str) -> Conversation:
     return pair(instruction, output)
 
 
-def _openai(row: dict[str, Any], where: str) -> Conversation:
+def parse_messages(row: dict[str, Any], where: str) -> tuple[Message, ...]:
+    """OpenAI's form, whoever has the last word."""
     roles = {role: role for role in (SYSTEM, USER, ASSISTANT)}
     return _turns(row["messages"], "messages", ("role", "content"), roles, where)
 
 
+def _openai(row: dict[str, Any], where: str) -> Conversation:
+    return _answered(parse_messages(row, where), "messages", where)
+
+
 def _sharegpt(row: dict[str, Any], where: str) -> Conversation:
-    return _turns(row["conversations"], "conversations", ("from", "value"), SHAREGPT_ROLES, where)
+    turns = _turns(row["conversations"], "conversations", ("from", "value"), SHAREGPT_ROLES, where)
+    return _answered(turns, "conversations", where)
 
 
 FORMS: dict[str, Callable[[dict[str, Any], str], Conversation]] = {
@@ -99,7 +105,13 @@ FORMS: dict[str, Callable[[dict[str, Any], str], Conversation]] = {
 }
 
 
-def _turns(turns: Any, key: str, names: tuple[str, str], roles: dict[str, str], where: str) -> Conversation:
+def _answered(messages: tuple[Message, ...], key: str, where: str) -> Conversation:
+    if messages[-1].role != ASSISTANT:
+        raise UserError(f"{where}: {key} ends with a message of the {messages[-1].role}, which nothing answers; cut it")
+    return Conversation(messages)
+
+
+def _turns(turns: Any, key: str, names: tuple[str, str], roles: dict[str, str], where: str) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: field {key!r} must be a list of messages with {names[0]} and {names[1]}")
     messages = []
@@ -113,6 +125,4 @@ def _turns(turns: Any, key: str, names: tuple[str, str], roles: dict[str, str], 
         if role == SYSTEM and number:
             raise UserError(f"{where}: {name} is a system message, which may only come first")
         messages.append(Message(role, check_text(turn[names[1]], f"{name}.{names[1]}", where)))
-    if messages[-1].role != ASSISTANT:
-        raise UserError(f"{where}: {key} ends with a message of the {messages[-1].role}, which nothing answers; cut it")
-    return Conversation(tuple(messages))
+    return tuple(messages)

@@ -91,8 +91,9 @@ def _conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
-    """Consecutive sequences share one token, so that every token but the first is a label once."""
-    buffer: list[int] = []
+    """An end-of-text token comes before the first text as it does before every other, and consecutive sequences share
+    one token: so every token of the texts is a label once, with the context it has later too."""
+    buffer: list[int] = [tokenizer.eos_token_id]
     for row in rows:
         assert isinstance(row, Text)
         buffer += [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
@@ -127,9 +128,11 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
+def check_chat_template(
+    tokenizer: PreTrainedTokenizerBase, directory: str, otherwise: str = "use task=pretrain"
+) -> None:
     if not tokenizer.chat_template:
         raise UserError(
-            f"{directory}: its tokenizer has no chat template, which task=finetune renders prompts with; "
-            "add chat_template to tokenizer_config.json, or use task=pretrain"
+            f"{directory}: its tokenizer has no chat template, which conversations are rendered with; "
+            f"add chat_template to tokenizer_config.json, or {otherwise}"
         )

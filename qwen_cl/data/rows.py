@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
+from qwen_cl.data.lines import numbered_lines, parse_object
+
+KEYS = "data.path (and data.validation_path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,9 @@ def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: names file and line of the first row that is not as it must be, or the file that has none.
     """
-    train = list(_read_file(Path(files.train), files.fields))
+    train = list(read_file(Path(files.train), files.fields, KEYS))
     if files.validation is not None:
-        return train, list(_read_file(Path(files.validation), files.fields))
+        return train, list(read_file(Path(files.validation), files.fields, KEYS))
     held_out = train[:: files.validation_every]
     kept = [row for number, row in enumerate(train) if number % files.validation_every]
     if not kept:
@@ -83,42 +86,19 @@ def content_hash(files: RowFiles) -> str:
     return digest.hexdigest()
 
 
-def _read_file(path: Path, fields: tuple[str, ...]) -> Iterator[Row]:
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist; set data.path (and data.validation_path) to JSON Lines files"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    found = False
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                found = True
-                yield _parse(line, f"{path}:{number}", fields)
-    if not found:
-        raise UserError(f"{path} is empty; it must hold one JSON object a line with the fields {', '.join(fields)}")
+def read_file(path: Path, fields: tuple[str, ...], key: str) -> Iterator[Row]:
+    """``key`` says what to set to another file."""
+    content = f"one JSON object a line with the fields {', '.join(fields)}"
+    for line, where in numbered_lines(path, f"{key} to JSON Lines files", content):
+        value = parse_object(line, where, ", ".join(fields))
+        yield (
+            parse_conversation(value, (fields[0], fields[1]), where)
+            if len(fields) == 2
+            else _text(value, fields[0], where)
+        )
 
 
-def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> Row:
-    try:
-        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; convert the file, "
-            "for example with: iconv -f SHIFT_JIS -t UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); every line is one object") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deep; every line is one object of texts") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {type(value).__name__} where an object with {', '.join(fields)} must be")
-    if len(fields) == 2:
-        return parse_conversation(value, (fields[0], fields[1]), where)
-    (field,) = fields
+def _text(value: dict[str, Any], field: str, where: str) -> Text:
     if field not in value:
         found = ", ".join(map(repr, value)) or "none"
         raise UserError(f"{where}: field {field!r} is missing (found: {found}); rename it, or set data.text_field")
