@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
@@ -50,6 +52,12 @@ def run(config: object) -> None:
         from qwen_cl.inference.generate import generate
 
         generate(config, config.task, list(HydraConfig.get().overrides.task))
+        return
+    if isinstance(config.task, ContinualConfig):
+        from qwen_cl.continual.chain import continual
+
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        continual(config, config.task, list(HydraConfig.get().overrides.task), directory)
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     plan = make_plan(config)

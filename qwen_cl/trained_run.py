@@ -99,18 +99,24 @@ def find_base(run: Run, fix: str = "") -> Path:
     return Path(source)
 
 
-def open_trained(run: Run, base: Path | None) -> Trained:
-    """Imports torch and Megatron, quietly: what they say of themselves meanwhile is no news to a user."""
+def import_quietly() -> None:
+    """torch, and Megatron with what reads tensors through it: what they say of themselves meanwhile is no news to a
+    user."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from qwen_cl.megatron.imports import import_megatron
 
         import_megatron()
-        from qwen_cl.source.adapter import AdapterShape
-        from qwen_cl.source.architecture import read_architecture
-        from qwen_cl.source.distributed import DistributedWeights
-        from qwen_cl.source.merged import Trained
+        import qwen_cl.source.merged  # noqa: F401
+
+
+def open_trained(run: Run, base: Path | None) -> Trained:
+    import_quietly()
+    from qwen_cl.source.adapter import AdapterShape
+    from qwen_cl.source.architecture import read_architecture
+    from qwen_cl.source.distributed import DistributedWeights
+    from qwen_cl.source.merged import Trained
 
     peft, adapter = run.config.peft, None
     if isinstance(peft, LoraConfig):

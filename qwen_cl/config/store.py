@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, schema, tasks
+from qwen_cl.config import answers, schema, stages, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -20,6 +20,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "pretrain_schema": tasks.PretrainConfig,
         "inspect_schema": tasks.InspectConfig,
         "export_schema": tasks.ExportConfig,
+        "continual_schema": stages.ContinualConfig,
         "evaluate_schema": answers.EvaluateConfig,
         "generate_schema": answers.GenerateConfig,
     },

@@ -27,13 +27,23 @@ def evaluate(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) 
         UserError: the model, the run, a set or a prompt is not what it must be; nothing was written.
         RunFailed: the child process failed.
     """
+    config, subject = plan_evaluation(config, task, overrides)
+    if config.dry_run:
+        facts = [("model", subject.label), ("sets", ", ".join(task.sets) or "none")]
+        print_facts([*facts, ("output", task.output or "the terminal")], Console())
+        return
+    run_child(pinned(config, task, subject), "task=evaluate")
+
+
+def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) -> tuple[RunConfig, Subject]:
+    """Settled config and checked model; the sets and prompts are checked too. Raises UserError."""
     if not task.sets and not task.lm_eval and task.prompts is None:
         raise UserError(
             "task=evaluate has nothing to do; name sets like 'task.sets={japanese: ja.jsonl}', task.prompts or "
             "task.lm_eval"
         )
     config = settle(config, task, overrides)
-    output = output_file(task)
+    output_file(task)
     _check_harness(task)
     sets = read_sets(task.sets)
     subject = find_subject(config.model, task.run, task.step)
@@ -44,11 +54,7 @@ def evaluate(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) 
             check_chat_template(tokenizer, str(subject.small_files), "evaluate on text")
         score_set(named, tokenizer, task.sequence_length, task.loss_on)
     _check_samples(task, subject)
-    if config.dry_run:
-        facts = [("model", subject.label), ("sets", ", ".join(named.name for named in sets) or "none")]
-        print_facts([*facts, ("output", str(output or "the terminal"))], Console())
-        return
-    run_child(pinned(config, task, subject), "task=evaluate")
+    return config, subject
 
 
 def _check_samples(task: EvaluateConfig, subject: Subject) -> None:

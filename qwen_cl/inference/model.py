@@ -9,7 +9,7 @@ import torch
 
 from qwen_cl.config.schema import Accelerator, ClusterConfig, Precision
 from qwen_cl.inference.subject import Subject
-from qwen_cl.trained_run import open_trained
+from qwen_cl.trained_run import import_quietly, open_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,9 +44,7 @@ def _tensors(subject: Subject, dtype: torch.dtype) -> Tensors:
         from qwen_cl.source.merged import MergedModel
 
         return MergedModel(trained, dtype).read
-    from qwen_cl.megatron.imports import import_megatron
-
-    import_megatron()
+    import_quietly()
     from qwen_cl.source.nemo_tensors import open_tensors
 
     assert subject.directory is not None

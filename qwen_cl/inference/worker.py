@@ -21,7 +21,7 @@ from qwen_cl.inference.child import report_mistake
 from qwen_cl.inference.generate import prompts_of
 from qwen_cl.inference.prompts import Prompt, read_prompts
 from qwen_cl.inference.results import print_losses, print_samples, print_scores
-from qwen_cl.inference.subject import Subject, find_model, find_subject, output_file, write_whole
+from qwen_cl.inference.subject import Subject, file_hash, find_model, find_subject, output_file, write_whole
 
 if TYPE_CHECKING:
     from qwen_cl.inference.sampling import Answer
@@ -143,7 +143,11 @@ def _record(
         "step": subject.run.step if subject.run else None,
         "precision": config.cluster.precision.value,
         "sequence_length": task.sequence_length,
-        "sets": {name: loss.plain() for name, loss in losses.items()},
+        "loss_on": task.loss_on.value,
+        "sets": {
+            name: {**loss.plain(), "sha256": file_hash(Path(task.sets[name]).expanduser())}
+            for name, loss in losses.items()
+        },
         "lm_eval": scores,
         "samples": samples,
     }
