@@ -65,7 +65,7 @@ def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], str]:
-    """Stopped in its second stage and run again: the folder, when what was done was done, what the second launch said."""
+    """Stopped in its second stage and run again: the folder, when the first part was done, what the rest said."""
     directory = tmp_path_factory.mktemp("continual") / "chain"
     command = [sys.executable, "launch.py", f"hydra.run.dir={directory}", *COMMAND]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

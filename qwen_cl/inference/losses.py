@@ -54,7 +54,7 @@ def sum_losses(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
         # Padding comes after what it pads, and attention is causal: no mask is needed.
         hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[counted[:, 1:]]
         labels = ids[:, 1:][counted[:, 1:]]
-        for part, wanted in zip(hidden.split(POSITIONS), labels.split(POSITIONS)):
+        for part, wanted in zip(torch.split(hidden, POSITIONS), torch.split(labels, POSITIONS)):
             logits = model.get_output_embeddings()(part).float()
             total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().sum())
         tokens += len(labels)
