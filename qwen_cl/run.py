@@ -54,7 +54,7 @@ def run(config: object) -> None:
         generate(config, config.task, list(HydraConfig.get().overrides.task))
         return
     if isinstance(config.task, ContinualConfig):
-        from qwen_cl.continual.chain import continual
+        from qwen_cl.chain.continual import continual
 
         directory = Path(HydraConfig.get().runtime.output_dir)
         continual(config, config.task, list(HydraConfig.get().overrides.task), directory)

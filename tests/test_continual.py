@@ -22,9 +22,9 @@ from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.store import register_schemas
-from qwen_cl.continual.chain import continual
-from qwen_cl.continual.processes import launch
-from qwen_cl.continual.stages import last_words
+from qwen_cl.chain.continual import continual
+from qwen_cl.chain.processes import launch
+from qwen_cl.chain.stages import last_words
 from tests.conftest import ROOT
 from tests.models import DEMO_MODEL
 

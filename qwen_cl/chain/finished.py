@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config, to_plain
-from qwen_cl.continual.stages import Stage
+from qwen_cl.chain.stages import Stage
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"
