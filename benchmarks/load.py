@@ -2,7 +2,8 @@
 
 ``python benchmarks/load.py [--shape tiny|0.5b|7b] [--device cuda|cpu] [--repeats N]`` makes a Qwen2.5 of that shape
 with random bf16 weights in a temporary directory, and loads it with each side in a fresh process, in turns, from a
-warm page cache. Imports, and on a GPU the making of its context, are in nobody's time.
+warm page cache. Imports, the making of a GPU's context and the first use of what a side calls are in nobody's time:
+each builds a model of one layer before.
 """
 
 from __future__ import annotations

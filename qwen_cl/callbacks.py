@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from nemo import lightning as nl
 
+from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.adapter import AdapterShape, save_adapter
@@ -46,12 +47,14 @@ class RunRecorder(pl.Callback):
     Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
     """
 
-    def __init__(self, output_dir: str, log_interval: int) -> None:
+    def __init__(self, output_dir: str, log_interval: int, val_check_interval: int) -> None:
         self.folder = RunFolder(output_dir)
         self.log_interval = log_interval
+        self.val_check_interval = val_check_interval
         self.stop: StopRequest | None = None
         self.tokens = 0
         self._since = (0.0, 0)
+        self._lr = 0.0
 
     def on_weights_read(self, done: int, total: int) -> None:
         """A few times a second while the model loads, on rank 0 (qwen_cl/source/nemo.py)."""
@@ -60,16 +63,16 @@ class RunRecorder(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module._training_loss_reduction = TokenWeightedLoss()
-        pl_module._validation_loss_reduction = TokenWeightedLoss(validation_step=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stop is not None:
             self.stop.begin_training()
         if trainer.global_step == 0:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            self._evaluate(trainer)
         self._since = (time.monotonic(), self.tokens)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,23 +81,25 @@ class RunRecorder(pl.Callback):
         self.tokens += _tokens_of_step(trainer, step - 1)
         if step % self.log_interval == 0 or step == trainer.max_steps:
             self._record_step(trainer, step)
+        if step % self.val_check_interval == 0 or step == trainer.max_steps:
+            self._evaluate(trainer)
         if self.stop is not None and self.stop.requested:
             trainer.should_stop = True
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._paused = time.monotonic()
-        pl_module._validation_loss_reduction.reset()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        reduction = pl_module._validation_loss_reduction
-        sums = torch.tensor([reduction.loss_sum, reduction.num_tokens], device=torch.cuda.current_device())
-        if torch.distributed.get_world_size() > 1:
-            # Only the last pipeline stage has sums, the same on each of its tensor parallel ranks.
-            torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)
-        loss = float(sums[0] / sums[1])
-        self._write(trainer, trainer.global_step, {"val/loss": loss, "val/tokens": int(sums[1])})
-        since, tokens = self._since
-        self._since = (since + time.monotonic() - self._paused, tokens)
+    def _evaluate(self, trainer: pl.Trainer) -> None:
+        """Every named set at the same step, in one line: what was learnt beside what was forgotten."""
+        paused = time.monotonic()
+        record: dict[str, Any] = {}
+        for scored in trainer.datamodule.evaluation_sets:
+            model, size = trainer.strategy.megatron_parallel, trainer.datamodule.micro_batch_size
+            total, tokens = sum_losses(model, scored.examples, size)
+            record[f"{scored.name}/loss"] = total / tokens
+            if scored.num_bytes:
+                record[f"{scored.name}/bits_per_byte"] = total / math.log(2) / scored.num_bytes
+            record[f"{scored.name}/tokens"] = tokens
+        self._write(trainer, trainer.global_step, record)
+        since, tokens_before = self._since
+        self._since = (since + time.monotonic() - paused, tokens_before)
 
     def _record_step(self, trainer: pl.Trainer, step: int) -> None:
         metrics = trainer.callback_metrics
@@ -104,7 +109,7 @@ class RunRecorder(pl.Callback):
         self._since = (time.monotonic(), self.tokens)
         record = {
             "train/loss": loss,
-            "optim/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "optim/lr": self._lr,
             "throughput/tokens_per_second": (self.tokens - tokens) / elapsed,
             "tokens": self.tokens,
             "memory/peak_gib": peak_memory_gib(),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.forgetting import FileReplayConfig, ReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
+from qwen_cl.data.named_sets import absolute_sets, read_sets
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
@@ -61,9 +63,16 @@ def make_plan(config: RunConfig) -> Plan:
             source=model.source,
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
+        replay=_with_absolute_paths(config.replay),
+        retention=replace(config.retention, sets=absolute_sets(config.retention.sets)),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(settled, model, architecture, device, files, content_hash(files) if files else None)
+
+
+def _with_absolute_paths(replay: ReplayConfig) -> ReplayConfig:
+    """The worker runs elsewhere."""
+    return replace(replay, sets=absolute_sets(replay.sets)) if isinstance(replay, FileReplayConfig) else replay
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -103,3 +112,8 @@ def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) ->
     loss_on = config.task.loss_on if isinstance(config.task, FinetuneConfig) else LossOn.all
     for rows, path in ((train, files.train), (validation, files.validation or files.train)):
         check_examples(rows, tokenizer, config.training.sequence_length, loss_on, path)
+    replay = config.replay.sets if isinstance(config.replay, FileReplayConfig) else {}
+    for named in [*read_sets(replay, "replay.sets"), *read_sets(config.retention.sets, "retention.sets")]:
+        if not named.is_text:
+            check_chat_template(tokenizer, str(directory))
+        check_examples(named.rows, tokenizer, config.training.sequence_length, loss_on, str(named.path))

@@ -12,9 +12,10 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnnealScheduler
 
 from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
+from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import (
     DoraConfig,
     LoraConfig,
@@ -23,7 +24,7 @@ from qwen_cl.config.schema import (
     RunConfig,
     VerifyMode,
 )
-from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
+from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
 from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
 from qwen_cl.megatron.model import build_model
@@ -58,7 +59,12 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
     callbacks = [
         run.Config(Seed, seed=config.seed),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
-        run.Config(RunRecorder, output_dir=str(output_dir), log_interval=task.log_interval),
+        run.Config(
+            RunRecorder,
+            output_dir=str(output_dir),
+            log_interval=task.log_interval,
+            val_check_interval=task.val_check_interval,
+        ),
     ]
     if config.model.verify is VerifyMode.logits:
         callbacks.append(run.Config(VerifyLogits, source=config.model.source, output_dir=str(output_dir)))
@@ -81,7 +87,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         devices=cluster.devices,
         num_nodes=cluster.world_size // cluster.devices,
         max_steps=task.max_steps,
-        val_check_interval=min(task.val_check_interval, task.max_steps),
+        limit_val_batches=0,  # RunRecorder evaluates
         num_sanity_val_steps=0,
         log_every_n_steps=task.max_steps + 1,  # never: RunRecorder logs, under one set of names
         enable_progress_bar=False,
@@ -126,7 +132,16 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) 
     files = row_files(config.data, task)
     assert files is not None
     loss_on = task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all
-    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, loss_on=loss_on.value, **common)
+    replay = config.replay if isinstance(config.replay, FileReplayConfig) else None
+    return run.Config(
+        RowDataModule,
+        **{**asdict(files), "fields": list(files.fields)},
+        loss_on=loss_on.value,
+        replay=dict(replay.sets) if replay else {},
+        replay_shares=replay.shares if replay else {},
+        retention=dict(config.retention.sets),
+        **common,
+    )
 
 
 def _log(config: RunConfig, output_dir: Path) -> run.Config:
@@ -165,13 +180,30 @@ def _optimizer(config: RunConfig) -> run.Config:
             params_dtype=torch.float32 if fp32 else torch.bfloat16,
             use_distributed_optimizer=True,
         ),
-        lr_scheduler=run.Config(
-            CosineAnnealingScheduler,
+        lr_scheduler=_schedule(config),
+    )
+
+
+def _schedule(config: RunConfig) -> run.Config:
+    task = config.training
+    minimum = config.lr * task.min_lr_ratio
+    if task.lr_schedule is LrSchedule.warmup_hold_decay:
+        hold_steps = task.max_steps - task.warmup_steps - task.decay_steps
+        # Ratios that NeMo makes whole steps of again, by cutting.
+        ratios = [(steps + 0.5) / task.max_steps for steps in (task.warmup_steps, hold_steps)]
+        return run.Config(
+            WarmupHoldAnnealScheduler,
             max_steps=task.max_steps,
-            warmup_steps=task.warmup_steps,
-            constant_steps=0,
-            min_lr=config.lr * task.min_lr_ratio,
-        ),
+            warmup_ratio=ratios[0],
+            hold_ratio=ratios[1],
+            min_lr=minimum,
+        )
+    return run.Config(
+        CosineAnnealingScheduler,
+        max_steps=task.max_steps,
+        warmup_steps=task.warmup_steps,
+        constant_steps=0,
+        min_lr=config.lr if task.lr_schedule is LrSchedule.constant else minimum,
     )
 
 

@@ -17,12 +17,13 @@ from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
+from qwen_cl.continual.report import draw_report
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
-from qwen_cl.view import ProgressView, print_result, wandb_notice
+from qwen_cl.view import ProgressView, print_result, read_metrics, wandb_notice
 
 
 def run(config: object) -> None:
@@ -85,10 +86,20 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             markup=False,
         )
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
-            execute(plan.config, folder, view.update)
+            try:
+                execute(plan.config, folder, view.update)
+            finally:
+                _draw(plan, folder)
         if notice := wandb_notice(folder.status()):
             console.print(notice, highlight=False, soft_wrap=True, markup=False)
         print_result(folder, console, time.monotonic() - started)
+
+
+def _draw(plan: Plan, folder: RunFolder) -> None:
+    """However the run ended: what it measured until then is worth a look."""
+    if folder.metrics_file.exists():
+        title = f"{folder.directory.parent.name}/{folder.directory.name}, {plan.model.source}"
+        draw_report(read_metrics(folder), title, folder.report)
 
 
 def _write_inputs(plan: Plan, folder: RunFolder) -> None:

@@ -8,11 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from qwen_cl.data.examples import Example
-from qwen_cl.data.module import collate
-from qwen_cl.megatron.steps import data_step, forward_step
+from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.reference import local_directory
 
@@ -40,17 +38,18 @@ class VerifyLogits(pl.Callback):
         if trainer.global_step > 0 or index > 0:
             return
         examples = _probe_examples(trainer.datamodule.train_dataset)
-        loss = _megatron_loss(trainer.strategy.megatron_parallel, examples)
-        expected = torch.zeros((), device=loss.device)
+        total, tokens = sum_losses(trainer.strategy.megatron_parallel, examples, len(examples))
+        loss = total / tokens
+        expected = torch.zeros((), device=torch.cuda.current_device())
         if trainer.is_global_zero:
             expected += _transformers_loss(self.source, examples)
-            self.folder.update_status(verified={"loss": float(loss), "transformers": float(expected)})
+            self.folder.update_status(verified={"loss": loss, "transformers": float(expected)})
         torch.distributed.broadcast(expected, src=0)
         logger.info("Loss of a probe batch: %.6f here, %.6f by transformers", loss, expected)
         tolerance = TOLERANCE[pl_module.config.params_dtype]
-        if not abs(float(loss - expected)) <= tolerance:  # nan is no match either
+        if not abs(loss - float(expected)) <= tolerance:  # nan is no match either
             raise VerificationError(
-                f"model.verify: the loss of a probe batch is {float(loss):.4f} and transformers has "
+                f"model.verify: the loss of a probe batch is {loss:.4f} and transformers has "
                 f"{float(expected):.4f} for the same files and tokens (at most {tolerance:g} apart is allowed); what "
                 "would be trained is not this model"
             )
@@ -60,35 +59,6 @@ def _probe_examples(dataset: Any) -> list[Example]:
     """The start of the first training rows, every token of which counts: it is the weights that are looked at."""
     starts = [dataset[number].ids[:PROBE_TOKENS] for number in range(min(PROBE_ROWS, len(dataset)))]
     return [Example(ids, ((1, len(ids)),)) for ids in starts]
-
-
-@torch.no_grad()
-def _megatron_loss(model: Any, examples: list[Example]) -> torch.Tensor:
-    """Mean over the tokens, the same on every rank."""
-    batch = collate(examples)
-    sums = torch.zeros(2, device=torch.cuda.current_device())
-
-    def step(iterator: Any, chunk: torch.nn.Module) -> Any:
-        needed: Any = data_step(iterator)
-        return forward_step(chunk, needed), lambda losses, non_loss_data: (losses * needed["loss_mask"]).sum()
-
-    training = model.training
-    model.eval()
-    outputs = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter([batch]) if len(model) == 1 else [iter([batch]) for _ in model],
-        model=list(model),
-        num_microbatches=1,
-        seq_length=batch["tokens"].shape[1],
-        micro_batch_size=len(examples),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    model.train(training)
-    if outputs:
-        sums[0], sums[1] = outputs[0], batch["loss_mask"].sum()
-    torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)  # only the last stage has them
-    return sums[0] / sums[1]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qwen_cl.continual.report import BITS, LOSS, TARGET, read_curves
 from qwen_cl.run_folder import RunFolder
 
 
@@ -92,13 +93,12 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
 def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
     """The last block of a completed run."""
     status, records = folder.status(), read_metrics(folder)
-    validation = [(record["step"], record["val/loss"]) for record in records if "val/loss" in record]
     training = [record for record in records if "train/loss" in record]
     # The first steps pay for warming up.
     rates = [record["throughput/tokens_per_second"] for record in training[min(5, len(training) - 1) :]]
     lines = [
         ("state", f"{status['state']} at step {status['step']}"),
-        ("validation loss", f"{validation[0][1]:.4f} at step 0 -> {validation[-1][1]:.4f} at step {validation[-1][0]}"),
+        *_measured(records),
         ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
         ("time", f"{seconds:.0f} s, {sorted(rates)[len(rates) // 2]:,.0f} tokens/s (median step)"),
         ("peak memory", f"{status['peak_memory_gib']:.2f} GiB"),
@@ -108,13 +108,24 @@ def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
     print_facts(lines, console)
 
 
+def _measured(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The target set and every retention set, from the first measurement to the last."""
+    lines = []
+    for loss, bits in zip(read_curves(records, LOSS), read_curves(records)):
+        text = f"loss {loss.values[0]:.4f} at step {loss.steps[0]} -> {loss.values[-1]:.4f} at step {loss.steps[-1]}"
+        if bits.unit == BITS:
+            text += f", bits per byte {bits.values[0]:.3f} -> {bits.values[-1]:.3f}"
+        lines.append(("validation" if loss.name == TARGET else f"retention {loss.name}", text))
+    return lines
+
+
 def print_facts(lines: list[tuple[str, str]], console: Console) -> None:
     for name, text in lines:
-        console.print(f"{name:>16}  {text}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{name:>18}  {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = []
+    lines = [("picture", str(folder.report))] if folder.report.exists() else []
     if folder.adapter.is_dir():
         lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, '{folder.adapter}')"))
     wandb = status.get("wandb", {})

@@ -33,6 +33,8 @@ MANDATORY: dict[str, Any] = {
     "data.path": "/data/train.jsonl",
     "task.run": "/outputs/run",
     "task.stages": [{"name": "only", "start_from": None, "overrides": [], "teaches": []}],
+    "replay.sets": {"english": "/data/old.jsonl"},
+    "retention.sets": {"english": "/data/english.jsonl"},
     "cluster.account": "us",
     "cluster.partition": "gpus",
 }
@@ -55,7 +57,7 @@ def compose_config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", list(overrides))
     for key in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, key, MANDATORY[key])
+        OmegaConf.update(config, key, MANDATORY[key], force_add=True)
     return config
 
 
@@ -64,7 +66,7 @@ def compose_run(*overrides: str) -> RunConfig:
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
+    if not isinstance(node, dict) or prefix.count(".") == 1:  # group.field: below are a user's own names
         return {prefix: node}
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}.{name}".lstrip(".")).items()}
 

@@ -18,13 +18,13 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from qwen_cl.chain.continual import continual
+from qwen_cl.chain.processes import launch
+from qwen_cl.chain.stages import last_words
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.store import register_schemas
-from qwen_cl.chain.continual import continual
-from qwen_cl.chain.processes import launch
-from qwen_cl.chain.stages import last_words
 from tests.conftest import ROOT
 from tests.models import DEMO_MODEL
 
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["task.sets={ja: /no/such.txt}", stages("name: two")],
         r"/no/such\.txt does not exist; set task\.",
     ),
-    "set name": (["task.sets={a b: x}", stages("name: two")], r"task\.sets: 'a b' must be a name of"),
+    "set name": (["task.sets={a b: x}", stages("name: two")], r"task\.sets: 'a b' must be letters"),
     "evaluation": (
         ["task.sets={ja: x.jsonl}", "task.evaluation=[task.batch_size=0]", stages("name: two")],
         r"task\.batch_size \(0\) must be at least 1",

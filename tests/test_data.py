@@ -286,37 +286,6 @@ def test_collate_shifts_labels_and_masks_what_does_not_count() -> None:
     ]
 
 
-def test_training_order_is_a_new_permutation_every_epoch_and_follows_the_seed() -> None:
-    from qwen_cl.data.module import TokenDataset
-
-    examples = [Example([number, number], ((1, 2),)) for number in range(50)]
-
-    def order(seed: int, indices: range = range(150)) -> list[int]:
-        dataset = TokenDataset(examples, num_samples=150, seed=seed)
-        assert len(dataset) == 150
-        return [dataset[index].ids[0] for index in indices]
-
-    first = order(1)
-    epochs = [first[:50], first[50:100], first[100:]]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 3
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert list(range(50)) not in epochs
-    assert order(1) == first
-    assert order(2) != first
-    assert order(1, range(73, 150)) == first[73:]  # what a resumed run sees
-    assert order(1, range(149, -1, -1)) == first[::-1]
-
-
-def test_validation_order_is_the_files_and_its_filling_does_not_count() -> None:
-    from qwen_cl.data.module import TokenDataset
-
-    examples = [Example([number, number], ((1, 2),)) for number in range(3)]
-    dataset = TokenDataset(examples, num_samples=8, seed=None)
-    seen = [dataset[index] for index in range(8)]
-    assert [example.ids[0] for example in seen] == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert [example.num_labels for example in seen] == [1, 1, 1, 0, 0, 0, 0, 0]
-
-
 @pytest.mark.parametrize(("kind", "keys"), [("instructions", ["prompt", "completion"]), ("text", ["text"])])
 def test_demo_data_never_validates_on_what_it_trains_on(kind: str, keys: list[str]) -> None:
     rows = demo_rows(kind)

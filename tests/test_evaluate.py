@@ -163,7 +163,7 @@ def test_without_the_harness_its_tasks_are_refused(monkeypatch: pytest.MonkeyPat
 SHIFT_JIS = "日本\n".encode("shift_jis")
 REFUSED: dict[str, tuple[list[str], bytes, str]] = {
     "nothing": ([], b"", r"task=evaluate has nothing to do; name sets like"),
-    "unsafe name": (["task.sets={a b: '{file}.jsonl'}"], b"", r"task\.sets: 'a b' must be a name of letters"),
+    "unsafe name": (["task.sets={a b: '{file}.jsonl'}"], b"", r"task\.sets: 'a b' must be letters"),
     "absent": (["task.sets={a: /no/such.jsonl}"], b"", r"/no/such\.jsonl does not exist; set task\.sets\.a to a file"),
     "absent text": (["task.sets={a: /no/such.txt}"], b"", r"/no/such\.txt does not exist; set task\.sets\.a to a text"),
     "unknown format": (["task.sets={a: '{file}.csv'}"], b"x", r"task\.sets\.a \(.*\.csv\) must be a \.jsonl file"),

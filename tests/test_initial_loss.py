@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_cl.data.conversations import pair
 from qwen_cl.data.examples import Example, build_examples
-from qwen_cl.data.module import TokenDataset
+from qwen_cl.data.mixing import Mixture
 from tests.conftest import ROOT, launch
 from tests.models import save_random_model
 
@@ -56,7 +56,7 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
     records = [json.loads(line) for line in done.folder.metrics_file.read_text().splitlines()]
 
     validation = _examples(model, "validation")
-    train = TokenDataset(_examples(model, "train"), num_samples=4, seed=7)
+    train = Mixture([_examples(model, "train")], [1.0], num_samples=4, seed=7)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     first = next(record for record in records if record["step"] == 0)
     assert first["val/tokens"] == sum(example.num_labels for example in validation)

@@ -8,16 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
-from qwen_cl.config.errors import RunFailed, RunPreempted
-from qwen_cl.config.file import save_config
-from qwen_cl.config.rules import quoted
-from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
-from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.chain.finished import is_finished, move_aside, remember
 from qwen_cl.chain.matrix import write_matrix
 from qwen_cl.chain.measuring import Measured, check_evaluation, measure
 from qwen_cl.chain.processes import launch
 from qwen_cl.chain.stages import MERGED, Stage, plan_stages
+from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.file import save_config
+from qwen_cl.config.rules import quoted
+from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
+from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.view import print_facts
 

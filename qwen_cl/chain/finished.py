@@ -6,9 +6,9 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from qwen_cl.chain.stages import Stage
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config, to_plain
-from qwen_cl.chain.stages import Stage
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.chain.measuring import Measured
+from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.inference.subject import write_whole
 from qwen_cl.transfer import Transfer, measure_transfer
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_cl.chain.processes import launch
+from qwen_cl.chain.stages import Stage, compose_config
 from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.stages import ContinualConfig
-from qwen_cl.chain.processes import launch
-from qwen_cl.chain.stages import Stage, compose_config
 from qwen_cl.inference.evaluate import plan_evaluation
 from qwen_cl.inference.subject import COMPUTE, file_hash
 from qwen_cl.trained_run import HUB_KEYS

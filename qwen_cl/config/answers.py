@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.forgetting import check_names
 from qwen_cl.config.rules import require
 from qwen_cl.config.tasks import LossOn, TaskConfig
-
-SET_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,8 +72,6 @@ class EvaluateConfig(AnswersConfig):
     def __post_init__(self) -> None:
         AnswersConfig.__post_init__(self)
         require("task.sequence_length", self.sequence_length, at_least=2)
-        for name in self.sets:
-            if not SET_NAME.fullmatch(name):
-                raise UserError(f"task.sets: {name!r} must be a name of letters, digits, '_', '-' and '.'")
+        check_names("task.sets", self.sets)
         if self.lm_eval_include is not None and not self.lm_eval:
             raise UserError("task.lm_eval_include has task files, and task.lm_eval names none of them to run")

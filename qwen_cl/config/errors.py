@@ -73,8 +73,8 @@ def _experiment_file(error: BaseException) -> str:
 def refuse_added_keys(cfg: DictConfig, owner: str = "") -> None:
     """``+key=value`` gets past a schema while composing; a typo must not."""
     schema: Any = OmegaConf.get_type(cfg)
-    if not is_dataclass(schema):
-        return  # a dictionary, whose keys are the user's
+    if not is_dataclass(schema):  # a mapping whose keys are the user's own names
+        return
     known = [field.name for field in fields(schema)]
     for name in map(str, cfg):
         key = f"{owner}.{name}" if owner else name

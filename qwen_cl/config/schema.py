@@ -12,6 +12,7 @@ from enum import Enum
 from urllib.parse import urlsplit
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.forgetting import ReplayConfig, RetentionConfig
 from qwen_cl.config.rules import require
 from qwen_cl.config.tasks import TaskConfig, TrainingConfig
 
@@ -215,6 +216,8 @@ class RunConfig:
     task: TaskConfig
     peft: PeftConfig
     data: DataConfig
+    replay: ReplayConfig
+    retention: RetentionConfig
     cluster: ClusterConfig
     wandb: WandbConfig
     lr: float

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from qwen_cl.config.answers import SET_NAME
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.forgetting import check_names
 from qwen_cl.config.tasks import TaskConfig
 
 STAGE_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
@@ -42,9 +42,7 @@ class ContinualConfig(TaskConfig):
         names = [stage.name for stage in self.stages]
         for number, stage in enumerate(self.stages):
             _check_stage(stage, f"task.stages[{number}]", names[:number], self.sets)
-        for name in self.sets:
-            if not SET_NAME.fullmatch(name):
-                raise UserError(f"task.sets: {name!r} must be a name of letters, digits, '_', '-' and '.'")
+        check_names("task.sets", self.sets)
 
     def taught_in(self, name: str) -> int:
         """Number of the stage, from 1 on, that first teaches a set; 0 for none."""

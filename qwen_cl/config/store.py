@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
-from typing import Any
+from typing import get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, schema, stages, tasks
+from qwen_cl.config import answers, forgetting, schema, stages, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -30,6 +29,12 @@ GROUPS: dict[str, dict[str, type]] = {
         "file_schema": schema.FileDataConfig,
         "mock_schema": schema.MockDataConfig,
     },
+    "replay": {
+        "replay_schema": forgetting.ReplayConfig,
+        "file_replay_schema": forgetting.FileReplayConfig,
+        "generated_replay_schema": forgetting.GeneratedReplayConfig,
+    },
+    "retention": {"retention_schema": forgetting.RetentionConfig},
     "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
 }
 
@@ -40,15 +45,15 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=schema.RunConfig)
     for group, schemas in GROUPS.items():
         for name, node in schemas.items():
-            store.store(group=group, name=name, node=_node(node))
+            store.store(group=group, name=name, node=_with_open_mappings(node))
     OmegaConf.register_new_resolver("package_path", lambda relative: str(PACKAGE / relative), replace=True)
 
 
-def _node(schema: type) -> Any:
-    """Names of sets are the user's: dictionaries take keys that no file has."""
-    node = OmegaConf.structured(schema)
+def _with_open_mappings(schema: type) -> DictConfig:
+    """Hydra refuses every key it does not know; those of a mapping are the user's own names."""
+    node: DictConfig = OmegaConf.structured(schema)
     for name in node:
-        value = node._get_node(name)
-        if isinstance(value, DictConfig) and typing.get_origin(value._metadata.ref_type) is dict:
-            OmegaConf.set_struct(value, False)
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and get_origin(child._metadata.ref_type) is dict:
+            OmegaConf.set_struct(child, False)
     return node

@@ -19,6 +19,12 @@ class LossOn(str, Enum):
     all = "all"
 
 
+class LrSchedule(str, Enum):
+    cosine = "cosine"
+    warmup_hold_decay = "warmup_hold_decay"
+    constant = "constant"
+
+
 class ExportFormat(str, Enum):
     merged = "merged"
     adapter = "adapter"
@@ -48,8 +54,12 @@ class TrainingConfig(TaskConfig):
     """Tokens; longer rows are cut."""
     warmup_steps: int
     """Optimizer steps over which the learning rate rises from 0."""
+    lr_schedule: LrSchedule
+    """How the learning rate goes on after its warm-up."""
     min_lr_ratio: float
-    """Final learning rate as a fraction of ``lr`` (cosine decay)."""
+    """Final learning rate as a fraction of ``lr``, of the schedules that decay."""
+    decay_ratio: float
+    """Part of ``max_steps`` that ``warmup_hold_decay`` decays in."""
     weight_decay: float
     clip_grad: float
     """Maximum norm of the gradient; 0 turns clipping off."""
@@ -78,11 +88,22 @@ class TrainingConfig(TaskConfig):
         require("task.weight_decay", self.weight_decay, at_least=0)
         require("task.clip_grad", self.clip_grad, at_least=0)
         require("task.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        require("task.decay_ratio", self.decay_ratio, above=0, at_most=1)
+        hold = self.max_steps - self.warmup_steps - self.decay_steps
+        if self.lr_schedule is LrSchedule.warmup_hold_decay and hold < 0:
+            raise UserError(
+                f"task.warmup_steps ({self.warmup_steps}) and task.decay_ratio ({self.decay_ratio:g} of "
+                f"task.max_steps, {self.decay_steps} steps) are more than task.max_steps ({self.max_steps}); lower one"
+            )
         if self.warmup_steps >= self.max_steps:
             raise UserError(
                 f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
                 "lower it, or train longer"
             )
+
+    @property
+    def decay_steps(self) -> int:
+        return max(1, round(self.decay_ratio * self.max_steps))
 
 
 @dataclass(kw_only=True, slots=True)

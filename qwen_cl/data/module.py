@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,39 +15,16 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
-from torch.utils.data import Dataset
 
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.examples import Example, build_examples
+from qwen_cl.data.examples import Example
+from qwen_cl.data.mixing import Mixture
+from qwen_cl.data.named_sets import NamedSet, ScoredSet, read_sets, score_set
 from qwen_cl.data.rows import RowFiles, read_rows
 
 logger = logging.getLogger(__name__)
 PADDING_MULTIPLE = 16
 """Rows are padded to a multiple of this: few distinct shapes, and tensor cores like it."""
-
-
-class TokenDataset(Dataset[Example]):
-    """Examples in memory, seen in a new order every epoch; the order depends on the seed and the index alone, so a
-    resumed run goes on where it stopped. Without a seed the order is the file's."""
-
-    def __init__(self, examples: list[Example], *, num_samples: int, seed: int | None) -> None:
-        self.examples = examples
-        self.num_samples = num_samples
-        self.seed = seed
-        self._epoch, self._order = -1, np.arange(len(examples))
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> Example:
-        epoch, position = divmod(index, len(self.examples))
-        if self.seed is None:
-            # Past the end: a validation batch is filled up with examples that do not count.
-            example = self.examples[position]
-            return example if epoch == 0 else Example(example.ids, ())
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
-        return self.examples[self._order[position]]
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -62,6 +42,14 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
             loss_mask[row, start - 1 : stop - 1] = 1.0
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
     return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    train: list[tuple[Sequence[Example], float]]
+    """Each with its share of the labels."""
+    evaluation: list[ScoredSet]
+    """Named as their metrics are."""
 
 
 class TokenDataModule(pl.LightningDataModule, IOMixin):
@@ -88,36 +76,26 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
 
-    def build_examples(self) -> tuple[list[Example], list[Example]]:
-        """Training and validation examples."""
+    def build_sets(self) -> Sets:
+        """What is trained on and what is measured."""
         raise NotImplementedError
 
-    def data_parallel_size(self) -> int:
-        strategy = self.trainer.strategy
-        model_parallel = strategy.tensor_model_parallel_size * strategy.pipeline_model_parallel_size
-        return int(self.trainer.world_size // model_parallel)
-
     def setup(self, stage: str | None = None) -> None:
-        train, validation = self.build_examples()
-        batches = -(-len(validation) // self.global_batch_size)
-        num_samples = batches * self.global_batch_size
-        self.train_dataset = TokenDataset(train, num_samples=self.max_steps * self.global_batch_size, seed=self.seed)
-        self.validation_dataset = TokenDataset(validation, num_samples=num_samples, seed=None)
-        # Lightning stops the loader after so many items, which are one rank's micro batches.
-        self.trainer.limit_val_batches = num_samples // (self.micro_batch_size * self.data_parallel_size())
-        labels = sum(example.num_labels for example in train)
-        logger.info("%d training and %d validation examples, %d labels an epoch", len(train), len(validation), labels)
+        sets = self.build_sets()
+        self.train_dataset = Mixture(
+            [examples for examples, _ in sets.train],
+            [share for _, share in sets.train],
+            num_samples=self.max_steps * self.global_batch_size,
+            seed=self.seed,
+        )
+        self.evaluation_sets = sets.evaluation
+        sizes = ", ".join(f"{scored.name} {len(scored.examples)}" for scored in sets.evaluation)
+        trained = ", ".join(f"{len(examples)} ({share:.3g} of the labels)" for examples, share in sets.train)
+        logger.info("Training examples: %s; to evaluate: %s", trained, sizes)
 
     def train_dataloader(self) -> WrappedDataLoader:
-        return self._dataloader(self.train_dataset, "train")
-
-    def val_dataloader(self) -> WrappedDataLoader:
-        return self._dataloader(self.validation_dataset, "validation")
-
-    def _dataloader(self, dataset: TokenDataset, mode: str) -> WrappedDataLoader:
-        if mode == "train":
-            self.data_sampler.init_global_step = self.trainer.global_step
-        return WrappedDataLoader(mode=mode, dataset=dataset, collate_fn=collate, num_workers=0)
+        self.data_sampler.init_global_step = self.trainer.global_step
+        return WrappedDataLoader(mode="train", dataset=self.train_dataset, collate_fn=collate, num_workers=0)
 
     def state_dict(self) -> dict[str, Any]:
         consumed = self.data_sampler.compute_consumed_samples(
@@ -135,7 +113,7 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
 
 
 class RowDataModule(TokenDataModule):
-    """Rows of JSON Lines files."""
+    """Rows of JSON Lines files, with others mixed in, and others measured."""
 
     def __init__(
         self,
@@ -145,6 +123,9 @@ class RowDataModule(TokenDataModule):
         validation_every: int,
         fields: list[str],
         loss_on: str,
+        replay: dict[str, str],
+        replay_shares: dict[str, float],
+        retention: dict[str, str],
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -152,18 +133,25 @@ class RowDataModule(TokenDataModule):
         self.files = RowFiles(
             train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
         )
+        self.replay, self.replay_shares, self.retention = replay, replay_shares, retention
 
-    def build_examples(self) -> tuple[list[Example], list[Example]]:
-        tokenizer = self.tokenizer.tokenizer
-        train, validation = (
-            [
-                example
-                for example in build_examples(rows, tokenizer, self.seq_length, self.loss_on)
-                if example.num_labels  # cut before its answer: nothing to learn from it
-            ]
-            for rows in read_rows(self.files)
+    def build_sets(self) -> Sets:
+        target, validation = read_rows(self.files)
+        replayed = [
+            (self._score(named).examples, self.replay_shares[named.name])
+            for named in read_sets(self.replay, "replay.sets")
+        ]
+        kept = [self._score(named, "retention/") for named in read_sets(self.retention, "retention.sets")]
+        own = NamedSet("target", Path(self.files.train), target)
+        path = Path(self.files.validation or self.files.train)
+        return Sets(
+            train=[(self._score(own).examples, 1 - sum(self.replay_shares.values())), *replayed],
+            evaluation=[self._score(NamedSet("val", path, validation)), *kept],
         )
-        return train, validation
+
+    def _score(self, named: NamedSet, prefix: str = "") -> ScoredSet:
+        scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
+        return replace(scored, name=prefix + scored.name)
 
 
 class MockDataModule(TokenDataModule):
@@ -174,11 +162,12 @@ class MockDataModule(TokenDataModule):
         self.rows = rows
         self.vocab_size = vocab_size
 
-    def build_examples(self) -> tuple[list[Example], list[Example]]:
+    def build_sets(self) -> Sets:
         random = np.random.default_rng(self.seed)
 
         def examples(count: int) -> list[Example]:
             shape = (count, self.seq_length + 1)
             return [Example(row.tolist(), ((1, len(row)),)) for row in random.integers(0, self.vocab_size, shape)]
 
-        return examples(self.rows), examples(max(1, self.rows // 8))
+        held_out = max(1, self.rows // 8)
+        return Sets([(examples(self.rows), 1.0)], [ScoredSet("val", examples(held_out), held_out, 0)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +44,21 @@ class ScoredSet:
     nats to end an answer is better at it."""
 
 
-def read_sets(files: dict[str, str]) -> list[NamedSet]:
-    """Raises UserError where a file cannot be read, with the line."""
-    return [_read_set(name, Path(os.path.expanduser(path))) for name, path in files.items()]  # noqa: PTH111
+def read_sets(files: Mapping[str, str], key: str) -> list[NamedSet]:
+    """``key`` is where the files are named, like ``task.sets``.
+
+    Raises:
+        UserError: a file cannot be read, with the line.
+    """
+    return [_read_set(f"{key}.{name}", name, expanded(path)) for name, path in files.items()]
+
+
+def absolute_sets(files: Mapping[str, str]) -> dict[str, str]:
+    return {name: str(expanded(path)) for name, path in files.items()}
+
+
+def expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
 
 
 def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn) -> ScoredSet:
@@ -62,8 +74,7 @@ def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_leng
     return ScoredSet(named.name, examples, len(named.rows), num_bytes)
 
 
-def _read_set(name: str, path: Path) -> NamedSet:
-    key = f"task.sets.{name}"
+def _read_set(key: str, name: str, path: Path) -> NamedSet:
     if path.suffix == ".txt":
         return NamedSet(name, path, [Text(check_text(_whole_text(path, key), "the text", str(path)))])
     if path.suffix != ".jsonl":

@@ -45,7 +45,7 @@ def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence
     config = settle(config, task, overrides)
     output_file(task)
     _check_harness(task)
-    sets = read_sets(task.sets)
+    sets = read_sets(task.sets, "task.sets")
     subject = find_subject(config.model, task.run, task.step)
     require_length(task.sequence_length, subject.architecture)
     tokenizer = subject.tokenizer()

@@ -81,7 +81,7 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
     before = _base_answers(config, task, subject, prompts)
     model, tokenizer = load_model(subject, config.cluster), subject.tokenizer()
     losses = {}
-    for named in read_sets(task.sets):
+    for named in read_sets(task.sets, "task.sets"):
         scored = score_set(named, tokenizer, task.sequence_length, task.loss_on)
         losses[named.name] = set_loss(model, scored, task.batch_size)
         print(f"{named.name}: loss {losses[named.name].loss:.4f}", flush=True)

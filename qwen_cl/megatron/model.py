@@ -43,6 +43,11 @@ def build_model(config: RunConfig, architecture: Architecture, tokenizer: run.Co
     return run.Config(model, config=run.Config(model_config, **fields, **_execution(config)), tokenizer=tokenizer)
 
 
+def leave_unset(tensor: torch.Tensor) -> torch.Tensor:
+    """In place of Megatron's random initialisation of weights that are read from a file before their first use."""
+    return tensor
+
+
 def _shape(architecture: Architecture, tensor_parallel: int) -> dict[str, Any]:
     return {
         "num_layers": architecture.num_layers,
@@ -72,6 +77,8 @@ def _execution(config: RunConfig) -> dict[str, Any]:
         "cross_entropy_loss_fusion": not fp32,  # its backward casts gradients to bf16 whatever the precision
         "apply_rope_fusion": HAVE_TE,
         "persist_layer_norm": False,  # torch's norms, which stand in without Transformer Engine, refuse it
+        # Drawing random weights takes longer than reading the true ones, which coverage makes sure of.
+        **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), leave_unset),
         "use_cpu_initialization": config.cluster.accelerator is Accelerator.cpu,
         "params_dtype": torch.float32 if fp32 else torch.bfloat16,
         "bf16": not fp32,

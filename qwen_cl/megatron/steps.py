@@ -41,25 +41,13 @@ def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
 
 
 class TokenWeightedLoss(MaskedTokenLossReduction):
-    """NeMo's reduction, which averages over a global batch, and the sums behind it: a validation set's loss is
-    its tokens' mean, not the mean of its batches' means."""
-
-    def __init__(self, validation_step: bool = False, val_drop_last: bool = True) -> None:
-        super().__init__(validation_step, val_drop_last)
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss_sum = 0.0
-        self.num_tokens = 0.0
+    """NeMo's reduction over a global batch, by tokens; NeMo's own averages the means of its micro batches."""
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         if not losses_reduced_per_micro_batch:
             return torch.tensor(0.0, device=torch.cuda.current_device())  # not the last pipeline stage
         sums = torch.stack([output["loss_sum_and_ub_size"] for output in losses_reduced_per_micro_batch]).sum(dim=0)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if self.validation_step:
-            self.loss_sum += float(sums[0])
-            self.num_tokens += float(sums[1])
         return sums[0] / sums[1].clamp(min=1)
 
 

@@ -47,18 +47,21 @@ def read_into(
     Raises:
         UserError: a file cannot be read or is shorter than its header says.
     """
-    blocks = sorted(_blocks(copies, checkpoint), key=lambda block: (block.path, block.offset))
-    if not blocks:
+    whole = list(_blocks(copies, checkpoint))
+    if not whole:
         return
-    device = max((block.destination.device for block in blocks), key=lambda device: device.type == "cuda")
+    total = sum(block.size for block in whole)
+    device = max((block.destination.device for block in whole), key=lambda device: device.type == "cuda")
+    blocks = [part for block in whole for part in block.split(block_size(block.destination.device, total))]
+    blocks.sort(key=lambda block: (block.path, block.offset))
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # what made the destinations is done with them
     count = min(readers or default_readers(), len(blocks))
     with OpenFiles(sorted({block.path for block in blocks})) as files:
         work = deque(blocks)
-        tasks = [_Reader(work, files, device) for _ in range(count)]
+        tasks = [_Reader(work, files, device, block_size(device, total)) for _ in range(count)]
         try:
-            _run(tasks, sum(block.size for block in blocks), progress)
+            _run(tasks, total, progress)
         finally:
             checkpoint.bytes_read += sum(task.bytes_read for task in tasks)
 
@@ -110,19 +113,18 @@ def _blocks(copies: Sequence[Copy], checkpoint: Checkpoint) -> Iterator[Block]:
         if len(shape) > 1:
             offset += copy.first_column * math.prod(shape[2:]) * dtype.itemsize
         row_bytes = math.prod(wanted[1:]) * dtype.itemsize
-        whole = Block(copy.destination, dtype, location.path, offset, row_bytes, stride)
-        yield from whole.split(block_size(copy.destination.device))
+        yield Block(copy.destination, dtype, location.path, offset, row_bytes, stride)
 
 
 class _Reader:
     """One thread's share: takes blocks until there are none."""
 
-    def __init__(self, work: deque[Block], files: OpenFiles, device: torch.device) -> None:
-        self.work, self.files, self.device = work, files, device
+    def __init__(self, work: deque[Block], files: OpenFiles, device: torch.device, block_bytes: int) -> None:
+        self.work, self.files, self.device, self.block_bytes = work, files, device, block_bytes
         self.bytes_read = 0
 
     def run(self) -> None:
-        rings = {device: Ring(device) for device in {self.device, torch.device("cpu")}}
+        rings = {device: Ring(device, self.block_bytes) for device in {self.device, torch.device("cpu")}}
         make: Any = torch.cuda.Stream
         stream = make(self.device) if self.device.type == "cuda" else None
         with torch.no_grad(), torch.cuda.stream(stream) if stream else contextlib.nullcontext():

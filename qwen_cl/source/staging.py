@@ -16,15 +16,22 @@ from qwen_cl.config.errors import UserError
 BLOCK = 4 * 2**20
 """Bytes read at a time: far more than a system call costs, far less than a cache of the CPU that others need."""
 PINNED_BLOCK = 16 * 2**20
-"""The same on the way to a GPU, where a block costs more: on an H200, 7B, 8 readers, 24 GB/s where 4 MiB gave 15."""
+"""At most the same on the way to a GPU, where a block costs more: on an H200, 7B, 8 readers, 24 GB/s where 4 MiB gave
+15. Pinning costs time by the byte, so that a small model has smaller ones."""
+LEAST_PINNED_BLOCK = 2 * 2**20
+PINNED_SHARE = 256
+"""A pinned block holds at most one part in so many of what is read."""
 BUFFERS = 2
 """Of each reader: one is filled from the file while the other travels to the device."""
 CAST = 32768
 """Elements cast at a time on a CPU: torch would start a team of threads, in each reader, for more."""
 
 
-def block_size(device: torch.device) -> int:
-    return PINNED_BLOCK if device.type == "cuda" else BLOCK
+def block_size(device: torch.device, total: int) -> int:
+    """For a model of ``total`` bytes."""
+    if device.type != "cuda":
+        return BLOCK
+    return min(PINNED_BLOCK, max(LEAST_PINNED_BLOCK, total // PINNED_SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,9 @@ class Block:
 class Ring:
     """The staging buffers of one reader, used in turn: a buffer is written again when its copy has left it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, block_bytes: int) -> None:
         self.device = device
+        self.block_bytes = block_bytes
         self.cuda = device.type == "cuda"
         self._buffers: list[torch.Tensor | None] = [None] * BUFFERS
         event: Any = torch.cuda.Event
@@ -76,7 +84,7 @@ class Ring:
         buffer = self._buffers[turn]
         if buffer is None or len(buffer) < size:
             self._buffers[turn] = buffer = torch.empty(
-                max(size, block_size(self.device)), dtype=torch.uint8, pin_memory=self.cuda
+                max(size, self.block_bytes), dtype=torch.uint8, pin_memory=self.cuda
             )
         yield buffer[:size]
         if self.cuda:
@@ -92,7 +100,7 @@ class Ring:
         if staged.dtype is not destination.dtype:
             raw = staged.view(-1).view(torch.uint8)
             if self._on_device is None or len(self._on_device) < len(raw):
-                self._on_device = torch.empty(max(len(raw), PINNED_BLOCK), dtype=torch.uint8, device=self.device)
+                self._on_device = torch.empty(max(len(raw), self.block_bytes), dtype=torch.uint8, device=self.device)
             there = self._on_device[: len(raw)]  # one is enough: a stream does its work in order
             there.copy_(raw, non_blocking=True)
             staged = there.view(staged.dtype).view(staged.shape)

@@ -1,0 +1,96 @@
+"""``report.png`` of a run: what it learnt against what it forgot, from its metrics.jsonl. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGET = "val"
+RETENTION = "retention/"
+BITS, LOSS = "bits_per_byte", "loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One named set over the steps it was measured at."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+    unit: str
+    """``bits_per_byte``, or ``loss`` where a set has no text (random tokens)."""
+
+    @property
+    def change(self) -> float:
+        """From the first measurement to the last; above 0 is worse."""
+        return self.values[-1] - self.values[0]
+
+
+def read_curves(records: list[dict[str, Any]], unit: str = BITS) -> list[Curve]:
+    """The target's first; ``records`` are the lines of metrics.jsonl."""
+    names = [key.rpartition("/")[0] for record in records for key in record if key.endswith(f"/{LOSS}")]
+    measured = [name for name in dict.fromkeys(names) if name == TARGET or name.startswith(RETENTION)]
+    curves = []
+    for name in sorted(measured, key=lambda name: name != TARGET):
+        key = f"{name}/{unit}" if any(f"{name}/{unit}" in record for record in records) else f"{name}/{LOSS}"
+        points = [(record["step"], record[key]) for record in records if key in record]
+        steps, values = (list(column) for column in zip(*points))
+        curves.append(Curve(name.removeprefix(RETENTION), steps, values, key.rpartition("/")[2]))
+    return curves
+
+
+def draw_report(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Two panels: every set by step, and the target against each retention set. Nothing where nothing was measured."""
+    curves = read_curves(records)
+    if not curves:
+        return
+    from matplotlib.figure import Figure  # no pyplot: no display is looked for, and no state is kept
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_step, against = figure.subplots(1, 2)
+    _draw_by_step(by_step, curves)
+    _draw_against(against, curves)
+    figure.suptitle(title, fontsize=11)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)
+
+
+def _draw_by_step(axes: Any, curves: list[Curve]) -> None:
+    for number, curve in enumerate(curves):
+        style = "-" if number == 0 else "--"
+        label = f"{_title(curve, number)}: {curve.values[0]:.3f} to {curve.values[-1]:.3f}"
+        axes.plot(curve.steps, curve.values, style, marker="o", markersize=3, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(_unit(curves))
+    axes.set_title("Learning and forgetting (lower is better)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_against(axes: Any, curves: list[Curve]) -> None:
+    target, *kept = curves
+    if not kept:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no retention sets: forgetting was not measured", ha="center", va="center")
+        return
+    learnt = [target.values[0] - value for value in target.values]
+    for number, curve in enumerate(kept, 1):
+        forgotten = [value - curve.values[0] for value in curve.values]
+        axes.plot(learnt, forgotten, marker="o", markersize=3, color=f"C{number}", label=curve.name)
+        axes.annotate(f"step {curve.steps[-1]}", (learnt[-1], forgotten[-1]), fontsize=8)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel(f"learnt: fall of the target's {_unit(curves)}")
+    axes.set_ylabel(f"forgotten: rise of {_unit(curves)}")
+    axes.set_title("What learning cost (right and low is better)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _title(curve: Curve, number: int) -> str:
+    return f"{'target' if number == 0 else 'retention'} {'' if number == 0 else curve.name}".strip()
+
+
+def _unit(curves: list[Curve]) -> str:
+    return "bits per byte" if all(curve.unit == BITS for curve in curves) else "loss (nats per token)"
