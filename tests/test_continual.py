@@ -70,7 +70,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], 
     command = [sys.executable, "launch.py", f"hydra.run.dir={directory}", *COMMAND]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     second_stage = directory / "02-chat/status.json"
-    wait_for(lambda: second_stage.exists() and read(second_stage)["state"] == "RUNNING", first)
+    # Once its worker speaks, its launcher listens.
+    wait_for(lambda: second_stage.exists() and read(second_stage)["phase"] != "starting", first)
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate()
     assert first.returncode == 130, said

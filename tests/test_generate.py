@@ -198,7 +198,14 @@ def test_ctrl_c_ends_it_and_the_child_with_it(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("春\n" * 5000, encoding="utf-8")
     more = [f"task.prompts={prompts}", "task.batch_size=1", f"task.output={tmp_path / 'answers.jsonl'}"]
-    process = subprocess.Popen([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *more],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "> 春\n"  # the child is at work
     process.send_signal(signal.SIGINT)

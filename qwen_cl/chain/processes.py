@@ -14,6 +14,9 @@ from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.rules import quoted
 from qwen_cl.execute import ROOT, die_with_parent
 
+STOPPED = (RunPreempted.exit_code, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+"""What a launch ends with that was asked to stop; before it listens, the signal itself ends it."""
+
 
 def launch(what: str, directory: Path, overrides: Sequence[str], advice: str) -> None:
     """``python launch.py hydra.run.dir=DIRECTORY OVERRIDES`` to its end.
@@ -28,7 +31,7 @@ def launch(what: str, directory: Path, overrides: Sequence[str], advice: str) ->
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
     with _passing_on_signals(process):
         returncode = process.wait()
-    if returncode == RunPreempted.exit_code:
+    if returncode in STOPPED:
         raise RunPreempted(f"PREEMPTED in {what}; {advice}")
     if returncode:
         raise RunFailed(f"FAILED in {what}; {advice}")
