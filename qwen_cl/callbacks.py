@@ -140,7 +140,7 @@ def _tokens_of_step(trainer: pl.Trainer, step: int) -> int:
     """The order of the rows is a function of seed and index, so any rank can count for all."""
     data = trainer.datamodule
     rows = range(step * data.global_batch_size, (step + 1) * data.global_batch_size)
-    return sum(len(data.train_dataset[index].ids) - 1 for index in rows)
+    return sum(data.train_dataset[index].num_positions for index in rows)
 
 
 class StepCheckpoint(nl.ModelCheckpoint):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, ReplayConfig
-from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.schema import FileDataConfig, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.named_sets import absolute_sets, read_sets
-from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
+from qwen_cl.data.normalisation import row_text
+from qwen_cl.data.overlap import Overlap, content_encoder, find_overlap, refuse_overlap
+from qwen_cl.data.report import DataReport, Layout, describe
+from qwen_cl.data.rows import Row, RowFiles, content_hash, read_rows, row_files
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -19,6 +24,10 @@ from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
 from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.source.reference import ModelFiles, resolve
 from qwen_cl.source.settings import HubSettings
+from qwen_cl.source.vocabulary import check_tokenizer, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,9 @@ class Plan:
     files: RowFiles | None
     data_hash: str | None
     """sha256 of the data files; None for random tokens."""
+    data_report: DataReport | None
+    """None for random tokens."""
+    tokenizer_hash: str | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -55,7 +67,7 @@ def make_plan(config: RunConfig) -> Plan:
     if model.commit is None:
         check_weights(model, architecture)
     files = row_files(config.data, config.training)
-    _check_data(config, model, files)
+    data_report = None if files is None else _read_data(config, model, files)
     settled = replace(
         config,
         model=replace(
@@ -67,7 +79,16 @@ def make_plan(config: RunConfig) -> Plan:
         retention=replace(config.retention, sets=absolute_sets(config.retention.sets)),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
-    return Plan(settled, model, architecture, device, files, content_hash(files) if files else None)
+    return Plan(
+        config=settled,
+        model=model,
+        architecture=architecture,
+        device=device,
+        files=files,
+        data_hash=content_hash(files) if files else None,
+        data_report=data_report,
+        tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
+    )
 
 
 def _with_absolute_paths(replay: ReplayConfig) -> ReplayConfig:
@@ -95,25 +116,37 @@ def _check_sequence_length(config: RunConfig, architecture: Architecture) -> Non
         )
 
 
-def _check_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> None:
-    if files is None:
-        return
+def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles) -> DataReport:
     train, validation = read_rows(files)
     directory = tokenizer_directory(model.directory)
     tokenizer = load_tokenizer(str(directory))
-    if isinstance(config.task, FinetuneConfig):
+    task = config.training
+    if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= int(model.config["vocab_size"]):
-        raise UserError(
-            f"{directory}: its tokenizer has id {largest}, past the model's vocab_size "
-            f"({model.config['vocab_size']}); tokenizer and weights are not of the same model"
-        )
-    loss_on = config.task.loss_on if isinstance(config.task, FinetuneConfig) else LossOn.all
+    check_tokenizer(tokenizer, model.config, directory)
+    layout = Layout(
+        sequence_length=task.sequence_length,
+        micro_batch_size=task.micro_batch_size,
+        seed=config.seed,
+        loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
+        packing=isinstance(task, FinetuneConfig) and task.packing,
+    )
     for rows, path in ((train, files.train), (validation, files.validation or files.train)):
-        check_examples(rows, tokenizer, config.training.sequence_length, loss_on, path)
+        check_examples(rows, tokenizer, layout.sequence_length, layout.loss_on, path)
+    _check_other_sets(config, tokenizer, directory, layout)
+    overlap = _overlap(train, validation, tokenizer)
+    if not (isinstance(config.data, FileDataConfig) and config.data.allow_overlap):
+        refuse_overlap(overlap, files)
+    return describe(train, tokenizer, layout, overlap)
+
+
+def _check_other_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, layout: Layout) -> None:
     replay = config.replay.sets if isinstance(config.replay, FileReplayConfig) else {}
     for named in [*read_sets(replay, "replay.sets"), *read_sets(config.retention.sets, "retention.sets")]:
         if not named.is_text:
             check_chat_template(tokenizer, str(directory))
-        check_examples(named.rows, tokenizer, config.training.sequence_length, loss_on, str(named.path))
+        check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, str(named.path))
+
+
+def _overlap(train: list[Row], validation: list[Row], tokenizer: PreTrainedTokenizerBase) -> Overlap:
+    return find_overlap(map(row_text, train), [row_text(row) for row in validation], content_encoder(tokenizer))

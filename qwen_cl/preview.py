@@ -17,7 +17,8 @@ from rich.console import Console
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import SlurmConfig
-from qwen_cl.config.tasks import PretrainConfig
+from qwen_cl.config.tasks import FinetuneConfig
+from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
 from qwen_cl.plan import Plan
@@ -30,7 +31,8 @@ GIB = 2**30
 
 def print_plan(plan: Plan, folder: RunFolder) -> None:
     console = Console()
-    print_facts([*_facts(plan), *_memory(plan)], console)
+    report = [] if plan.data_report is None else summary(plan.data_report)
+    print_facts([*_facts(plan), *report, *_memory(plan)], console)
     if isinstance(plan.config.cluster, SlurmConfig):
         from qwen_cl.slurm import render_script
 
@@ -60,7 +62,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         (
             "tokens per step",
             f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}"
-            + ("" if isinstance(task, PretrainConfig) else " at most (rows are padded to the longest beside them)"),
+            + (" at most (a micro batch is padded to its longest)" if isinstance(task, FinetuneConfig) else ""),
         ),
         ("learning rate", f"{config.lr:g}"),
     ]

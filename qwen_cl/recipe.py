@@ -131,12 +131,12 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) 
         return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)
     files = row_files(config.data, task)
     assert files is not None
-    loss_on = task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all
     replay = config.replay if isinstance(config.replay, FileReplayConfig) else None
     return run.Config(
         RowDataModule,
         **{**asdict(files), "fields": list(files.fields)},
-        loss_on=loss_on.value,
+        loss_on=(task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all).value,
+        packing=isinstance(task, FinetuneConfig) and task.packing,
         replay=dict(replay.sets) if replay else {},
         replay_shares=replay.shares if replay else {},
         retention=dict(config.retention.sets),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -18,12 +20,13 @@ from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
+from qwen_cl.data.report_text import report_page, summary
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
-from qwen_cl.view import ProgressView, print_result, read_metrics, wandb_notice
+from qwen_cl.view import ProgressView, print_facts, print_result, read_metrics, wandb_notice
 
 
 def run(config: object) -> None:
@@ -34,31 +37,7 @@ def run(config: object) -> None:
         RunFailed: started, and did not complete.
     """
     config = cast(RunConfig, config)
-    if isinstance(config.task, InspectConfig):
-        from qwen_cl.inspection import inspect
-
-        inspect(config, config.task)
-        return
-    if isinstance(config.task, ExportConfig):
-        from qwen_cl.export import export
-
-        export(config, config.task, list(HydraConfig.get().overrides.task))
-        return
-    if isinstance(config.task, EvaluateConfig):
-        from qwen_cl.inference.evaluate import evaluate
-
-        evaluate(config, config.task, list(HydraConfig.get().overrides.task))
-        return
-    if isinstance(config.task, GenerateConfig):
-        from qwen_cl.inference.generate import generate
-
-        generate(config, config.task, list(HydraConfig.get().overrides.task))
-        return
-    if isinstance(config.task, ContinualConfig):
-        from qwen_cl.chain.continual import continual
-
-        directory = Path(HydraConfig.get().runtime.output_dir)
-        continual(config, config.task, list(HydraConfig.get().overrides.task), directory)
+    if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     plan = make_plan(config)
@@ -73,6 +52,34 @@ def run(config: object) -> None:
     _start(plan, folder)
 
 
+def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
+    """The tasks that are no run of their own; False where the task is a run."""
+    task = config.task
+    if isinstance(task, InspectConfig):
+        from qwen_cl.inspection import inspect
+
+        inspect(config, task)
+    elif isinstance(task, ExportConfig):
+        from qwen_cl.export import export
+
+        export(config, task, overrides)
+    elif isinstance(task, EvaluateConfig):
+        from qwen_cl.inference.evaluate import evaluate
+
+        evaluate(config, task, overrides)
+    elif isinstance(task, GenerateConfig):
+        from qwen_cl.inference.generate import generate
+
+        generate(config, task, overrides)
+    elif isinstance(task, ContinualConfig):
+        from qwen_cl.chain.continual import continual
+
+        continual(config, task, overrides, Path(HydraConfig.get().runtime.output_dir))
+    else:
+        return False
+    return True
+
+
 def _start(plan: Plan, folder: RunFolder) -> None:
     started = time.monotonic()
     console = Console()
@@ -85,6 +92,8 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             soft_wrap=True,
             markup=False,
         )
+        if plan.data_report is not None:
+            print_facts(summary(plan.data_report), console)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)
@@ -110,6 +119,10 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
     OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
     write_worker_inputs(plan, folder)
     shutil.copyfile(folder.config, hydra / "config.yaml")
+    if plan.data_report is not None:
+        folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
+        record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
+        folder.data_report_json.write_text(record + "\n", encoding="utf-8")
     folder.update_status(
         state=State.RUNNING,
         reason=None,
@@ -121,6 +134,7 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         model_commit=plan.model.commit,
         model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
         data_hash=plan.data_hash,
+        tokenizer_hash=plan.tokenizer_hash,
         git_commit=git_commit(ROOT),
         versions=versions(),
         device=plan.device.name,

@@ -41,6 +41,8 @@ class RunFolder:
         self.adapter = self.directory / "adapter"
         self.report = self.directory / "report.png"
         self.wandb = self.directory / "wandb"
+        self.data_report = self.directory / "data_report.txt"
+        self.data_report_json = self.directory / "data_report.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

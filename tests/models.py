@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ LLAMA_3 = {
 }
 
 
+def special_tokens() -> dict[str, Any]:
+    """Of the tokenizer that every model here has, as its config.json names them."""
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    return {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
+
+
 def save_random_model(
     directory: Path,
     *,
@@ -70,7 +77,7 @@ def save_random_model(
         head_dim=head_width,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        **{"rope_theta": 1e6, **fields},
+        **{"rope_theta": 1e6, **special_tokens(), **fields},
     )
     model = model_class(config)
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.plan import make_plan
 from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.vocabulary import tokenizer_hash
 from tests.conftest import ROOT
 from tests.hub import client_environment
 from tests.models import save_random_model
@@ -109,6 +110,8 @@ def test_another_base_is_refused(method: str, resumed: Resumed) -> None:
 def test_a_checkpoint_after_a_resume_still_names_its_base(method: str, resumed: Resumed) -> None:
     weights = resumed.directory / f"{method}-stopped/checkpoints/step=4/weights"
     source = resumed.source(method)
-    assert json.loads((weights / "base_model.json").read_text()) == {"source": source}
+    tokenizer = tokenizer_hash(resumed.directory / "model")
+    assert tokenizer is not None
+    assert json.loads((weights / "base_model.json").read_text()) == {"source": source, "tokenizer_hash": tokenizer}
     if method != "none":
         assert json.loads((weights / "adapter_metadata.json").read_text()) == {"model_ckpt_path": source}

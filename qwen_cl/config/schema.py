@@ -135,6 +135,8 @@ class FileDataConfig(DataConfig):
     prompt_field: str
     completion_field: str
     text_field: str
+    allow_overlap: bool
+    """Train although validation rows are in the training set."""
 
     def __post_init__(self) -> None:
         require("data.validation_every", self.validation_every, at_least=2)

@@ -112,6 +112,8 @@ class FinetuneConfig(TrainingConfig):
 
     loss_on: LossOn
     """Which tokens of a conversation count."""
+    packing: bool
+    """Several conversations in one training sequence, each attending to itself alone."""
 
 
 @dataclass(kw_only=True, slots=True)

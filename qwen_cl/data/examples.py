@@ -19,16 +19,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Example:
     ids: list[int]
-    """One more than the positions trained on: each id but the first is somebody's label."""
+    """One more for each segment than the positions trained on: each id but a segment's first is somebody's label."""
     counted: tuple[tuple[int, int], ...]
-    """Half-open ranges of indices in ``ids``, in order and from 1 on, whose ids count as labels."""
+    """Half-open ranges of indices in ``ids``, in order and none with a segment's first, whose ids count as labels."""
+    starts: tuple[int, ...] = (0,)
+    """Index in ``ids`` of each segment's first; segments know nothing of each other."""
 
     @property
     def num_labels(self) -> int:
         return sum(stop - start for start, stop in self.counted)
 
+    @property
+    def num_positions(self) -> int:
+        """What the model is run on: every id but the last of each segment."""
+        return len(self.ids) - len(self.starts)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of indices in ``ids``."""
+        return zip(self.starts, [*self.starts[1:], len(self.ids)])
+
     def cut(self, length: int) -> Example:
-        """The first ``length`` ids, and the labels among them."""
+        """The first ``length`` ids of an example of one segment, and the labels among them."""
         kept = tuple((start, min(stop, length)) for start, stop in self.counted if start < length)
         return Example(self.ids[:length], kept)
 
@@ -46,8 +57,15 @@ def build_examples(
         yield from _pack(everything, tokenizer, sequence_length)
     else:
         for row in everything:
-            assert isinstance(row, Conversation)
-            yield _conversation(row, tokenizer, loss_on).cut(sequence_length + 1)
+            yield whole_example(row, tokenizer, loss_on).cut(sequence_length + 1)
+
+
+def whole_example(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
+    """One row by itself, of any length."""
+    if isinstance(row, Conversation):
+        return _conversation(row, tokenizer, loss_on)
+    ids = _document(row, tokenizer)
+    return Example(ids, ((1, len(ids)),))
 
 
 def check_examples(
@@ -96,12 +114,16 @@ def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_leng
     buffer: list[int] = [tokenizer.eos_token_id]
     for row in rows:
         assert isinstance(row, Text)
-        buffer += [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
+        buffer += _document(row, tokenizer)
         while len(buffer) > sequence_length:
             yield Example(buffer[: sequence_length + 1], ((1, sequence_length + 1),))
             buffer = buffer[sequence_length:]
     if len(buffer) > 1:
         yield Example(buffer, ((1, len(buffer)),))
+
+
+def _document(row: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

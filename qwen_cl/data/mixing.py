@@ -9,22 +9,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qwen_cl.data.batches import epoch_order
 from qwen_cl.data.examples import Example
 
 
 class Shuffled:
     """One set without end, in a new order every epoch."""
 
-    def __init__(self, examples: Sequence[Example], seed: tuple[int, ...]) -> None:
+    def __init__(self, examples: Sequence[Example], seed: int, number: int) -> None:
         self.examples = examples
-        self.seed = seed
+        self.seed, self.number = seed, number
         self._epoch, self._order = -1, np.arange(0)
 
     def __getitem__(self, index: int) -> Example:
         epoch, position = divmod(index, len(self.examples))
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((*self.seed, epoch)).permutation(len(self.examples))
+            self._order = epoch_order(len(self.examples), self.seed, epoch, self.number)
         return self.examples[int(self._order[position])]
 
 
@@ -41,7 +42,7 @@ class Mixture(Sequence[Example]):
         """``shares`` sum to 1."""
         self.shares = np.asarray(shares, dtype=float)
         self.num_samples = num_samples
-        self._streams = [Shuffled(examples, (seed, number)) for number, examples in enumerate(sets)]
+        self._streams = [Shuffled(examples, seed, number) for number, examples in enumerate(sets)]
         self._labels = np.zeros(len(sets))
         self._taken = [0] * len(sets)
         self._schedule: list[tuple[int, int]] = []

@@ -17,31 +17,52 @@ from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.batches import padded_width
 from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
 from qwen_cl.data.named_sets import NamedSet, ScoredSet, read_sets, score_set
+from qwen_cl.data.packing import pack_examples
 from qwen_cl.data.rows import RowFiles, read_rows
 
 logger = logging.getLogger(__name__)
-PADDING_MULTIPLE = 16
-"""Rows are padded to a multiple of this: few distinct shapes, and tensor cores like it."""
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions)."""
-    longest = max(len(example.ids) for example in examples) - 1
-    width = -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions).
+
+    Where a row has several segments there is ``segments`` too: their boundaries in the flattened batch, int32, from 0
+    to batch x positions, as attention kernels want them (``cu_seqlens``). Padding is of the segment before it, which
+    as attention is causal never sees it.
+    """
+    width = padded_width([example.num_positions for example in examples])
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.zeros_like(tokens)
     loss_mask = torch.zeros(len(examples), width)
+    boundaries = []
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        labels[row, : len(ids) - 1] = ids[1:]
-        for start, stop in example.counted:
-            loss_mask[row, start - 1 : stop - 1] = 1.0
+        _fill_row(example, tokens[row], labels[row], loss_mask[row])
+        boundaries += [row * width + start - number for number, start in enumerate(example.starts)]
+    # A position is a distance to rotary embeddings, so those of a segment may start anywhere.
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
-    return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    if len(boundaries) > len(examples):
+        batch["segments"] = torch.tensor([*boundaries, tokens.numel()], dtype=torch.int32)
+    return batch
+
+
+def _fill_row(example: Example, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
+    """The last id of a segment is a label only, so the next segment's first takes the position after it."""
+    ids = torch.tensor(example.ids)
+    counted = torch.zeros(len(ids))
+    for start, stop in example.counted:
+        counted[start:stop] = 1.0
+    position = 0
+    for start, stop in example.segments():
+        end = position + stop - start - 1
+        tokens[position:end] = ids[start : stop - 1]
+        labels[position:end] = ids[start + 1 : stop]
+        loss_mask[position:end] = counted[start + 1 : stop]
+        position = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +147,12 @@ class RowDataModule(TokenDataModule):
         replay: dict[str, str],
         replay_shares: dict[str, float],
         retention: dict[str, str],
+        packing: bool,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.loss_on = LossOn(loss_on)
+        self.packing = packing
         self.files = RowFiles(
             train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
         )
@@ -137,21 +160,24 @@ class RowDataModule(TokenDataModule):
 
     def build_sets(self) -> Sets:
         target, validation = read_rows(self.files)
-        replayed = [
-            (self._score(named).examples, self.replay_shares[named.name])
-            for named in read_sets(self.replay, "replay.sets")
-        ]
+        replay = read_sets(self.replay, "replay.sets")
+        replayed = [(self._to_train(named), self.replay_shares[named.name]) for named in replay]
         kept = [self._score(named, "retention/") for named in read_sets(self.retention, "retention.sets")]
         own = NamedSet("target", Path(self.files.train), target)
         path = Path(self.files.validation or self.files.train)
         return Sets(
-            train=[(self._score(own).examples, 1 - sum(self.replay_shares.values())), *replayed],
+            train=[(self._to_train(own), 1 - sum(self.replay_shares.values())), *replayed],
             evaluation=[self._score(NamedSet("val", path, validation)), *kept],
         )
 
     def _score(self, named: NamedSet, prefix: str = "") -> ScoredSet:
+        """Not packed: the loss would be the same, and a row by itself is seen as it is when it is answered."""
         scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
         return replace(scored, name=prefix + scored.name)
+
+    def _to_train(self, named: NamedSet) -> list[Example]:
+        examples = self._score(named).examples
+        return pack_examples(examples, self.seq_length) if self.packing and not named.is_text else examples
 
 
 class MockDataModule(TokenDataModule):

@@ -6,15 +6,18 @@ scaled_dot_product_attention picks a flash kernel and keeps nothing.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo.collections.llm.gpt.model.base import HAVE_TE, GPTConfig, local_layer_spec, transformer_engine_layer_spec
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class CausalAttention(torch.nn.Module):
-    """Megatron's core attention over torch's kernel. Causal always: rows are padded at their end only."""
+    """Megatron's core attention over torch's kernels. Causal always: rows are padded at their end only."""
 
     def __init__(self, config: GPTConfig, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
@@ -30,19 +33,57 @@ class CausalAttention(torch.nn.Module):
         **unused: Any,
     ) -> torch.Tensor:
         """Shapes: query (sequence, batch, heads, width), key and value with KV groups for heads; returns
-        (sequence, batch, heads * width)."""
+        (sequence, batch, heads * width).
+
+        ``attention_mask`` is no mask but the ``segments`` of a packed batch (qwen_cl/data/module.py): Megatron hands
+        it through to here as it is.
+        """
         sequence, batch, heads, width = query.shape
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
+        dropout = self.dropout if self.training else 0.0
+        if attention_mask is None:
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            out = self._attend(query, key, value, dropout).permute(2, 0, 1, 3)
+        else:
+            flat = [tensor.transpose(0, 1).reshape(batch * sequence, -1, width) for tensor in (query, key, value)]
+            if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+                packed = self._attend_by_kernel(*flat, attention_mask, sequence)
+            else:
+                packed = self._attend_by_segment(*flat, attention_mask, dropout)
+            out = packed.view(batch, sequence, heads, width).transpose(0, 1)
+        return out.reshape(sequence, batch, heads * width)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+        """Shapes: (batch, heads, sequence, width)."""
+        return scaled_dot_product_attention(
             query,
             key,
             value,
             is_causal=True,
             scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out.permute(2, 0, 1, 3).reshape(sequence, batch, heads * width)
+
+    def _attend_by_segment(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        """Shapes: (tokens of the batch, heads, width). On any device and in any type, a call for each segment."""
+        out = torch.empty_like(query)
+        for start, stop in pairwise(segments.tolist()):
+            part = [tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value)]
+            out[start:stop] = self._attend(*part, dropout)[0].transpose(0, 1)
+        return out
+
+    def _attend_by_kernel(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """One flash kernel for all segments. ``longest`` bounds them: their true maximum would wait for the GPU."""
+        repeats = query.shape[1] // key.shape[1]  # torch 2.11's kernel takes as many heads of keys as of queries
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        out: torch.Tensor = varlen_attn(
+            query, key, value, segments, segments, longest, longest, scale=self.softmax_scale, window_size=(-1, 0)
+        )
+        return out
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {}
@@ -50,8 +91,11 @@ class CausalAttention(torch.nn.Module):
 
 def layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec:
     """What NeMo's ``transformer_layer_spec`` asks for."""
-    if HAVE_TE:
-        return transformer_engine_layer_spec(config)
+    return transformer_engine_layer_spec(config) if HAVE_TE else segment_layer_spec(config)
+
+
+def segment_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec:
+    """Layers that keep attention within segments; Transformer Engine's would take them for a mask."""
     spec = local_layer_spec(config)
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec

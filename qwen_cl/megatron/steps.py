@@ -17,11 +17,11 @@ Batch = dict[str, torch.Tensor]
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
     """Keep what this pipeline stage needs. NeMo's own version insists on an attention mask without Transformer
-    Engine; attention here is causal by construction."""
+    Engine; attention here is causal by construction, and every stage needs the segments of a packed batch."""
     batch = next(dataloader_iter)
     if isinstance(batch, tuple):
         batch = batch[0]
-    needed: set[str] = set()
+    needed = {"segments"}
     if parallel_state.is_pipeline_first_stage():
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():
@@ -35,7 +35,7 @@ def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
         return model(
             input_ids=batch["tokens"],
             position_ids=batch["position_ids"],
-            attention_mask=None,
+            attention_mask=batch.get("segments"),
             labels=batch["labels"],
         )
 

@@ -11,20 +11,19 @@ What NeMo does with them: ``AutoResume.setup`` decides what to load; ``MegatronS
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from nemo.lightning.ckpt_utils import ADAPTER_META_FILENAME
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 from nemo.lightning.pytorch.strategies import MegatronStrategy
 from nemo.lightning.resume import AdapterPath, AutoResume
 
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.base_record import record_base, require_same_base
 from qwen_cl.source.checkpoint import Checkpoint, check_tensors
 from qwen_cl.source.compatibility import check_model_config
 from qwen_cl.source.distributed import DistributedWeights
@@ -38,14 +37,8 @@ from qwen_cl.source.shards import fill
 from qwen_cl.source.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-BASE_RECORD = "base_model.json"
-"""Beside the weights of every checkpoint: ``{"source": …}``, pinned, or the absolute path of a directory."""
 FILLED = "filled_in_place"
 """Marks what ``load_checkpoint`` returns when the weights are in the model already."""
-
-
-class BaseMismatchError(RuntimeError):
-    """A checkpoint was trained on another base model than the one the recipe names."""
 
 
 def install() -> None:
@@ -95,31 +88,6 @@ def _fetch(path: str) -> tuple[ModelFiles, Architecture]:
     architecture = read_architecture(files.config, files.directory)
     check_tensors(files.directory, architecture)
     return files, architecture
-
-
-def require_same_base(checkpoint: Path, source: str) -> None:
-    """``checkpoint`` is the directory of a checkpoint, or the one of its weights.
-
-    Raises:
-        BaseMismatchError: it records another base than ``source``.
-    """
-    recorded = recorded_base(checkpoint)
-    if recorded is None:
-        logger.warning("%s records no base model; it is resumed without comparing it with %s", checkpoint, source)
-    elif recorded != source:
-        raise BaseMismatchError(
-            f"{checkpoint} was trained on {recorded}, and the recipe restores {source}; restore from the first, "
-            "or train in another folder"
-        )
-
-
-def recorded_base(checkpoint: Path) -> str | None:
-    """The base a checkpoint was trained on; None if nothing with this hook wrote it."""
-    weights = checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
-    for name, field in ((BASE_RECORD, "source"), (ADAPTER_META_FILENAME, "model_ckpt_path")):
-        if (weights / name).is_file():
-            return str(json.loads((weights / name).read_text(encoding="utf-8"))[field])
-    return None
 
 
 def _replace_load() -> None:
@@ -240,7 +208,6 @@ def _replace_save() -> None:
         stock(self, checkpoint, filepath, storage_options)
         source = getattr(self, "base_model_source", None)
         if source is not None and self.is_global_zero:
-            weights = ckpt_to_weights_subdir(filepath, is_saving=True)
-            (weights / BASE_RECORD).write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
+            record_base(ckpt_to_weights_subdir(filepath, is_saving=True), source)
 
     MegatronStrategy.save_checkpoint = save_checkpoint

@@ -1,0 +1,26 @@
+"""When two texts are the same to the data report and to the search for overlap. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+
+from qwen_cl.data.conversations import SYSTEM
+from qwen_cl.data.rows import Row, Text
+
+
+def row_text(row: Row) -> str:
+    """What a row says: a document, or what is asked and answered. Not the system message, which rows share."""
+    if isinstance(row, Text):
+        return row.text
+    return "\n".join(message.content for message in row.messages if message.role != SYSTEM)
+
+
+def normalise(text: str) -> str:
+    """NFKC (half and full width are one), every run of whitespace a single space."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def text_key(normalised: str) -> bytes:
+    """16 bytes that stand for the text."""
+    return hashlib.sha256(normalised.encode()).digest()[:16]

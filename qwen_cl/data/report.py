@@ -1,0 +1,152 @@
+"""What a training set is, before anything is trained on it. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.batches import padding_share
+from qwen_cl.data.examples import Example, whole_example
+from qwen_cl.data.normalisation import normalise, row_text, text_key
+from qwen_cl.data.overlap import Overlap
+from qwen_cl.data.packing import plan_packs
+from qwen_cl.data.rows import Row, Text
+from qwen_cl.data.writing import writing_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RENDERED, RENDERED_TOKENS = 10, 400
+QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a run makes micro batches of the rows."""
+
+    sequence_length: int
+    micro_batch_size: int
+    seed: int
+    loss_on: LossOn
+    packing: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """Of the training rows, each a conversation or a document. Lengths are in tokens, before anything is cut."""
+
+    documents: bool
+    rows: int
+    tokens: int
+    labels: int
+    """Tokens that count, of those within ``sequence_length``."""
+    lengths: dict[str, int]
+    """By name of the quantile."""
+    histogram: list[tuple[int, int, int]]
+    """From, to (included), rows."""
+    truncated: int
+    """Rows longer than ``sequence_length``; documents are cut into sequences and lose nothing."""
+    truncated_labels: int
+    """Labels past the cut."""
+    without_labels: int
+    """Rows of which nothing counts, so that they are left out."""
+    duplicates: int
+    """Rows whose text is that of an earlier one, after NFKC and with any whitespace for a space."""
+    packing: bool
+    sequences: dict[str, int]
+    """In an epoch: ``unpacked``, one row each (not for documents), and ``packed``."""
+    padding: dict[str, float]
+    """Part of the positions that are computed for nothing, likewise."""
+    writing: dict[str, float]
+    """Part of the characters, whitespace apart, by writing system."""
+    rendered: list[str]
+    """Some rows as they are trained on; what is in [[ ]] does not count."""
+    overlap: Overlap | None
+    """Of the validation rows with these; None where it was not looked for."""
+
+
+def describe(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, layout: Layout, overlap: Overlap | None = None
+) -> DataReport:
+    """Tokenises every row once and keeps none but those that are shown."""
+    documents = isinstance(rows[0], Text)
+    shown = set(np.linspace(0, len(rows) - 1, min(RENDERED, len(rows))).round().astype(int).tolist())
+    lengths, sizes, rendered = [], [], []
+    labels = truncated = truncated_labels = 0
+    keys: set[bytes] = set()
+    characters: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        whole = whole_example(row, tokenizer, layout.loss_on)
+        cut = whole if documents else whole.cut(layout.sequence_length + 1)
+        lengths.append(len(whole.ids))
+        labels += cut.num_labels
+        truncated += len(cut.ids) < len(whole.ids)
+        truncated_labels += whole.num_labels - cut.num_labels
+        if cut.num_labels:
+            sizes.append(cut.num_positions)
+        text = row_text(row)
+        keys.add(text_key(normalise(text)))
+        characters.update(text)
+        if number in shown:
+            rendered.append(render(cut, tokenizer))
+    if documents:
+        sizes = _stream_sizes(sum(lengths), layout.sequence_length)
+        labels = sum(sizes)
+    sequences, padding = _sequences(sizes, layout, documents)
+    return DataReport(
+        documents=documents,
+        rows=len(rows),
+        tokens=sum(lengths),
+        labels=labels,
+        lengths={name: int(np.quantile(lengths, part, method="inverted_cdf")) for name, part in QUANTILES.items()},
+        histogram=histogram(lengths),
+        truncated=truncated,
+        truncated_labels=truncated_labels,
+        without_labels=0 if documents else len(rows) - len(sizes),
+        duplicates=len(rows) - len(keys),
+        packing=layout.packing or documents,
+        sequences=sequences,
+        padding=padding,
+        writing=writing_shares(characters),
+        rendered=rendered,
+        overlap=overlap,
+    )
+
+
+def _stream_sizes(tokens: int, sequence_length: int) -> list[int]:
+    """Positions of the sequences that documents are joined and cut to (examples.py)."""
+    full, rest = divmod(tokens, sequence_length)  # an end-of-text token goes before the first
+    return [sequence_length] * full + [rest] * (rest > 0)
+
+
+def _sequences(sizes: list[int], layout: Layout, documents: bool) -> tuple[dict[str, int], dict[str, float]]:
+    by_way = {"packed": sizes}
+    if not documents:
+        packs = plan_packs(sizes, layout.sequence_length)
+        by_way = {"unpacked": sizes, "packed": [sum(sizes[index] for index in pack) for pack in packs]}
+    padding = {way: padding_share(found, layout.micro_batch_size, layout.seed) for way, found in by_way.items()}
+    return {way: len(found) for way, found in by_way.items()}, padding
+
+
+def histogram(lengths: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Each bin twice as wide as the one before, from the shortest's to the longest's."""
+    counts = Counter(max(1, (length - 1).bit_length()) for length in lengths)
+    bins = range(min(counts), max(counts) + 1)
+    return [(2 ** (power - 1) + 1 if power > 1 else 1, 2**power, counts[power]) for power in bins]
+
+
+def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    shown = example.cut(RENDERED_TOKENS)
+    parts, done = [], 0
+    for start, stop in [*shown.counted, (len(shown.ids), len(shown.ids))]:
+        if start > done:
+            parts.append(f"[[{tokenizer.decode(shown.ids[done:start])}]]")
+        parts.append(tokenizer.decode(shown.ids[start:stop]))
+        done = stop
+    more = len(example.ids) - len(shown.ids)
+    return "".join(parts) + (f" … and {more:,} tokens more" if more else "")

@@ -1,0 +1,45 @@
+"""A data report for people: three lines for the terminal, a page for the run's folder. No torch."""
+
+from __future__ import annotations
+
+from qwen_cl.data.report import DataReport
+
+BAR = 40
+
+
+def summary(report: DataReport) -> list[tuple[str, str]]:
+    """Name and text of three lines."""
+    what = "documents" if report.documents else "rows"
+    way = "packed" if report.packing else "unpacked"
+    rows = (
+        f"{report.rows:,} {what}, {report.tokens:,} tokens, {report.labels:,} that count; median length "
+        f"{report.lengths['median']:,}, longest {report.lengths['max']:,}"
+    )
+    losses = [f"{report.sequences[way]:,} sequences, {report.padding[way]:.0%} padding"]
+    if report.packing and not report.documents:
+        losses[0] += f" (unpacked {report.sequences['unpacked']:,}, {report.padding['unpacked']:.0%})"
+    if not report.documents:
+        losses.append(f"{report.truncated:,} rows cut, {report.truncated_labels:,} labels lost")
+    if report.without_labels:
+        losses.append(f"{report.without_labels:,} left out, as nothing of them counts")
+    losses.append(f"{report.duplicates:,} duplicates")
+    if report.overlap is not None and report.overlap.found:
+        losses.append(f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are in it too")
+    return [("training set", rows), ("", "; ".join(losses)), ("", _writing(report))]
+
+
+def _writing(report: DataReport) -> str:
+    return "characters: " + ", ".join(f"{name} {share:.1%}" for name, share in report.writing.items())
+
+
+def report_page(report: DataReport) -> str:
+    lines = [f"{name:>16}  {text}" for name, text in summary(report)]
+    lines += ["", "Tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())]
+    most = max(count for _, _, count in report.histogram)
+    for first, last, count in report.histogram:
+        bar = "#" * -(-BAR * count // most)
+        lines.append(f"{first:>9,} to {last:>9,}  {count:>9,}  {bar}".rstrip())
+    lines += ["", "Rows as they are trained on; what is in [[ ]] does not count:"]
+    for number, text in enumerate(report.rendered, start=1):
+        lines += ["", f"--- {number}", text]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,68 @@
+"""What every checkpoint says of the model it was trained from, and the comparison that a resume makes. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.source.nemo_context import tokenizer_directory
+from qwen_cl.source.reference import local_directory
+from qwen_cl.source.vocabulary import tokenizer_hash
+
+logger = logging.getLogger(__name__)
+BASE_RECORD = "base_model.json"
+"""Beside the weights: ``source``, pinned, or the absolute path of a directory; and ``tokenizer_hash``, None where the
+source has no tokenizer's files."""
+ADAPTER_RECORD = "adapter_metadata.json"
+"""NeMo's own, of an adapter."""
+
+
+class BaseMismatchError(RuntimeError):
+    """A checkpoint was trained on another base model than the one the recipe names."""
+
+
+def record_base(weights: Path, source: str) -> None:
+    record = {"source": source, "tokenizer_hash": _tokenizer_hash(source)}
+    (weights / BASE_RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def require_same_base(checkpoint: Path, source: str) -> None:
+    """``checkpoint`` is the directory of a checkpoint, or the one of its weights.
+
+    Raises:
+        BaseMismatchError: it records another base than ``source``, or another tokenizer than is there now.
+    """
+    record = recorded_base(checkpoint)
+    if record is None:
+        logger.warning("%s records no base model; it is resumed without comparing it with %s", checkpoint, source)
+        return
+    if record["source"] != source:
+        raise BaseMismatchError(
+            f"{checkpoint} was trained on {record['source']}, and the recipe restores {source}; restore from the "
+            "first, or train in another folder"
+        )
+    if record["tokenizer_hash"] not in (None, _tokenizer_hash(source)):
+        raise BaseMismatchError(
+            f"{checkpoint} was trained with another tokenizer than {source} has now: its vocabulary, merges or added "
+            "tokens changed; put the old files back, or train in another folder"
+        )
+
+
+def recorded_base(checkpoint: Path) -> dict[str, Any] | None:
+    """``source`` and ``tokenizer_hash``; None if nothing with this hook wrote the checkpoint."""
+    weights = checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
+    for name, field in ((BASE_RECORD, "source"), (ADAPTER_RECORD, "model_ckpt_path")):
+        if (weights / name).is_file():
+            record = json.loads((weights / name).read_text(encoding="utf-8"))
+            return {"source": str(record[field]), "tokenizer_hash": record.get("tokenizer_hash")}
+    return None
+
+
+def _tokenizer_hash(source: str) -> str | None:
+    try:
+        return tokenizer_hash(tokenizer_directory(local_directory(source)))
+    except UserError:  # a NeMo checkpoint may name a tokenizer whose files are elsewhere
+        return None
