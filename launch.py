@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import RunFailed, RunPreempted, UserError, explain, refuse_added_keys
+from qwen_cl.config.rules import quote_free_text
 from qwen_cl.config.store import register_schemas
 
 register_schemas()
@@ -53,6 +54,7 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own takes seconds to list the groups
         print(HELP.read_text(encoding="utf-8"), end="")
         return 0
+    sys.argv[1:] = map(quote_free_text, sys.argv[1:])
     # Hydra would print its own text and exit with 1; raising instead lets every mistake read alike.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

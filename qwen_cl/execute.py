@@ -66,7 +66,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             stderr=subprocess.STDOUT,
             env=worker_environment(config),
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
     try:
         with _forwarding_signals(process):
@@ -74,12 +74,12 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
                 watch()
                 time.sleep(0.1)
     finally:
-        _kill_group(process)
+        kill_group(process)
     watch()
     _judge(folder, process.returncode)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before exec: if the launcher is killed, the run is asked to stop."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -92,7 +92,7 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
     def forward(number: int, frame: Any) -> None:
         if asked_at:
-            _kill_group(process)
+            kill_group(process)
             return
         asked_at.append(time.monotonic())
         print("\nStopping: the run saves a checkpoint first. Again to kill it.", file=sys.stderr)
@@ -100,7 +100,7 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: _kill_group(process))
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process))
     try:
         yield
     finally:
@@ -109,7 +109,7 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Whatever the run left behind goes with it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

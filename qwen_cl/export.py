@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, PeftConfig, RunConfig
+from qwen_cl.config.rules import refuse_ignored
+from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import ExportConfig, ExportDtype, ExportFormat
 from qwen_cl.data.rows import row_files
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.source.card import CardFacts, licence_of, model_card
-from qwen_cl.source.fingerprint import fingerprint
-from qwen_cl.source.reference import is_hub_reference, read_model_config, resolve
-from qwen_cl.source.settings import HubSettings
 from qwen_cl.source.upload import Target, find_target, upload
 from qwen_cl.source.whole_folder import require_room
-from qwen_cl.trained_run import Run, find_run
+from qwen_cl.trained_run import HUB_KEYS, Run, find_base, find_run, open_trained, with_hub_settings
 from qwen_cl.view import print_facts
 
-if TYPE_CHECKING:
-    from qwen_cl.source.merged import Trained
-
-TAKEN = ("model.endpoint", "model.offline", "model.cache", "dry_run")
+TAKEN = (*HUB_KEYS, "dry_run")
 """Keys outside the group task that are not the run's own."""
 
 
@@ -40,8 +32,8 @@ def export(config: RunConfig, task: ExportConfig, overrides: list[str]) -> None:
         UserError: the run or the output is not what it must be; nothing was written.
         RunFailed: the upload failed; the exported folder stays.
     """
-    refuse_ignored(overrides)
-    run = _with_hub_settings(find_run(task), config.model)
+    refuse_ignored(overrides, TAKEN, "task=export takes what a run is from its own config.yaml")
+    run = with_hub_settings(find_run(task.run, task.step), config.model)
     output = _output(task, run.folder)
     if config.model.endpoint is not None:  # huggingface_hub takes what it uploads to from here alone, at its import
         os.environ["HF_ENDPOINT"] = config.model.endpoint.rstrip("/")
@@ -59,28 +51,6 @@ def export(config: RunConfig, task: ExportConfig, overrides: list[str]) -> None:
         print(f"uploaded {target.reference}@{commit} ({'public' if target.public else 'private'})")
 
 
-def refuse_ignored(overrides: list[str]) -> None:
-    """A key that would change nothing must not look as if it did."""
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key not in TAKEN and key.partition(".")[0] not in ("task", "hydra"):
-            raise UserError(
-                f"{override} would change nothing: task=export takes what a run is from its own config.yaml; remove it"
-            )
-
-
-def _with_hub_settings(run: Run, now: ModelConfig) -> Run:
-    """The base comes from where the run had it, unless the user says otherwise now."""
-    then = run.config.model
-    model = replace(
-        then,
-        endpoint=now.endpoint or then.endpoint,
-        offline=now.offline or then.offline,
-        cache=now.cache or then.cache,
-    )
-    return replace(run, config=replace(run.config, model=model))
-
-
 def _output(task: ExportConfig, folder: RunFolder) -> Path:
     if task.output is None:
         output = folder.directory / f"export-{task.format.value}"
@@ -93,29 +63,13 @@ def _output(task: ExportConfig, folder: RunFolder) -> Path:
 
 
 def _base(task: ExportConfig, run: Run) -> Path | None:
-    """The base model's directory, its weights present; None where none of them is needed.
-
-    Raises:
-        UserError: it is out of reach, or not what the run was trained from.
-    """
-    source, is_full = run.config.model.source, not isinstance(run.config.peft, LoraConfig)
+    """The base model's directory; None where none of its weights is needed."""
+    is_full = not isinstance(run.config.peft, LoraConfig)
     if task.format is ExportFormat.adapter and is_full:
         raise UserError("task.format=adapter: this run trained every weight and has none; write task.format=merged")
     if task.format is ExportFormat.adapter or (is_full and task.dtype is not ExportDtype.auto):
         return None
-    if is_hub_reference(source):
-        return resolve(source, HubSettings.of(run.config.model)).directory
-    fix = "; name task.dtype and it is not needed" if is_full else ""
-    if not Path(source).is_dir():
-        raise UserError(f"the base model of this run, {source}, is gone; put it back{fix}")
-    recorded = run.status.get("model_fingerprint")
-    if recorded is None:
-        print(f"note: this run did not record what {source} held; it is taken to be unchanged")
-    elif fingerprint(Path(source)) != recorded:
-        raise UserError(
-            f"the base model of this run, {source}, has changed since: an export would mix two models; put it back{fix}"
-        )
-    return Path(source)
+    return find_base(run, "; name task.dtype and it is not needed" if is_full else "")
 
 
 def _facts(task: ExportConfig, run: Run, output: Path, target: Target | None) -> list[tuple[str, str]]:
@@ -128,54 +82,16 @@ def _facts(task: ExportConfig, run: Run, output: Path, target: Target | None) ->
 
 
 def _write(task: ExportConfig, run: Run, base: Path | None, output: Path) -> None:
-    _import_quietly()
+    trained = open_trained(run, base)
     from qwen_cl.source.export import export_adapter, export_merged
     from qwen_cl.source.merged import MergedModel
 
-    trained = _trained(run, base)
     card = model_card(_card_facts(task, run), licence_of(run.config.model))
     if task.format is ExportFormat.adapter:
         export_adapter(trained, output, card)
     else:
         model = MergedModel(trained, _dtype(task.dtype))
         export_merged(model, output, task.max_shard_size, card, say=lambda line: print(line, flush=True))
-
-
-def _import_quietly() -> None:
-    """What torch and Megatron say of themselves while they are imported is no news to a user."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from qwen_cl.megatron.imports import import_megatron
-
-        import_megatron()
-        import qwen_cl.source.export  # noqa: F401
-
-
-def _trained(run: Run, base: Path | None) -> Trained:
-    from qwen_cl.source.adapter import AdapterShape
-    from qwen_cl.source.architecture import read_architecture
-    from qwen_cl.source.distributed import DistributedWeights
-    from qwen_cl.source.merged import Trained
-
-    peft, adapter = run.config.peft, None
-    if isinstance(peft, LoraConfig):
-        adapter = AdapterShape(
-            rank=peft.rank,
-            alpha=peft.alpha,
-            dropout=peft.dropout,
-            target_modules=list(peft.target_modules),
-            dora=isinstance(peft, DoraConfig),
-        )
-    return Trained(
-        weights=DistributedWeights(run.weights),
-        source=run.config.model.source,
-        base=base,
-        small_files=run.folder.tokenizer,
-        architecture=read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer),
-        adapter=adapter,
-        tensor_parallel=run.config.cluster.tensor_parallel,
-    )
 
 
 def _dtype(dtype: ExportDtype) -> Any:

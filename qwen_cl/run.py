@@ -6,15 +6,18 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
 from qwen_cl.data.report_text import report_page, summary
@@ -34,15 +37,7 @@ def run(config: object) -> None:
         RunFailed: started, and did not complete.
     """
     config = cast(RunConfig, config)
-    if isinstance(config.task, InspectConfig):
-        from qwen_cl.inspection import inspect
-
-        inspect(config, config.task)
-        return
-    if isinstance(config.task, ExportConfig):
-        from qwen_cl.export import export
-
-        export(config, config.task, list(HydraConfig.get().overrides.task))
+    if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     plan = make_plan(config)
@@ -55,6 +50,34 @@ def run(config: object) -> None:
         raise UserError("cluster=slurm cannot submit yet; dry_run=true shows the batch script")
     fetch_weights(plan)
     _start(plan, folder)
+
+
+def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
+    """The tasks that are no run of their own; False where the task is a run."""
+    task = config.task
+    if isinstance(task, InspectConfig):
+        from qwen_cl.inspection import inspect
+
+        inspect(config, task)
+    elif isinstance(task, ExportConfig):
+        from qwen_cl.export import export
+
+        export(config, task, overrides)
+    elif isinstance(task, EvaluateConfig):
+        from qwen_cl.inference.evaluate import evaluate
+
+        evaluate(config, task, overrides)
+    elif isinstance(task, GenerateConfig):
+        from qwen_cl.inference.generate import generate
+
+        generate(config, task, overrides)
+    elif isinstance(task, ContinualConfig):
+        from qwen_cl.chain.continual import continual
+
+        continual(config, task, overrides, Path(HydraConfig.get().runtime.output_dir))
+    else:
+        return False
+    return True
 
 
 def _start(plan: Plan, folder: RunFolder) -> None:

@@ -45,11 +45,11 @@ class RunFolder:
         self.data_report_json = self.directory / "data_report.json"
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the folder against other runs; the system lets go of it if this process dies.
 
         Raises:
-            UserError: another run is using it, or it holds a run already.
+            UserError: another run is using it.
         """
         lock = FileLock(self.directory / ".lock")
         try:
@@ -59,6 +59,18 @@ class RunFolder:
                 f"hydra.run.dir ({self.directory}) is in use by another run; choose another folder, or wait for it"
             ) from error
         try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Lock a folder that is to become a run's.
+
+        Raises:
+            UserError: another run is using it, or it holds a run already.
+        """
+        with self.lock():
             if self.status_file.exists():
                 state = self.status().get("state")
                 raise UserError(
@@ -66,8 +78,6 @@ class RunFolder:
                     "remove it first"
                 )
             yield
-        finally:
-            lock.release()
 
     def status(self) -> dict[str, Any]:
         """What the run last said of itself; empty before it said anything."""

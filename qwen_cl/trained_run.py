@@ -1,21 +1,31 @@
-"""A run that trained, found again by its folder. No torch."""
+"""A run that trained, found again by its folder, with the base it was trained from. No torch until it is opened."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import load_config
-from qwen_cl.config.schema import RunConfig
-from qwen_cl.config.tasks import ExportConfig, TrainingConfig
+from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, RunConfig
+from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.fingerprint import fingerprint
+from qwen_cl.source.reference import is_hub_reference, read_model_config, resolve
+from qwen_cl.source.settings import HubSettings
 
+if TYPE_CHECKING:
+    from qwen_cl.source.merged import Trained
+
+HUB_KEYS = ("model.endpoint", "model.offline", "model.cache")
+"""What may be said of a run's model afterwards."""
 CHECKPOINT = re.compile(r"step=(\d+)")
 
 
@@ -31,9 +41,13 @@ class Run:
     """The distributed checkpoint of that step."""
 
 
-def find_run(task: ExportConfig) -> Run:
-    """Raises UserError where ``task.run`` is no run's folder, or has no such checkpoint that is whole."""
-    folder = RunFolder(os.path.expanduser(task.run))  # noqa: PTH111 - Path's raises on an unknown user
+def find_run(directory: str, step: int | None) -> Run:
+    """``task.run`` and ``task.step``; without a step the newest checkpoint.
+
+    Raises:
+        UserError: it is no run's folder, or has no such checkpoint that is whole.
+    """
+    folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
     if not folder.config.is_file():
         raise UserError(f"task.run ({folder.directory}) is not the folder of a run: it has no config.yaml")
     config = _run_config(folder)
@@ -43,12 +57,85 @@ def find_run(task: ExportConfig) -> Run:
         if (match := CHECKPOINT.fullmatch(path.name)) and not _is_unfinished(path)
     }
     if not whole:
-        raise UserError(f"task.run ({folder.directory}) has no whole checkpoint in checkpoints/ to export")
-    step = max(whole) if task.step is None else task.step
+        raise UserError(f"task.run ({folder.directory}) has no whole checkpoint in checkpoints/")
+    step = max(whole) if step is None else step
     if step not in whole:
         there = ", ".join(map(str, sorted(whole)))
-        raise UserError(f"task.step ({task.step}) has no whole checkpoint in {folder.checkpoints}; there are {there}")
+        raise UserError(f"task.step ({step}) has no whole checkpoint in {folder.checkpoints}; there are {there}")
     return Run(folder, config, _status(folder), step, whole[step])
+
+
+def with_hub_settings(run: Run, now: ModelConfig) -> Run:
+    """The base comes from where the run had it, unless the user says otherwise now."""
+    then = run.config.model
+    model = replace(
+        then,
+        endpoint=now.endpoint or then.endpoint,
+        offline=now.offline or then.offline,
+        cache=now.cache or then.cache,
+    )
+    return replace(run, config=replace(run.config, model=model))
+
+
+def find_base(run: Run, fix: str = "") -> Path:
+    """The base model's directory, its weights present. ``fix`` is what else than putting it back would help.
+
+    Raises:
+        UserError: it is out of reach, or not what the run was trained from.
+    """
+    source = run.config.model.source
+    if is_hub_reference(source):
+        return resolve(source, HubSettings.of(run.config.model)).directory
+    if not Path(source).is_dir():
+        raise UserError(f"the base model of this run, {source}, is gone; put it back{fix}")
+    recorded = run.status.get("model_fingerprint")
+    if recorded is None:
+        print(f"note: this run did not record what {source} held; it is taken to be unchanged")
+    elif fingerprint(Path(source)) != recorded:
+        raise UserError(
+            f"the base model of this run, {source}, has changed since: run and base no longer fit each "
+            f"other; put it back{fix}"
+        )
+    return Path(source)
+
+
+def import_quietly() -> None:
+    """torch, and Megatron with what reads tensors through it: what they say of themselves meanwhile is no news to a
+    user."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from qwen_cl.megatron.imports import import_megatron
+
+        import_megatron()
+        import qwen_cl.source.merged  # noqa: F401
+
+
+def open_trained(run: Run, base: Path | None) -> Trained:
+    import_quietly()
+    from qwen_cl.source.adapter import AdapterShape
+    from qwen_cl.source.architecture import read_architecture
+    from qwen_cl.source.distributed import DistributedWeights
+    from qwen_cl.source.merged import Trained
+
+    peft, adapter = run.config.peft, None
+    if isinstance(peft, LoraConfig):
+        adapter = AdapterShape(
+            rank=peft.rank,
+            alpha=peft.alpha,
+            dropout=peft.dropout,
+            target_modules=list(peft.target_modules),
+            dora=isinstance(peft, DoraConfig),
+        )
+    return Trained(
+        weights=DistributedWeights(run.weights),
+        source=run.config.model.source,
+        base=base,
+        small_files=run.folder.tokenizer,
+        architecture=read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer),
+        adapter=adapter,
+        tensor_parallel=run.config.cluster.tensor_parallel,
+    )
 
 
 def _run_config(folder: RunFolder) -> RunConfig:

@@ -28,10 +28,11 @@ FILES = sorted(CONF.rglob("*.yaml"))
 CHOICES = sorted(CONF.glob("*/*.yaml"))
 GROUP_CHOICES = [path for path in CHOICES if path.parent.name != "experiment"]
 EXPERIMENTS = [path for path in CHOICES if path.parent.name == "experiment"]
-MANDATORY = {
+MANDATORY: dict[str, Any] = {
     "model.source": "/models/mine",
     "data.path": "/data/train.jsonl",
     "task.run": "/outputs/run",
+    "task.stages": [{"name": "only", "start_from": None, "overrides": [], "teaches": []}],
     "replay.sets": {"english": "/data/old.jsonl"},
     "retention.sets": {"english": "/data/english.jsonl"},
     "cluster.account": "us",

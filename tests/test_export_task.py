@@ -186,7 +186,7 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "base changed": (
         lambda run: _edit_status(run, model_fingerprint="0" * 64),
         [],
-        "has changed since: an export would mix two models; put it back",
+        "has changed since: run and base no longer fit each other; put it back",
     ),
     "no metadata": (
         lambda run: (run / "checkpoints/step=100/weights/.metadata").unlink(),

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import data, forgetting, schema, tasks
+from qwen_cl.config import answers, data, forgetting, schema, stages, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -19,6 +19,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "pretrain_schema": tasks.PretrainConfig,
         "inspect_schema": tasks.InspectConfig,
         "export_schema": tasks.ExportConfig,
+        "continual_schema": stages.ContinualConfig,
+        "evaluate_schema": answers.EvaluateConfig,
+        "generate_schema": answers.GenerateConfig,
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {

@@ -86,7 +86,8 @@ def _read_set(key: str, name: str, path: Path) -> NamedSet:
 
 def _whole_text(path: Path, key: str) -> str:
     next(numbered_lines(path, f"{key} to a text file", "a text"))  # there, and not blank
-    return "".join(decode(line, f"{path}:{number}") for number, line in enumerate(path.open("rb"), start=1))
+    with path.open("rb") as stream:
+        return "".join(decode(line, f"{path}:{number}") for number, line in enumerate(stream, start=1))
 
 
 def _text_bytes(rows: Sequence[Row]) -> int:

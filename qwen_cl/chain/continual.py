@@ -1,0 +1,131 @@
+"""``task=continual``: run the stages in order, stop at the first that fails, go on from there the next time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qwen_cl.chain.finished import is_finished, move_aside, remember
+from qwen_cl.chain.matrix import write_matrix
+from qwen_cl.chain.measuring import Measured, check_evaluation, measure
+from qwen_cl.chain.processes import launch
+from qwen_cl.chain.stages import MERGED, Stage, plan_stages
+from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.file import save_config
+from qwen_cl.config.rules import quoted
+from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
+from qwen_cl.config.stages import ContinualConfig
+from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.view import print_facts
+
+
+def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str], directory: Path) -> None:
+    """``overrides`` are the user's own words.
+
+    Raises:
+        UserError: a stage or a set is not what it must be, or a completed stage was run with something else.
+        RunFailed: a stage, or an evaluation, did not complete.
+    """
+    stages = plan_stages(task, overrides, directory)
+    if task.sets:
+        check_evaluation(task, stages[0])
+    if config.dry_run:
+        _print_plan(stages)
+        return
+    folder = RunFolder(directory)
+    with folder.lock():
+        done = _done(stages)
+        if not folder.config.exists():
+            save_config(config, folder.config)
+        folder.update_status(state=State.RUNNING, reason=None, start=now(), end=None, stages=_states(stages))
+        try:
+            rows = _run(task, stages, done, folder)
+        except (RunFailed, KeyboardInterrupt) as error:
+            stopped = isinstance(error, RunPreempted | KeyboardInterrupt)
+            state = State.PREEMPTED if stopped else State.FAILED
+            folder.update_status(state=state, reason=str(error), end=now(), stages=_states(stages))
+            raise
+        folder.update_status(state=State.COMPLETED, end=now(), stages=_states(stages))
+    if task.sets:
+        write_matrix(task, rows, directory, Console())
+    print_facts([("state", "COMPLETED"), ("result", str(stages[-1].result)), ("folder", str(directory))], Console())
+
+
+def _done(stages: list[Stage]) -> list[Stage]:
+    """Finished, and so is what they started from: what comes of another start is another result."""
+    done: list[Stage] = []
+    for stage in stages:
+        if is_finished(stage) and (stage.start is None or stage.start in done):
+            done.append(stage)
+    return done
+
+
+def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: RunFolder) -> list[Measured]:
+    advice = f"the same command with hydra.run.dir={folder.directory} goes on from there"
+    rows = []
+    if task.sets:
+        rows.append(measure(task, stages[0], None, folder.directory / "00-before", advice))
+    for stage in stages:
+        there = " is there already" if stage in done else ""
+        print(f"stage {stage.number} of {len(stages)}: {stage.name}{there}", flush=True)
+        if stage not in done:
+            _train(stage, advice, lambda: folder.update_status(stages=_states(stages)))
+        if isinstance(stage.config.peft, LoraConfig):
+            _export(stage, advice)
+        if task.sets:
+            rows.append(measure(task, stages[0], stage, stage.folder.directory, advice))
+    return rows
+
+
+def _train(stage: Stage, advice: str, record: Callable[[], None]) -> None:
+    move_aside(stage)
+    remember(stage)
+    record()
+    try:
+        launch(f"stage {stage.name}", stage.folder.directory, stage.overrides, advice)
+    finally:
+        record()
+    if not is_finished(stage):
+        raise RunFailed(f"FAILED in stage {stage.name}: {stage.folder.status_file} does not say COMPLETED; {advice}")
+
+
+def _export(stage: Stage, advice: str) -> None:
+    """Whole, so that the next stage starts from it; in fp32 where it trained in fp32, or rounding to the base's bf16
+    would lose some of what was learnt."""
+    output = stage.folder.directory / MERGED
+    if output.exists():
+        return
+    fp32 = stage.plan.config.cluster.precision is Precision.fp32
+    said = [
+        "task=export",
+        f"task.run={quoted(str(stage.folder.directory))}",
+        f"task.dtype={'fp32' if fp32 else 'auto'}",
+    ]
+    launch(f"the export of {stage.name}", stage.folder.directory / "export", said, advice)
+
+
+def _states(stages: list[Stage]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "folder": stage.folder.directory.name,
+            "start_from": None if stage.start is None else stage.start.name,
+            "state": stage.folder.status().get("state", "PENDING"),
+        }
+        for stage in stages
+    ]
+
+
+def _print_plan(stages: list[Stage]) -> None:
+    for stage in stages:
+        start = stage.plan.model.source if stage.start is None else f"the result of {stage.start.name}"
+        facts = [
+            ("stage", f"{stage.number} {stage.name}"),
+            ("starts from", start),
+            ("folder", str(stage.folder.directory)),
+            ("overrides", " ".join(stage.overrides)),
+        ]
+        print_facts(facts, Console())

@@ -1,0 +1,1 @@
+"""Asking a model, or what a run made of it: answers, losses, benchmarks."""

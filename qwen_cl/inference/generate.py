@@ -1,0 +1,47 @@
+"""``task=generate``: a prompt, or a file of them, answered. No torch: the child process has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen_cl.config.answers import GenerateConfig
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.inference.child import run_child
+from qwen_cl.inference.prompts import Prompt, check_prompts, one_prompt, read_prompts
+from qwen_cl.inference.subject import find_subject, output_file, pinned, settle
+from qwen_cl.view import print_facts
+
+
+def generate(config: RunConfig, task: GenerateConfig, overrides: Sequence[str]) -> None:
+    """``overrides`` are the user's own words.
+
+    Raises:
+        UserError: the model, the run or the prompts are not what they must be; nothing was written.
+        RunFailed: the child process failed.
+    """
+    if (task.prompt is None) == (task.prompts is None):
+        raise UserError("task.prompt or task.prompts must be given, and not both: a prompt, or a file of them")
+    config = settle(config, task, overrides)
+    output = output_file(task)
+    prompts = prompts_of(task)
+    subject = find_subject(config.model, task.run, task.step)
+    longest = subject.architecture.longest_sequence
+    check_prompts(
+        prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
+    )
+    if config.dry_run:
+        facts = [("model", subject.label), ("prompts", str(len(prompts))), ("output", str(output or "the terminal"))]
+        print_facts(facts, Console())
+        return
+    run_child(pinned(config, task, subject), "task=generate")
+
+
+def prompts_of(task: GenerateConfig) -> list[Prompt]:
+    if task.prompt is not None:
+        return [one_prompt(task.prompt)]
+    assert task.prompts is not None
+    return read_prompts(Path(task.prompts).expanduser(), raw=task.raw)

@@ -1,0 +1,135 @@
+"""The model that is asked. No torch: the launcher checks it, the child process loads it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_cl.config.answers import AnswersConfig
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import refuse_ignored
+from qwen_cl.config.schema import LoraConfig, ModelConfig, RunConfig
+from qwen_cl.devices import pick_device
+from qwen_cl.plan import check_weights
+from qwen_cl.run_folder import State
+from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.nemo_context import tokenizer_directory
+from qwen_cl.source.reference import read_model_config, resolve
+from qwen_cl.source.settings import HubSettings
+from qwen_cl.source.whole_folder import require_room
+from qwen_cl.trained_run import HUB_KEYS, Run, find_base, find_run, with_hub_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPUTE = ("cluster.accelerator", "cluster.precision", "seed", "dry_run")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    run: Run | None
+    directory: Path | None
+    """Of the model, or of the run's base; None for a run that trained every weight, which needs none."""
+    small_files: Path
+    """Config and generation config in Hugging Face layout, and the tokenizer; a NeMo checkpoint has only that."""
+    config: dict[str, Any]
+    """The model's config.json."""
+    architecture: Architecture
+    label: str
+    """What it is, for a person."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from qwen_cl.data.examples import load_tokenizer
+
+        return load_tokenizer(str(self.small_files))
+
+
+def settle(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> RunConfig:
+    """With accelerator and precision settled, after a look at what the user said.
+
+    Raises:
+        UserError: a key would be ignored, or the device is not there.
+    """
+    if task.run is None:
+        reason = "no training takes place here; model, task, cluster.accelerator, cluster.precision and seed count"
+        refuse_ignored(overrides, (*COMPUTE, "model", "experiment"), reason)
+    else:
+        refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
+    device = pick_device(replace(config.cluster, devices=1, tensor_parallel=1, pipeline_parallel=1))
+    return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
+
+
+def find_subject(model: ModelConfig, run: str | None, step: int | None) -> Subject:
+    """Its weights are present afterwards.
+
+    Raises:
+        UserError: the model, the run or the run's base is out of reach or not what it must be.
+    """
+    return find_model(model) if run is None else trained_subject(with_hub_settings(find_run(run, step), model))
+
+
+def find_model(model: ModelConfig) -> Subject:
+    """A model as it is."""
+    files = resolve(model.source, HubSettings.of(model))
+    architecture = read_architecture(files.config, files.directory)
+    check_weights(files, architecture)
+    small_files = tokenizer_directory(files.directory)
+    return Subject(None, files.directory, small_files, files.config, architecture, files.source)
+
+
+def trained_subject(run: Run) -> Subject:
+    """What a run made of its base."""
+    base = find_base(run) if isinstance(run.config.peft, LoraConfig) else None
+    small_files = run.folder.tokenizer
+    config = read_model_config(small_files)
+    state = run.status.get("state")
+    note = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
+    label = f"step {run.step}{note}, {run.folder.directory}, trained from {run.config.model.source}"
+    return Subject(run, base, small_files, config, read_architecture(config, small_files), label)
+
+
+def require_length(sequence_length: int, architecture: Architecture) -> None:
+    if sequence_length > architecture.longest_sequence:
+        raise UserError(
+            f"task.sequence_length ({sequence_length}) must be at most the model's longest sequence "
+            f"({architecture.longest_sequence})"
+        )
+
+
+def pinned(config: RunConfig, task: AnswersConfig, subject: Subject) -> RunConfig:
+    """What the child is to load is what was checked: this commit, this step."""
+    if subject.run is None:
+        return replace(config, model=replace(config.model, source=subject.label))
+    return replace(config, model=subject.run.config.model, task=replace(task, step=subject.run.step))
+
+
+def output_file(task: AnswersConfig) -> Path | None:
+    """Raises UserError where ``task.output`` exists or cannot be made."""
+    if task.output is None:
+        return None
+    output = Path(os.path.expanduser(task.output)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+    if os.path.lexists(output):
+        raise UserError(f"task.output ({output}) exists; choose another file, or remove it first")
+    require_room("task.output", output, 0)
+    return output
+
+
+def write_whole(path: Path, content: str) -> None:
+    """The file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of the file."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""The process that has torch: ``python -m qwen_cl.inference.worker DIRECTORY``, started by ``child``."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
+from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.file import load_config
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.store import register_schemas
+from qwen_cl.data.named_sets import read_sets, score_set
+from qwen_cl.inference.child import report_mistake
+from qwen_cl.inference.generate import prompts_of
+from qwen_cl.inference.prompts import Prompt, read_prompts
+from qwen_cl.inference.results import print_losses, print_samples, print_scores
+from qwen_cl.inference.subject import Subject, file_hash, find_model, find_subject, output_file, write_whole
+
+if TYPE_CHECKING:
+    from qwen_cl.inference.sampling import Answer
+
+
+def main(directory: str) -> int:
+    register_schemas()
+    config = load_config(Path(directory) / "config.yaml")
+    try:
+        work(config)
+    except (UserError, RunFailed) as error:
+        report_mistake(directory, error)
+        return error.exit_code
+    except OSError as error:
+        report_mistake(directory, RunFailed(f"{error.strerror}: {error.filename}"))
+        return RunFailed.exit_code
+    except RuntimeError as error:  # what torch raises when memory runs out, on a GPU by a class of its own
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        report_mistake(directory, RunFailed("out of memory; lower task.batch_size, or use cluster.precision=bf16"))
+        return RunFailed.exit_code
+    return 0
+
+
+def work(config: RunConfig) -> None:
+    """Does what the task says; ``config`` has its device settled (``subject.settle``)."""
+    if isinstance(config.task, GenerateConfig):
+        _generate(config, config.task)
+    else:
+        assert isinstance(config.task, EvaluateConfig)
+        _evaluate(config, config.task)
+
+
+def _generate(config: RunConfig, task: GenerateConfig) -> None:
+    from qwen_cl.inference.model import load_model
+    from qwen_cl.inference.sampling import answers
+
+    output, prompts = output_file(task), prompts_of(task)
+    subject = find_subject(config.model, task.run, task.step)
+    model, done = load_model(subject, config.cluster), []
+    for answer in answers(model, subject.tokenizer(), prompts, task, config.seed):
+        asked = "" if task.prompt is not None else f"> {answer.prompt.last}\n"
+        print(f"{asked}{answer.text}" + ("" if task.prompt is not None else "\n"), flush=True)
+        done.append(answer)
+    if output is not None:
+        write_whole(output, "".join(json.dumps(answer.plain(), ensure_ascii=False) + "\n" for answer in done))
+
+
+def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
+    from qwen_cl.inference.losses import set_loss
+    from qwen_cl.inference.model import load_model
+
+    output, console = output_file(task), Console()
+    prompts = [] if task.prompts is None else read_prompts(Path(task.prompts).expanduser(), raw=task.raw)
+    subject = find_subject(config.model, task.run, task.step)
+    print(f"model: {subject.label}", flush=True)
+    before = _base_answers(config, task, subject, prompts)
+    model, tokenizer = load_model(subject, config.cluster), subject.tokenizer()
+    losses = {}
+    for named in read_sets(task.sets, "task.sets"):
+        scored = score_set(named, tokenizer, task.sequence_length, task.loss_on)
+        losses[named.name] = set_loss(model, scored, task.batch_size)
+        print(f"{named.name}: loss {losses[named.name].loss:.4f}", flush=True)
+    scores: dict[str, Any] = {}
+    if task.lm_eval:
+        from qwen_cl.inference.harness import run_harness
+
+        scores = run_harness(model, tokenizer, task, config.seed)
+    samples = _samples(before, _answers(config, task, model, tokenizer, prompts))
+    print_losses(losses, console)
+    print_scores(scores, console)
+    print_samples(samples, console)
+    if output is not None:
+        write_whole(output, json.dumps(_record(config, task, subject, losses, scores, samples), **FORMAT) + "\n")
+
+
+FORMAT: dict[str, Any] = {"indent": 2, "ensure_ascii": False}
+
+
+def _base_answers(config: RunConfig, task: EvaluateConfig, subject: Subject, prompts: list[Prompt]) -> list[Answer]:
+    """Before the trained model is loaded, so that only one is in memory."""
+    from qwen_cl.inference.model import load_model
+
+    if subject.run is None or not prompts:
+        return []
+    base = find_model(subject.run.config.model)
+    model = load_model(base, config.cluster)
+    done = _answers(config, task, model, base.tokenizer(), prompts)
+    del model
+    gc.collect()
+    return done
+
+
+def _answers(
+    config: RunConfig, task: EvaluateConfig, model: Any, tokenizer: Any, prompts: list[Prompt]
+) -> list[Answer]:
+    from qwen_cl.inference.sampling import answers
+
+    return list(answers(model, tokenizer, prompts, task, config.seed))
+
+
+def _samples(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The prompt's own fields, ``before`` of the base where a run was asked, and ``after``."""
+    bases: list[dict[str, Any]] = [{"before": answer.text} for answer in before] or [{} for _ in after]
+    return [{**answer.prompt.row, **base, "after": answer.text} for base, answer in zip(bases, after)]
+
+
+def _record(
+    config: RunConfig,
+    task: EvaluateConfig,
+    subject: Subject,
+    losses: dict[str, Any],
+    scores: dict[str, Any],
+    samples: list[dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "model": subject.run.config.model.source if subject.run else subject.label,
+        "run": str(subject.run.folder.directory) if subject.run else None,
+        "step": subject.run.step if subject.run else None,
+        "precision": config.cluster.precision.value,
+        "sequence_length": task.sequence_length,
+        "loss_on": task.loss_on.value,
+        "sets": {
+            name: {**loss.plain(), "sha256": file_hash(Path(task.sets[name]).expanduser())}
+            for name, loss in losses.items()
+        },
+        "lm_eval": scores,
+        "samples": samples,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
