@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_cl.config.data import FileDataConfig, MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, ReplayConfig
-from qwen_cl.config.schema import FileDataConfig, RunConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
+from qwen_cl.data.corpus.target import TextTarget, prepare_target
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.named_sets import absolute_sets, read_sets
 from qwen_cl.data.normalisation import row_text
@@ -38,6 +40,8 @@ class Plan:
     architecture: Architecture
     device: Device
     files: RowFiles | None
+    text: TextTarget | None
+    """Raw text once it is tokenised."""
     data_hash: str | None
     """sha256 of the data files; None for random tokens."""
     data_report: DataReport | None
@@ -67,7 +71,7 @@ def make_plan(config: RunConfig) -> Plan:
     if model.commit is None:
         check_weights(model, architecture)
     files = row_files(config.data, config.training)
-    data_report = None if files is None else _read_data(config, model, files)
+    data_report = None if isinstance(config.data, MockDataConfig) else _read_data(config, model, files)
     settled = replace(
         config,
         model=replace(
@@ -85,6 +89,7 @@ def make_plan(config: RunConfig) -> Plan:
         architecture=architecture,
         device=device,
         files=files,
+        text=None,
         data_hash=content_hash(files) if files else None,
         data_report=data_report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
@@ -94,6 +99,17 @@ def make_plan(config: RunConfig) -> Plan:
 def _with_absolute_paths(replay: ReplayConfig) -> ReplayConfig:
     """The worker runs elsewhere."""
     return replace(replay, sets=absolute_sets(replay.sets)) if isinstance(replay, FileReplayConfig) else replay
+
+
+def with_text(plan: Plan, data: TextDataConfig) -> Plan:
+    """Tokenises the raw text, which may take a while: not for a dry run.
+
+    Raises:
+        UserError: the text cannot be trained on.
+    """
+    tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
+    text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
+    return replace(plan, text=text, data_hash=text.content)
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -116,11 +132,13 @@ def _check_sequence_length(config: RunConfig, architecture: Architecture) -> Non
         )
 
 
-def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles) -> DataReport:
-    train, validation = read_rows(files)
+def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> DataReport | None:
+    """None where there are no rows but raw text, which ``with_text`` reads."""
     directory = tokenizer_directory(model.directory)
     tokenizer = load_tokenizer(str(directory))
     task = config.training
+    if isinstance(task, FinetuneConfig) and isinstance(config.data, TextDataConfig):
+        raise UserError("data=text is raw text, for task=pretrain; task=finetune takes data=jsonl")
     if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
     check_tokenizer(tokenizer, model.config, directory)
@@ -131,9 +149,12 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles) -> DataRep
         loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
         packing=isinstance(task, FinetuneConfig) and task.packing,
     )
+    _check_other_sets(config, tokenizer, directory, layout)
+    if files is None:
+        return None
+    train, validation = read_rows(files)
     for rows, path in ((train, files.train), (validation, files.validation or files.train)):
         check_examples(rows, tokenizer, layout.sequence_length, layout.loss_on, path)
-    _check_other_sets(config, tokenizer, directory, layout)
     overlap = _overlap(train, validation, tokenizer)
     if not (isinstance(config.data, FileDataConfig) and config.data.allow_overlap):
         refuse_overlap(overlap, files)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import SlurmConfig
@@ -47,7 +48,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     config, shape = plan.config, plan.architecture
     cluster, task = config.cluster, config.training
     parameters = count_parameters(expected_shapes(shape))
-    data = "random tokens" if plan.files is None else f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
+    data = "random tokens"
+    if isinstance(config.data, TextDataConfig):
+        data = f"{config.data.path}, tokenised when the run starts"
+    elif plan.files is not None:
+        data = f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a directory of your own"),

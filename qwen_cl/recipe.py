@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnnealScheduler
 
 from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
-from qwen_cl.config.data import MockDataConfig
+from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import (
     DoraConfig,
@@ -25,8 +26,8 @@ from qwen_cl.config.schema import (
     VerifyMode,
 )
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
-from qwen_cl.data.module import MockDataModule, RowDataModule
 from qwen_cl.data.rows import row_files
+from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture
@@ -40,7 +41,7 @@ def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolde
     parts = {
         "model": build_model(config, architecture, tokenizer),
         "trainer": _trainer(config, architecture, folder.directory),
-        "data": _data(config, architecture, tokenizer),
+        "data": _data(config, architecture, tokenizer, folder),
         "log": _log(config, folder.directory),
         "optim": _optimizer(config),
         "resume": run.Config(
@@ -117,7 +118,7 @@ def _pipeline_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.float32 if config.cluster.precision is Precision.fp32 else torch.bfloat16
 
 
-def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) -> run.Config:
+def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, folder: RunFolder) -> run.Config:
     task = config.training
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -129,19 +130,32 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config) 
     }
     if isinstance(config.data, MockDataConfig):
         return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)
+    common |= _mixture(config)
+    if isinstance(config.data, TextDataConfig):
+        return run.Config(TextDataModule, target=_text_target(folder), **common)
     files = row_files(config.data, task)
     assert files is not None
+    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, **common)
+
+
+def _mixture(config: RunConfig) -> dict[str, Any]:
+    task = config.task
     replay = config.replay if isinstance(config.replay, FileReplayConfig) else None
-    return run.Config(
-        RowDataModule,
-        **{**asdict(files), "fields": list(files.fields)},
-        loss_on=(task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all).value,
-        packing=isinstance(task, FinetuneConfig) and task.packing,
-        replay=dict(replay.sets) if replay else {},
-        replay_shares=replay.shares if replay else {},
-        retention=dict(config.retention.sets),
-        **common,
-    )
+    return {
+        "loss_on": (task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all).value,
+        "packing": isinstance(task, FinetuneConfig) and task.packing,
+        "replay": dict(replay.sets) if replay else {},
+        "replay_shares": replay.shares if replay else {},
+        "retention": dict(config.retention.sets),
+    }
+
+
+def _text_target(folder: RunFolder) -> dict[str, Any] | str:
+    """What the launcher has tokenised; a dry run has nothing yet."""
+    if not folder.text_target.exists():
+        return "tokenised when the run starts"
+    target: dict[str, Any] = json.loads(folder.text_target.read_text(encoding="utf-8"))
+    return target
 
 
 def _log(config: RunConfig, output_dir: Path) -> run.Config:

@@ -14,15 +14,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
+from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
+from qwen_cl.data.corpus.target import save_target, summarise
 from qwen_cl.data.report_text import report_page, summary
 from qwen_cl.execute import ROOT, execute
-from qwen_cl.plan import Plan, fetch_weights, make_plan
+from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
@@ -48,6 +50,8 @@ def run(config: object) -> None:
         return
     if isinstance(plan.config.cluster, SlurmConfig):
         raise UserError("cluster=slurm cannot submit yet; dry_run=true shows the batch script")
+    if isinstance(plan.config.data, TextDataConfig):
+        plan = with_text(plan, plan.config.data)
     fetch_weights(plan)
     _start(plan, folder)
 
@@ -94,6 +98,8 @@ def _start(plan: Plan, folder: RunFolder) -> None:
         )
         if plan.data_report is not None:
             print_facts(summary(plan.data_report), console)
+        if plan.text is not None:
+            print_facts(summarise(plan.text), console)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)
@@ -146,3 +152,5 @@ def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
     copies the tokenizer's into every checkpoint, weights and all."""
     copy_small_files(plan.model.directory, folder.tokenizer)
     save_config(plan.config, folder.config)
+    if plan.text is not None:
+        save_target(plan.text, folder.text_target)

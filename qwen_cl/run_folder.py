@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer = self.directory / "tokenizer"
         self.adapter = self.directory / "adapter"
+        self.text_target = self.directory / "text_target.json"
         self.report = self.directory / "report.png"
         self.wandb = self.directory / "wandb"
         self.data_report = self.directory / "data_report.txt"

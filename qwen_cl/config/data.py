@@ -65,6 +65,8 @@ class TextDataConfig(DataConfig):
     validation_share: float
     workers: int | None
     """Processes that tokenise; None for one a core."""
+    allow_overlap: bool
+    """Train although documents that validate are in the training text."""
     cache: str | None
     """Directory of what was tokenised; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
 

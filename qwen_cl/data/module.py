@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.batches import padded_width
 from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
-from qwen_cl.data.named_sets import NamedSet, ScoredSet, read_sets, score_set
-from qwen_cl.data.packing import pack_examples
-from qwen_cl.data.rows import RowFiles, read_rows
+from qwen_cl.data.named_sets import ScoredSet
 
 logger = logging.getLogger(__name__)
 
@@ -131,69 +126,3 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.data_sampler.prev_consumed_samples = state_dict["consumed_samples"]
         self.data_sampler.if_first_step = 1
         update_num_microbatches(consumed_samples=state_dict["consumed_samples"], consistency_check=False)
-
-
-class RowDataModule(TokenDataModule):
-    """Rows of JSON Lines files, with others mixed in, and others measured."""
-
-    def __init__(
-        self,
-        *,
-        train: str,
-        validation: str | None,
-        validation_every: int,
-        fields: list[str],
-        loss_on: str,
-        replay: dict[str, str],
-        replay_shares: dict[str, float],
-        retention: dict[str, str],
-        packing: bool,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        self.loss_on = LossOn(loss_on)
-        self.packing = packing
-        self.files = RowFiles(
-            train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
-        )
-        self.replay, self.replay_shares, self.retention = replay, replay_shares, retention
-
-    def build_sets(self) -> Sets:
-        target, validation = read_rows(self.files)
-        replay = read_sets(self.replay, "replay.sets")
-        replayed = [(self._to_train(named), self.replay_shares[named.name]) for named in replay]
-        kept = [self._score(named, "retention/") for named in read_sets(self.retention, "retention.sets")]
-        own = NamedSet("target", Path(self.files.train), target)
-        path = Path(self.files.validation or self.files.train)
-        return Sets(
-            train=[(self._to_train(own), 1 - sum(self.replay_shares.values())), *replayed],
-            evaluation=[self._score(NamedSet("val", path, validation)), *kept],
-        )
-
-    def _score(self, named: NamedSet, prefix: str = "") -> ScoredSet:
-        """Not packed: the loss would be the same, and a row by itself is seen as it is when it is answered."""
-        scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
-        return replace(scored, name=prefix + scored.name)
-
-    def _to_train(self, named: NamedSet) -> list[Example]:
-        examples = self._score(named).examples
-        return pack_examples(examples, self.seq_length) if self.packing and not named.is_text else examples
-
-
-class MockDataModule(TokenDataModule):
-    """Random tokens in full sequences. (NeMo's own mock module passes its mask flag as the seed.)"""
-
-    def __init__(self, *, rows: int, vocab_size: int, **common: Any) -> None:
-        super().__init__(**common)
-        self.rows = rows
-        self.vocab_size = vocab_size
-
-    def build_sets(self) -> Sets:
-        random = np.random.default_rng(self.seed)
-
-        def examples(count: int) -> list[Example]:
-            shape = (count, self.seq_length + 1)
-            return [Example(row.tolist(), ((1, len(row)),)) for row in random.integers(0, self.vocab_size, shape)]
-
-        held_out = max(1, self.rows // 8)
-        return Sets([(examples(self.rows), 1.0)], [ScoredSet("val", examples(held_out), held_out, 0)])

@@ -36,7 +36,7 @@ class ScoredSet:
     """What a loss over the set is summed over, and what it is divided by."""
 
     name: str
-    examples: list[Example]
+    examples: Sequence[Example]
     rows: int
     num_bytes: int
     """UTF-8 bytes of the text that counts. Of raw text that is all of it, as it is in the file; of conversations, what

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import numpy.typing as npt
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Counts
 from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.data.corpus.reader import HEADER, INTEGERS, MAGIC
 
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the ids' type, number of sequences, number of document bounds."""
-MAGIC = b"MMIDIDX\x00\x00"
-INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CHUNK = 2**24
 
 

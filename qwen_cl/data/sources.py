@@ -1,0 +1,121 @@
+"""The data modules of a run: where the examples of the target come from, and what is mixed in and measured beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.corpus.cache import Corpus
+from qwen_cl.data.corpus.examples import CorpusExamples
+from qwen_cl.data.corpus.target import TextTarget
+from qwen_cl.data.examples import Example
+from qwen_cl.data.module import Sets, TokenDataModule
+from qwen_cl.data.named_sets import NamedSet, ScoredSet, read_sets, score_set
+from qwen_cl.data.packing import pack_examples
+from qwen_cl.data.rows import RowFiles, read_rows
+
+TARGET = "val"
+"""What the metrics of the target's own validation set start with."""
+
+
+class MixedDataModule(TokenDataModule):
+    """The target, with other sets replayed in fixed shares, and others measured."""
+
+    def __init__(
+        self,
+        *,
+        loss_on: str,
+        packing: bool,
+        replay: dict[str, str],
+        replay_shares: dict[str, float],
+        retention: dict[str, str],
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.loss_on = LossOn(loss_on)
+        self.packing = packing
+        self.replay, self.replay_shares, self.retention = replay, replay_shares, retention
+
+    def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
+        """What is trained on, and what is held out of it."""
+        raise NotImplementedError
+
+    def build_sets(self) -> Sets:
+        target, validation = self.build_target()
+        replay = read_sets(self.replay, "replay.sets")
+        replayed = [(self.to_train(named), self.replay_shares[named.name]) for named in replay]
+        kept = [self.score(named, "retention/") for named in read_sets(self.retention, "retention.sets")]
+        own_share = 1 - sum(self.replay_shares.values())
+        return Sets(train=[(target, own_share), *replayed], evaluation=[validation, *kept])
+
+    def score(self, named: NamedSet, prefix: str = "") -> ScoredSet:
+        """Not packed: the loss would be the same, and a row by itself is seen as it is when it is answered."""
+        scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
+        return replace(scored, name=prefix + scored.name)
+
+    def to_train(self, named: NamedSet) -> list[Example]:
+        examples = self.score(named).examples
+        return pack_examples(examples, self.seq_length) if self.packing and not named.is_text else examples
+
+
+class RowDataModule(MixedDataModule):
+    """Rows of JSON Lines files, in memory."""
+
+    def __init__(
+        self, *, train: str, validation: str | None, validation_every: int, fields: list[str], **common: Any
+    ) -> None:
+        super().__init__(**common)
+        self.files = RowFiles(
+            train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
+        )
+
+    def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
+        train, validation = read_rows(self.files)
+        path = Path(self.files.validation or self.files.train)
+        return (
+            self.to_train(NamedSet("target", Path(self.files.train), train)),
+            self.score(NamedSet(TARGET, path, validation)),
+        )
+
+
+class TextDataModule(MixedDataModule):
+    """Raw text that the launcher has tokenised: sequences are cut from the file as they are asked for."""
+
+    def __init__(self, *, target: dict[str, Any], **common: Any) -> None:
+        super().__init__(**common)
+        self.target = target
+
+    def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
+        trained, measured = TextTarget.parse(self.target).split()
+        corpus, documents = measured
+        examples = self._examples(corpus, documents)
+        num_bytes = corpus.text_bytes(documents) or 0
+        return self._examples(*trained), ScoredSet(TARGET, examples, len(documents), num_bytes)
+
+    def _examples(self, corpus: Corpus, documents: npt.NDArray[np.int64]) -> CorpusExamples:
+        return CorpusExamples(corpus.prefix, documents, self.seq_length, self.tokenizer.tokenizer.eos_token_id)
+
+
+class MockDataModule(TokenDataModule):
+    """Random tokens in full sequences. (NeMo's own mock module passes its mask flag as the seed.)"""
+
+    def __init__(self, *, rows: int, vocab_size: int, **common: Any) -> None:
+        super().__init__(**common)
+        self.rows = rows
+        self.vocab_size = vocab_size
+
+    def build_sets(self) -> Sets:
+        random = np.random.default_rng(self.seed)
+
+        def examples(count: int) -> list[Example]:
+            shape = (count, self.seq_length + 1)
+            return [Example(row.tolist(), ((1, len(row)),)) for row in random.integers(0, self.vocab_size, shape)]
+
+        held_out = max(1, self.rows // 8)
+        return Sets([(examples(self.rows), 1.0)], [ScoredSet("val", examples(held_out), held_out, 0)])
