@@ -1,11 +1,14 @@
-"""Makes the embedded model: ``python -m qwen_cl.demo.build_model [DIRECTORY]``. Same bytes every time.
+"""The embedded model before its training: ``python -m qwen_cl.demo.build_model TEXTS OUTPUT``. Same bytes every time.
 
-Qwen2.5's architecture (tied embeddings, biased q, k and v, grouped queries) at a laptop's size, with random weights,
-and a byte-level BPE of its own, trained on the embedded texts, with Qwen2.5's special tokens and ChatML template.
+Qwen2.5's architecture (tied embeddings, biased q, k and v, grouped queries) at a laptop's size, with random weights to
+train from scratch, and a byte-level BPE of its own with Qwen2.5's special tokens and ChatML template. TEXTS is what
+``python -m benchmarks.texts`` wrote; the tokens are learned from a sample of both its languages. README.md beside this
+file says how the model was trained.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -15,8 +18,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-HERE = Path(__file__).resolve().parent
-VOCABULARY = 1536
+from qwen_cl.config.errors import UserError
+
+VOCABULARY = 4096
+# Bytes of text that the tokens are learned from. A quarter is Japanese, so that a text has few tokens in either.
+SAMPLE = {"english": 15_000_000, "japanese": 5_000_000}
 
 # In the order of Qwen2.5's ids; the first three matter for training.
 SPECIAL_TOKENS = [
@@ -63,7 +69,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +83,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - reserved, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.train_from_iterator(_sample(texts), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS])
     return PreTrainedTokenizerFast(
@@ -91,24 +97,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _texts() -> Iterator[str]:
-    for path in sorted((HERE / "data").glob("*.train.jsonl")):
+def _sample(texts: Path) -> Iterator[str]:
+    """Whole documents, evenly over each file, so that every package has its share."""
+    for language, size in SAMPLE.items():
+        path = texts / f"{language}.train.jsonl"
+        due = 0.0
+        share = min(1.0, size / path.stat().st_size)
         for line in path.read_text(encoding="utf-8").splitlines():
-            yield from json.loads(line).values()
+            due += share * len(line.encode())
+            if due >= len(line.encode()):
+                due -= len(line.encode())
+                yield json.loads(line)["text"]
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         rope_theta=1000000.0,
-        initializer_range=0.08,  # a frozen random head can only tell tokens apart if its rows are long enough
+        initializer_range=0.02,
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
@@ -118,14 +131,32 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(torch.bfloat16)
 
 
-def main(directory: Path) -> None:
-    tokenizer = build_tokenizer()
+def build(texts: Path, output: Path) -> None:
+    for language in SAMPLE:
+        if not (path := texts / f"{language}.train.jsonl").is_file():
+            raise UserError(f"{path}: no such file; python -m benchmarks.texts {texts} makes it")
+    tokenizer = build_tokenizer(texts)
+    if len(tokenizer) < VOCABULARY:
+        raise UserError(f"{texts}: its texts give {len(tokenizer)} tokens, {VOCABULARY} are wanted; use more text")
     model = build_model(tokenizer)
-    tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory)
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    print(f"{directory}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {size / 1e6:.2f} MB")
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"{output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {size / 1e6:.2f} MB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m qwen_cl.demo.build_model", description=__doc__)
+    parser.add_argument("texts", type=Path, help="a directory that python -m benchmarks.texts wrote")
+    parser.add_argument("output", type=Path, help="where the model goes, in Hugging Face layout")
+    arguments = parser.parse_args()
+    try:
+        build(arguments.texts, arguments.output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "model")
+    sys.exit(main())
