@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qwen_cl.data.examples import Example
 
 
-def pack_examples(examples: list[Example], sequence_length: int) -> list[Example]:
+def pack_examples(examples: Sequence[Example], sequence_length: int) -> list[Example]:
     """Fewer and longer examples, of at most ``sequence_length`` positions, whose segments are the ones given.
 
     Attention must be kept within each segment (qwen_cl/megatron/attention.py). Nothing is cut, and a row that fills a

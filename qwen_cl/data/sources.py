@@ -59,7 +59,7 @@ class MixedDataModule(TokenDataModule):
         scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
         return replace(scored, name=prefix + scored.name)
 
-    def to_train(self, named: NamedSet) -> list[Example]:
+    def to_train(self, named: NamedSet) -> Sequence[Example]:
         examples = self.score(named).examples
         return pack_examples(examples, self.seq_length) if self.packing and not named.is_text else examples
 
