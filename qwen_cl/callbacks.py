@@ -117,8 +117,7 @@ class RunRecorder(pl.Callback):
         if "grad_norm" in metrics:
             record["optim/grad_norm"] = float(metrics["grad_norm"])
         self._write(trainer, step, record)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"training loss is {loss} at step {step}; lower lr")
+        require_finite(trainer)
 
     def _write(self, trainer: pl.Trainer, step: int, record: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
@@ -127,6 +126,21 @@ class RunRecorder(pl.Callback):
         self.folder.update_status(step=step, phase="training")
         if trainer.logger is not None:
             trainer.logger.log_metrics(record, step=step)
+
+
+def require_finite(trainer: pl.Trainer) -> None:
+    """The gradient too: where its norm is not finite, the loss still was, and the weights are no longer.
+
+    Raises:
+        FloatingPointError: the last step's loss or gradient is not finite.
+    """
+    for name, key in (("loss", "reduced_train_loss"), ("gradient norm", "grad_norm")):
+        value = float(trainer.callback_metrics.get(key, 0.0))
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"training {name} is {value} at step {trainer.global_step}; lower lr or task.clip_grad, or raise "
+                "task.warmup_steps (the newest checkpoint is from before)"
+            )
 
 
 def peak_memory_gib() -> float:
@@ -149,6 +163,10 @@ class StepCheckpoint(nl.ModelCheckpoint):
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         # NeMo logs "step" as the number of steps before this one.
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        require_finite(trainer)  # and the last good checkpoint stays the newest
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:

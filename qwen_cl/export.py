@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
@@ -102,8 +103,12 @@ def _dtype(dtype: ExportDtype) -> Any:
 
 
 def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
-    files = row_files(run.config.data, run.config.task)
-    names = [Path(name).name for name in (files.train, files.validation) if name] if files else []
+    data = run.config.data
+    files = row_files(data, run.config.task)
+    paths = [files.train, files.validation] if files else []
+    if isinstance(data, TextDataConfig):
+        paths = [data.path, data.validation_path]
+    names = [path if path.startswith("hf://") else Path(path).name for path in paths if path]
     return CardFacts(
         source=run.config.model.source,
         fingerprint=run.status.get("model_fingerprint"),

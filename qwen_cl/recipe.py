@@ -31,7 +31,13 @@ from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture
-from qwen_cl.verification import VerifyLogits
+from qwen_cl.source.families import count_parameters, expected_shapes
+from qwen_cl.source.nemo_context import is_nemo_checkpoint
+from qwen_cl.source.reference import local_directory
+from qwen_cl.verification import RefuseChance, VerifyLogits
+
+VERIFIED_PARAMETERS = 10**9
+"""Up to so many, model.verify=auto compares with transformers: a few seconds, and 4 GB of memory at most."""
 
 
 def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolder) -> run.Partial:
@@ -67,8 +73,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             val_check_interval=task.val_check_interval,
         ),
     ]
-    if config.model.verify is VerifyMode.logits:
-        callbacks.append(run.Config(VerifyLogits, source=config.model.source, output_dir=str(output_dir)))
+    callbacks += _verification(config, architecture, output_dir)
     if isinstance(config.peft, LoraConfig):
         callbacks.append(
             run.Config(
@@ -106,6 +111,17 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             ckpt_optim_fully_reshardable=True,
         ),
     )
+
+
+def _verification(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
+    mode = config.model.verify
+    if mode is VerifyMode.none or isinstance(config.data, MockDataConfig):  # random tokens tell nothing
+        return []
+    small = count_parameters(expected_shapes(architecture)) <= VERIFIED_PARAMETERS
+    readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers
+    if mode is VerifyMode.logits or (small and readable):
+        return [run.Config(VerifyLogits, source=config.model.source, output_dir=str(output_dir))]
+    return [] if small else [run.Config(RefuseChance, vocab_size=architecture.vocab_size)]
 
 
 def _lightning_precision(config: RunConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,8 @@ from qwen_cl.source.reference import local_directory
 
 logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_TOKENS = 2, 128
+LEAST_KNOWLEDGE = 0.5
+"""Nats below chance that a trained model has at least, on some text it was given."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Of the mean loss. Measured on a CPU: below 1e-5 in fp32, below 1e-2 in bf16 against transformers in fp32."""
 
@@ -52,6 +55,30 @@ class VerifyLogits(pl.Callback):
                 f"model.verify: the loss of a probe batch is {loss:.4f} and transformers has "
                 f"{float(expected):.4f} for the same files and tokens (at most {tolerance:g} apart is allowed); what "
                 "would be trained is not this model"
+            )
+
+
+class RefuseChance(pl.Callback):
+    """Stops a run whose first losses are those of random weights, on the training text and on every set it measures."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if trainer.global_step > 0 or index > 0:
+            return
+        data, chance = trainer.datamodule, math.log(self.vocab_size)
+        probes = [
+            _probe_examples(data.train_dataset),
+            *(scored.examples[:PROBE_ROWS] for scored in data.evaluation_sets),
+        ]
+        sums = [sum_losses(trainer.strategy.megatron_parallel, examples, len(examples)) for examples in probes]
+        best = min(total / tokens for total, tokens in sums)
+        if not best < chance - LEAST_KNOWLEDGE:
+            raise VerificationError(
+                f"model.verify: the loss before the first step is {best:.2f} at best, and that of random weights is "
+                f"about {chance:.2f} (the logarithm of the vocabulary): the weights of this model are not in it; if "
+                "they are meant to be random, write model.verify=none"
             )
 
 

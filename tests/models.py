@@ -22,6 +22,8 @@ from transformers import (
 from tests.conftest import ROOT
 
 DEMO_MODEL = ROOT / "qwen_cl/demo/model"
+SMALL_TOKENIZER = ROOT / "tests/tokenizer"
+"""Of 1536 ids, for models that are small and quick; with a config.json that names its special ones."""
 TRANSFORMERS: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -41,7 +43,7 @@ LLAMA_3 = {
 
 def special_tokens() -> dict[str, Any]:
     """Of the tokenizer that every model here has, as its config.json names them."""
-    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((SMALL_TOKENIZER / "config.json").read_text(encoding="utf-8"))
     return {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
 
 
@@ -86,5 +88,5 @@ def save_random_model(
     model.tie_weights()
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        shutil.copy(DEMO_MODEL / name, directory)
+        shutil.copy(SMALL_TOKENIZER / name, directory)
     return directory

@@ -258,8 +258,8 @@ def test_locked_takes_a_commit_and_nothing_else(source: str, reason: str) -> Non
 
 
 def test_tensor_parallel_must_divide_the_heads() -> None:
-    config = compose_run("cluster.accelerator=cpu", "cluster.devices=3", "cluster.tensor_parallel=3")
-    with pytest.raises(UserError, match=r"tensor_parallel \(3\) must divide .* attention heads \(4\); .* allows 1, 2$"):
+    config = compose_run("cluster.accelerator=cpu", "cluster.devices=4", "cluster.tensor_parallel=4")
+    with pytest.raises(UserError, match=r"tensor_parallel \(4\) must divide .* attention heads \(6\); .* allows 1, 2$"):
         make_plan(config)
 
 

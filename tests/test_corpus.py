@@ -24,7 +24,7 @@ from tests.corpora import FORMS, TEXTS, json_lines, source, text_files
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "qwen_cl/demo/model"
-VOCABULARY = 1536
+VOCABULARY = 4096
 WITH_BLANKS = [*TEXTS[:2], " \n", *TEXTS[2:], ""]
 
 

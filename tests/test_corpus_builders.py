@@ -35,7 +35,7 @@ path, cache = sys.argv[1:]
 source = TextSource(key="data.path", path=path, text_field="text", split="train", subset=None)
 tokenizer = AutoTokenizer.from_pretrained("qwen_cl/demo/model")
 try:
-    corpus = prepare_corpus(source, tokenizer, 1536, workers=2, cache=cache)
+    corpus = prepare_corpus(source, tokenizer, 4096, workers=2, cache=cache)
 except RunFailed as error:
     sys.exit(str(error))
 assert "torch" not in sys.modules

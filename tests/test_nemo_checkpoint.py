@@ -28,7 +28,7 @@ from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
 from qwen_cl.source.nemo_tensors import open_tensors
 from tests.conftest import ROOT, Launched, launch
 from tests.layout_probe import run_config
-from tests.models import DEMO_MODEL, LLAMA_3, save_random_model
+from tests.models import LLAMA_3, SMALL_TOKENIZER, save_random_model
 from tests.test_initial_loss import _examples, _loss
 
 Saved = tuple[dict[str, Any], str, dict[str, Any]]
@@ -79,7 +79,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = base / "nemo_tokenizer"  # what NeMo's importers save
     tokenizer.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        shutil.copy(DEMO_MODEL / name, tokenizer)
+        shutil.copy(SMALL_TOKENIZER / name, tokenizer)
     specification = [
         {
             "model": str(save_random_model(base / "models" / name, **shape)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qwen_cl.chain.comparison import write_comparison
 from qwen_cl.chain.finished import is_finished, move_aside, remember
 from qwen_cl.chain.matrix import write_matrix
 from qwen_cl.chain.measuring import Measured, check_evaluation, measure
@@ -51,7 +52,9 @@ def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str]
         folder.update_status(state=State.COMPLETED, end=now(), stages=_states(stages))
     if task.sets:
         write_matrix(task, rows, directory, Console())
-    print_facts([("state", "COMPLETED"), ("result", str(stages[-1].result)), ("folder", str(directory))], Console())
+    write_comparison(stages, directory, Console())
+    facts = [("state", "COMPLETED"), ("picture", str(folder.report)), ("last stage", str(stages[-1].folder.directory))]
+    print_facts(facts, Console())
 
 
 def _done(stages: list[Stage]) -> list[Stage]:
@@ -73,7 +76,7 @@ def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: 
         print(f"stage {stage.number} of {len(stages)}: {stage.name}{there}", flush=True)
         if stage not in done:
             _train(stage, advice, lambda: folder.update_status(stages=_states(stages)))
-        if isinstance(stage.config.peft, LoraConfig):
+        if isinstance(stage.config.peft, LoraConfig) and any(later.start is stage for later in stages):
             _export(stage, advice)
         if task.sets:
             rows.append(measure(task, stages[0], stage, stage.folder.directory, advice))

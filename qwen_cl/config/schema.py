@@ -37,6 +37,7 @@ class WandbMode(str, Enum):
 
 
 class VerifyMode(str, Enum):
+    auto = "auto"
     none = "none"
     logits = "logits"
 
@@ -58,7 +59,8 @@ class ModelConfig:
     locked: bool
     """Refuse a source that does not name its commit."""
     verify: VerifyMode
-    """``logits``: before the first step, compare the loss of a few rows with transformers'; stop on a mismatch."""
+    """Before the first step, the loss of a few rows must be the base model's. ``logits`` compares with transformers;
+    ``auto`` does up to a billion parameters, and above only asks that it is not that of chance."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():
