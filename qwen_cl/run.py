@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
+from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
@@ -53,6 +54,10 @@ def run(config: object) -> None:
     if isinstance(plan.config.data, TextDataConfig):
         plan = with_text(plan, plan.config.data)
     fetch_weights(plan)
+    if isinstance(plan.config.replay, GeneratedReplayConfig):
+        from qwen_cl.inference.self_replay import with_sampled_text
+
+        plan = replace(plan, config=with_sampled_text(plan.config, plan.config.replay))
     _start(plan, folder)
 
 

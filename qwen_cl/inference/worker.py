@@ -14,8 +14,10 @@ from rich.console import Console
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.file import load_config
+from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
+from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.data.named_sets import read_sets, score_set
 from qwen_cl.inference.child import report_mistake
 from qwen_cl.inference.generate import prompts_of
@@ -50,6 +52,10 @@ def work(config: RunConfig) -> None:
     """Does what the task says; ``config`` has its device settled (``subject.settle``)."""
     if isinstance(config.task, GenerateConfig):
         _generate(config, config.task)
+    elif isinstance(config.replay, GeneratedReplayConfig) and isinstance(config.task, TrainingConfig):
+        from qwen_cl.inference.self_replay import sample_text
+
+        sample_text(config, config.replay)
     else:
         assert isinstance(config.task, EvaluateConfig)
         _evaluate(config, config.task)

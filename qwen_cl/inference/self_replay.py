@@ -1,0 +1,113 @@
+"""Text that the base model itself writes, to be replayed: sampled once, and kept by what it was sampled from.
+
+Self-generated replay stands in for the data a model was trained on where nobody has it (arXiv 2403.01244).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.inference.child import run_child
+from qwen_cl.inference.subject import find_model, write_whole
+from qwen_cl.source.fingerprint import fingerprint
+from qwen_cl.source.reference import local_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SET = "generated"
+LEAST_CHARACTERS = 20
+"""Of a sampled text; some begin with an end-of-text, and are none."""
+
+
+def with_sampled_text(config: RunConfig, replay: GeneratedReplayConfig) -> RunConfig:
+    """The config with a file of sampled text for its replay; samples it where it is not there yet. ``config`` is
+    settled, and its model's weights are present.
+
+    Raises:
+        UserError: the cache cannot be written to.
+        RunFailed: the process that samples died.
+    """
+    path = sampled_file(config, replay)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be made: {error.strerror}; set QWEN_CL_CACHE to another place"
+        ) from error
+    with FileLock(f"{path}.lock"):  # another run may be sampling the same
+        if not path.exists():
+            run_child(config, "the sampling of text to replay")
+    return replace(config, replay=FileReplayConfig(share=replay.share, sets={SET: str(path)}, weights={}))
+
+
+def sampled_file(config: RunConfig, replay: GeneratedReplayConfig) -> Path:
+    """Named by the model's commit (or its files' fingerprint), the seed, and how it is sampled."""
+    source = config.model.source
+    model = source if source.startswith("hf://") else fingerprint(local_directory(source))
+    how = {name: value for name, value in asdict(replay).items() if name not in ("share", "batch_size")}
+    key = hashlib.sha256(json.dumps([model, config.seed, how], sort_keys=True).encode()).hexdigest()
+    home = os.environ.get("QWEN_CL_CACHE") or "~/.cache/qwen_cl"
+    return Path(os.path.expanduser(home)).absolute() / "replay" / f"{key}.jsonl"  # noqa: PTH111 - Path's raises
+
+
+def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:
+    """In the child, which has torch: writes the file whole or not at all."""
+    from qwen_cl.inference.model import load_model
+
+    subject = find_model(config.model)
+    model = load_model(subject, config.cluster)
+    tokenizer = subject.tokenizer()
+    texts, tokens = [], 0
+    for text, count in _samples(model, tokenizer, replay, config.seed):
+        tokens += count
+        if len(text.strip()) >= LEAST_CHARACTERS:
+            texts.append(text)
+        print(f"\rsampling text to replay: {min(tokens, replay.tokens):,} of {replay.tokens:,} tokens", end="")
+    print(flush=True)
+    if not texts:
+        raise UserError(
+            f"{subject.label} writes nothing by itself (replay.temperature {replay.temperature:g}, replay.max_length "
+            f"{replay.max_length}); replay text of your own with replay=files"
+        )
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    write_whole(sampled_file(config, replay), "".join(lines))
+
+
+def _samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replay: GeneratedReplayConfig, seed: int
+) -> Any:
+    """Texts with their numbers of tokens, until there are enough; each from the start of a document."""
+    import torch
+    from transformers import GenerationConfig
+
+    torch.manual_seed(seed)
+    eos = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=replay.temperature,
+        top_p=replay.top_p,
+        top_k=0,
+        max_new_tokens=replay.max_length,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    start = torch.full((replay.batch_size, 1), eos, device=model.device)
+    tokens = 0
+    while tokens < replay.tokens:
+        with torch.no_grad():
+            produced = model.generate(input_ids=start, attention_mask=torch.ones_like(start))
+        for row in produced[:, 1:].tolist():
+            kept = row[: row.index(eos)] if eos in row else row
+            tokens += len(kept) + 1
+            yield tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False), len(kept) + 1
