@@ -218,6 +218,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "temperature": (["replay=generated", "replay.temperature=0"], r"replay\.temperature \(0\.0\) must be above 0"),
     "top_p": (["replay=generated", "replay.top_p=1.1"], r"replay\.top_p \(1\.1\) must be at most 1"),
     "max_length": (["replay=generated", "replay.max_length=1"], r"replay\.max_length \(1\) must be at least 2"),
+    "random tokens": (
+        ["replay=demo", "data=mock"],
+        r"replay\.share \(0\.25\) would change nothing with data=mock, which is random tokens alone; write replay=none",
+    ),
     "no sets": (["replay=files", "replay.sets={}"], r"replay\.sets is empty; write .*, or replay=none"),
     "replay's name": (["replay=files", "replay.sets={a b: x.jsonl}"], r"replay\.sets: 'a b' must be letters, digits"),
     "retention's name": (["retention=files", "retention.sets={_old: x}"], r"retention\.sets: '_old' must be letters"),

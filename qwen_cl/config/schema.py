@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from urllib.parse import urlsplit
 
-from qwen_cl.config.data import DataConfig
+from qwen_cl.config.data import DataConfig, MockDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.forgetting import ReplayConfig, RetentionConfig
+from qwen_cl.config.forgetting import MixedReplayConfig, ReplayConfig, RetentionConfig
 from qwen_cl.config.rules import require
 from qwen_cl.config.tasks import TaskConfig, TrainingConfig
 
@@ -203,6 +203,11 @@ class RunConfig:
             raise UserError(
                 f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of task.micro_batch_size "
                 f"({self.task.micro_batch_size}) x data_parallel ({self.cluster.data_parallel}) = {per_pass}"
+            )
+        if isinstance(self.replay, MixedReplayConfig) and isinstance(self.data, MockDataConfig):
+            raise UserError(
+                f"replay.share ({self.replay.share:g}) would change nothing with data=mock, which is random tokens "
+                "alone; write replay=none, or choose other data"
             )
 
     @property
