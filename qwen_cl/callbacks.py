@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from nemo import lightning as nl
 
+from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
@@ -137,10 +138,7 @@ def require_finite(trainer: pl.Trainer) -> None:
     for name, key in (("loss", "reduced_train_loss"), ("gradient norm", "grad_norm")):
         value = float(trainer.callback_metrics.get(key, 0.0))
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"training {name} is {value} at step {trainer.global_step}; lower lr or task.clip_grad, or raise "
-                "task.warmup_steps (the newest checkpoint is from before)"
-            )
+            raise FloatingPointError(f"training {name} is {value} at step {trainer.global_step}; {NOT_FINITE_ADVICE}")
 
 
 def peak_memory_gib() -> float:

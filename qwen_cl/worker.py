@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.store import register_schemas
@@ -19,6 +21,9 @@ from qwen_cl.stop import Preempted, StopRequest
 
 if TYPE_CHECKING:
     import nemo_run
+
+MEGATRON_NOT_FINITE = re.compile(r"Unexpected result (\w+) \(message='found (?:NaN|Inf) in local grad norm")
+"""It looks at every gradient before the step, and names its bucket."""
 
 
 def main(directory: str) -> int:
@@ -93,6 +98,8 @@ def _finish(folder: RunFolder, state: State, reason: str | None) -> None:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
+    if found := MEGATRON_NOT_FINITE.search(text):
+        return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
     fix = "; lower task.micro_batch_size or task.sequence_length" if type(error).__name__ == "OutOfMemoryError" else ""
     return f"{type(error).__name__}: {text[:500]}{fix}"
 

@@ -50,15 +50,29 @@ def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
-@pytest.fixture(scope="session")
-def trained(shared_directory: Path) -> Iterator[Launched]:
-    """The README's main command, run once: the tiny model, the demo data, LoRA."""
-    directory, record = shared_directory / "trained" / "run", shared_directory / "trained.txt"
+@pytest.fixture(scope="session", autouse=True)
+def cache(shared_directory: Path) -> Iterator[None]:
+    """What runs keep for later ones lies with the tests' own files, and not in the home of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "QWEN_CL_CACHE" not in os.environ:
+            patch.setenv("QWEN_CL_CACHE", str(shared_directory / "cache"))
+        yield
+
+
+def launch_once(shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Launched:
+    """A run that several tests look at: the first that asks starts it, in whatever process of the session it is."""
+    directory, record = shared / name / "run", shared / f"{name}.txt"
     directory.parent.mkdir(exist_ok=True)
     with FileLock(f"{record}.lock"):
         if not record.exists():
-            without_key = {"WANDB_API_KEY": "", "NETRC": str(shared_directory / "no-netrc")}
-            done = launch(directory=directory, environment=without_key)
+            done = launch(*arguments, directory=directory, environment=environment)
             record.write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}", encoding="utf-8")
     returncode, stdout, stderr = record.read_text(encoding="utf-8").split("\0")
-    yield Launched(int(returncode), stdout, stderr, RunFolder(directory))
+    return Launched(int(returncode), stdout, stderr, RunFolder(directory))
+
+
+@pytest.fixture(scope="session")
+def trained(shared_directory: Path) -> Launched:
+    """The README's main command, run once: the tiny model, the demo data, LoRA."""
+    without_key = {"WANDB_API_KEY": "", "NETRC": str(shared_directory / "no-netrc")}
+    return launch_once(shared_directory, "trained", environment=without_key)

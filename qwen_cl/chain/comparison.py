@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen_cl.chain.stages import Stage
-from qwen_cl.continual.report import TARGET, Curve, draw_comparison, read_curves
+from qwen_cl.continual.report import BITS, TARGET, Curve, draw_comparison, read_curves
 from qwen_cl.view import read_metrics
 
 NAME_WIDTH = 18
@@ -55,7 +55,8 @@ def _print_table(changes: Sequence[Change], curves: dict[str, list[Curve]], cons
         of_stage = {change.set: change for change in changes if change.stage == name}
         cells = "".join(_cell(of_stage.get(name)) for name in sets)
         console.print(name.ljust(width) + cells, highlight=False, soft_wrap=True, markup=False)
-    console.print("Bits per byte before and after each stage; lower is better.\n", highlight=False)
+    unit = "Bits per byte" if all(change.unit == BITS for change in changes) else "Bits per byte, or loss without text,"
+    console.print(f"{unit} before and after each stage; lower is better.\n", highlight=False)
 
 
 def _cell(change: Change | None) -> str:

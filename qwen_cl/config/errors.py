@@ -16,6 +16,8 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+NOT_FINITE_ADVICE = "lower lr or task.clip_grad, or raise task.warmup_steps (the newest checkpoint is from before)"
+
 
 class UserError(Exception):
     """A mistake in the input: says key or file, value, rule and fix. Nothing was started or written."""

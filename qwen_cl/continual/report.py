@@ -56,7 +56,8 @@ def draw_report(records: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def draw_comparison(runs: dict[str, list[Curve]], title: str, path: Path) -> None:
     """Three panels for several runs by name: the target by step, what should be kept by step, one against the other."""
-    if not any(runs.values()):
+    runs = {name: curves for name, curves in runs.items() if curves}
+    if not runs:
         return
     from matplotlib.figure import Figure
 

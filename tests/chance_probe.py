@@ -1,0 +1,37 @@
+"""A run's worker that takes every model for a large one, which is not compared with transformers.
+
+``python tests/chance_probe.py RUN_DIRECTORY``. Megatron does not look at the gradients either, so that a step is taken
+after which nothing is a number.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from qwen_cl import worker
+
+
+def main(directory: str) -> int:
+    build: Any = worker.load_recipe
+
+    def load_recipe(*arguments: Any) -> Any:
+        import nemo_run as run
+        from megatron.core.distributed import DistributedDataParallelConfig
+
+        from qwen_cl import recipe
+
+        vars(recipe)["VERIFIED_PARAMETERS"] = 0
+        built = build(*arguments)
+        unwatched = run.Config(
+            DistributedDataParallelConfig, check_for_nan_in_grad=False, use_distributed_optimizer=True
+        )
+        built.trainer.strategy.ddp = unwatched
+        return built
+
+    vars(worker)["load_recipe"] = load_recipe
+    return worker.main(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

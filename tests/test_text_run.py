@@ -1,0 +1,297 @@
+"""Raw text, and text that the model writes itself: prepared once, held out by document, mixed in its share."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.file import load_config
+from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.store import register_schemas
+from qwen_cl.data.corpus import target
+from qwen_cl.data.corpus.cache import Corpus, Counts
+from qwen_cl.data.corpus.reader import read_bounds, read_ids
+from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.corpus.target import TextTarget, overlap_shares
+from qwen_cl.data.examples import Example
+from qwen_cl.data.mixing import Mixture
+from qwen_cl.inference.self_replay import sampled_file, with_sampled_text
+from qwen_cl.plan import make_plan
+from tests.conftest import Launched, launch, launch_once
+from tests.models import save_random_model
+from tests.reference_loss import Reference
+from tests.test_config import compose_run
+from tests.test_forgetting import demo_rows
+
+LENGTH, STEPS, BATCH, SEED, SHARE = 64, 4, 4, 5, 0.25
+DOCUMENTS = 20
+REPLAY = ["replay=generated", "replay.share=0.4", "replay.tokens=400", "replay.max_length=32", "replay.batch_size=8"]
+
+
+def write_corpus(path: Path) -> list[str]:
+    """Two documents stand in it twice: one of them validates, its copy trains."""
+    texts = [row["text"] for row in demo_rows("text.train.jsonl", DOCUMENTS)]
+    trained, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    texts[trained[0]] = texts[measured[1]]
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    return texts
+
+
+@dataclass(frozen=True)
+class TextRun:
+    run: Launched
+    command: list[str]
+    texts: list[str]
+    reference: Reference
+
+    @property
+    def config(self) -> RunConfig:
+        register_schemas()
+        return load_config(self.run.folder.config)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.run.folder.metrics_file.read_text().splitlines()]
+
+    @property
+    def sampled(self) -> Path:
+        assert isinstance(self.config.replay, FileReplayConfig)
+        return Path(self.config.replay.sets["generated"])
+
+    def before_sampling(self) -> tuple[RunConfig, GeneratedReplayConfig]:
+        """Settled as the run's own, but with the replay that was asked for."""
+        asked = compose_run(*self.command).replay
+        assert isinstance(asked, GeneratedReplayConfig)
+        return replace(self.config, replay=asked), asked
+
+
+@pytest.fixture(scope="module")
+def text_run(shared_directory: Path) -> TextRun:
+    place = shared_directory / "text-inputs"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            place.mkdir()
+            save_random_model(place / "model", heads=2, kv_groups=1, layers=2, vocab_size=1537, tied=True)
+            write_corpus(place / "texts.jsonl.gz")
+    with gzip.open(place / "texts.jsonl.gz", "rt", encoding="utf-8") as stream:
+        texts = [json.loads(line)["text"] for line in stream]
+    command = [
+        "task=pretrain",
+        "model=local",
+        f"model.source={place / 'model'}",
+        "peft=none",
+        "data=text",
+        f"data.path={place / 'texts.jsonl.gz'}",
+        f"data.validation_share={SHARE}",
+        "data.workers=1",
+        *REPLAY,
+        "retention=none",
+        "cluster.accelerator=cpu",
+        "wandb.mode=disabled",
+        f"seed={SEED}",
+        f"task.max_steps={STEPS}",
+        f"task.global_batch_size={BATCH}",
+        "task.micro_batch_size=2",
+        f"task.sequence_length={LENGTH}",
+        "task.lr_schedule=constant",
+        "task.warmup_steps=1",
+        "lr=1e-3",
+    ]
+    run = launch_once(shared_directory, "text", *command, "data.allow_overlap=true")
+    assert run.returncode == 0, run.stderr + run.stdout
+    return TextRun(run, command, texts, Reference.load(place / "model"))
+
+
+def split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The rule of held_out, spelled out: the documents with the smallest numbers validate."""
+    numbers = np.random.PCG64(SEED).random_raw(len(texts))
+    smallest = set(np.argsort(numbers)[: round(SHARE * len(texts))].tolist())
+    return [text for number, text in enumerate(texts) if number not in smallest], [
+        text for number, text in enumerate(texts) if number in smallest
+    ]
+
+
+def test_it_is_measured_on_the_documents_held_out(text_run: TextRun) -> None:
+    _, measured = split(text_run.texts)
+    assert len(measured) == 5
+    sequences = text_run.reference.text_sequences(measured, LENGTH)
+    (first,) = (record for record in text_run.records if record["step"] == 0)
+    assert first["val/tokens"] == sum(len(ids) - 1 for ids in sequences)
+    assert first["val/loss"] == pytest.approx(text_run.reference.loss(sequences), abs=1e-4)
+    num_bytes = sum(len(text.encode()) for text in measured)
+    expected = text_run.reference.bits_per_byte(sequences, num_bytes)
+    assert first["val/bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+    assert not any(key.startswith("retention/") for record in text_run.records for key in record)
+
+
+def test_it_trains_on_the_other_documents_and_on_what_the_model_wrote(text_run: TextRun) -> None:
+    trained, _ = split(text_run.texts)
+    written = [json.loads(line)["text"] for line in text_run.sampled.read_text(encoding="utf-8").splitlines()]
+    sets = [
+        [Example(ids, ((1, len(ids)),)) for ids in text_run.reference.text_sequences(texts, LENGTH)]
+        for texts in (trained, written)
+    ]
+    mixture = Mixture(sets, [0.6, 0.4], num_samples=STEPS * BATCH, seed=SEED)
+    for step in range(1, STEPS + 1):
+        seen = range((step - 1) * BATCH, step * BATCH)
+        (tokens,) = (record["tokens"] for record in text_run.records if record["step"] == step and "tokens" in record)
+        assert tokens == sum(mixture[index].num_labels for index in range(step * BATCH))
+        if step == 1:
+            assert {mixture.place(index)[0] for index in seen} == {0, 1}
+            expected = text_run.reference.loss([mixture[index].ids for index in seen])
+            (loss,) = (record["train/loss"] for record in text_run.records if record.get("tokens") == tokens)
+            assert loss == pytest.approx(expected, abs=1e-4)
+    replayed = sum(mixture[index].num_labels for index in range(len(mixture)) if mixture.place(index)[0] == 1)
+    everything = sum(mixture[index].num_labels for index in range(len(mixture)))
+    assert abs(replayed - 0.4 * everything) <= LENGTH
+
+
+def test_a_constant_learning_rate_stays_where_it_was_warmed_up_to(text_run: TextRun) -> None:
+    used = [record["optim/lr"] for record in text_run.records if "optim/lr" in record]
+    assert used == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3], rel=1e-6)
+
+
+def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None:
+    trained, measured = split(text_run.texts)
+    counts = [sum(len(text_run.reference.ids(text)) + 1 for text in texts) for texts in (trained, measured)]
+    assert f"{'training text':>18}  15 documents, {counts[0]:,} tokens; median " in text_run.run.stdout
+    assert f"5 documents of {counts[1]:,} tokens validate\n" in text_run.run.stdout
+    plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
+    assert text_run.run.folder.status()["data_hash"] == TextTarget.parse(plain).content
+    assert text_run.config.replay == FileReplayConfig(share=0.4, sets={"generated": str(text_run.sampled)}, weights={})
+
+
+def test_text_is_sampled_once(text_run: TextRun, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in text_run.sampled.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 5
+    assert all(list(row) == ["text"] and len(row["text"].strip()) >= 20 for row in rows)
+    assert "sampling text to replay: 400 of 400 tokens" in text_run.run.stdout
+    config, replay = text_run.before_sampling()
+    before = text_run.sampled.stat().st_mtime_ns
+    assert with_sampled_text(config, replay).replay == text_run.config.replay
+    assert text_run.sampled.stat().st_mtime_ns == before
+    assert "sampling" not in capfd.readouterr().out
+
+
+def test_text_sampled_another_way_is_another_file(text_run: TextRun) -> None:
+    config, replay = text_run.before_sampling()
+    assert sampled_file(config, replay) == text_run.sampled
+    others = [
+        sampled_file(replace(config, seed=SEED + 1), replay),
+        sampled_file(config, replace(replay, temperature=0.9)),
+        sampled_file(config, replace(replay, tokens=401)),
+        sampled_file(config, replace(replay, max_length=33)),
+        sampled_file(config, replace(replay, top_p=0.5)),
+        sampled_file(replace(config, model=replace(config.model, source=f"hf://org/name@{'a' * 40}")), replay),
+    ]
+    assert len({text_run.sampled, *others}) == 7
+    assert sampled_file(config, replace(replay, share=0.1)) == text_run.sampled
+
+
+def test_a_cache_that_cannot_be_made_is_refused(
+    text_run: TextRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWEN_CL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"/file/replay cannot be made: .*; set QWEN_CL_CACHE to another place$"):
+        with_sampled_text(*text_run.before_sampling())
+
+
+def test_documents_that_validate_and_train_are_refused(text_run: TextRun, tmp_path: Path) -> None:
+    _, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    done = launch(*text_run.command, directory=tmp_path / "outputs/run")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "data.path: of the 5 documents that validate, 1 are in the training text too, with more than half of their "
+        f"13-token pieces; the first is document {measured[1] + 1} (100%). Their loss would show what was learnt by "
+        "heart: remove the copies, or write data.allow_overlap=true"
+    )
+    assert not (tmp_path / "outputs/run").exists()
+
+
+def test_raw_text_is_for_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    message = r"^data=text is raw text, for task=pretrain; task=finetune takes data=jsonl$"
+    with pytest.raises(UserError, match=message):
+        make_plan(compose_run("task=finetune", "data=text", f"data.path='{tmp_path / 'a.txt'}'"))
+
+
+def test_a_dry_run_tokenises_nothing(text_run: TextRun, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    done = launch(
+        *text_run.command, "dry_run=true", directory=tmp_path / "run", environment={"QWEN_CL_CACHE": str(cache)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "target='tokenised when the run starts'" in done.stdout
+    assert not cache.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def write_indexed(prefix: Path, documents: list[list[int]]) -> Corpus:
+    """As Megatron would, with its own builder."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for ids in documents:
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    counts = Counts(documents=len(documents), tokens=sum(map(len, documents)), blank=0, largest_id=0)
+    return Corpus(prefix=str(prefix), content="", counts=counts, text_bytes_file=None)
+
+
+END = 99
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("vocabulary", [2, 90])
+def test_overlap_is_counted_as_sets_of_tuples_count_it(
+    chunk: int, vocabulary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(chunk)
+    documents = [random.integers(0, vocabulary, int(random.integers(1, 60))).tolist() for _ in range(40)]
+    measured = np.arange(0, 40, 3)
+    for number in measured[:-1]:  # a part of it within one that is trained on, and now and then of one measured too
+        documents[number + int(random.integers(1, 4))][3:3] = documents[number][: int(random.integers(1, 60))]
+    corpus = write_indexed(tmp_path / "corpus", [[*ids, END] for ids in documents])
+    trained = np.setdiff1d(np.arange(40), measured)
+    monkeypatch.setattr(target, "CHUNK", chunk)
+    shares = overlap_shares((corpus, trained), (corpus, measured))
+
+    def grams(number: int) -> list[tuple[int, ...]]:
+        ids = documents[number]
+        return [tuple(ids[start : start + 13]) for start in range(len(ids) - 12)]
+
+    known = {gram for number in trained for gram in grams(number)}
+    expected = [
+        sum(gram in known for gram in grams(number)) / len(grams(number)) if grams(number) else 0.0
+        for number in measured
+    ]
+    assert shares.tolist() == pytest.approx(expected)
+    assert 0 in expected
+    assert max(expected) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_the_launcher_reads_an_indexed_dataset_as_megatron_does(dtype: str, tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    documents = [[[1, 2, 3], [4]], [[5, 6]], [[7], [8], [9, 10]]]  # of several sequences too
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(dtype).type)
+    for document in documents:
+        builder.add_document(torch.tensor([token for ids in document for token in ids]), [len(ids) for ids in document])
+    builder.finalize(str(tmp_path / "a.idx"))
+    prefix = str(tmp_path / "a")
+    assert read_ids(prefix).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert read_bounds(prefix).tolist() == [0, 4, 6, 10]
