@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from qwen_cl.chain.finished import is_finished, remember
+from qwen_cl.chain.stages import Stage
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import load_config
 from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.stages import StageConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.data.corpus import target
 from qwen_cl.data.corpus.cache import Corpus, Counts
@@ -26,6 +29,7 @@ from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
 from qwen_cl.inference.self_replay import sampled_file, with_sampled_text
 from qwen_cl.plan import make_plan
+from qwen_cl.run_folder import RunFolder
 from tests.conftest import Launched, launch, launch_once
 from tests.models import save_random_model
 from tests.reference_loss import Reference
@@ -217,6 +221,22 @@ def test_documents_that_validate_and_train_are_refused(text_run: TextRun, tmp_pa
         "heart: remove the copies, or write data.allow_overlap=true"
     )
     assert not (tmp_path / "outputs/run").exists()
+
+
+def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
+    text_run: TextRun, tmp_path: Path
+) -> None:
+    path = tmp_path / "texts.jsonl.gz"
+    path.write_bytes(Path(text_run.command[5].removeprefix("data.path=")).read_bytes())
+    config = compose_run(*text_run.command[:5], f"data.path={path}", *text_run.command[6:])
+    said = StageConfig(name="text", start_from=None, overrides=[], teaches=[])
+    stage = Stage(1, said, None, RunFolder(tmp_path / "stage"), [], config, make_plan(config))
+    remember(stage)
+    stage.folder.update_status(**text_run.run.folder.status())
+    assert is_finished(stage)
+    path.write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    with pytest.raises(UserError, match="stage text was completed with something else: the content of its data; say"):
+        is_finished(stage)
 
 
 def test_raw_text_is_for_pretraining(tmp_path: Path) -> None:

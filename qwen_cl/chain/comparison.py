@@ -56,7 +56,7 @@ def _print_table(changes: Sequence[Change], curves: dict[str, list[Curve]], cons
         cells = "".join(_cell(of_stage.get(name)) for name in sets)
         console.print(name.ljust(width) + cells, highlight=False, soft_wrap=True, markup=False)
     unit = "Bits per byte" if all(change.unit == BITS for change in changes) else "Bits per byte, or loss without text,"
-    console.print(f"{unit} before and after each stage; lower is better.\n", highlight=False)
+    console.print(f"{unit} before and after each stage; lower is better.\n", highlight=False, soft_wrap=True)
 
 
 def _cell(change: Change | None) -> str:

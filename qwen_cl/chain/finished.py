@@ -7,8 +7,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from qwen_cl.chain.stages import Stage
+from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config, to_plain
+from qwen_cl.data.corpus.target import text_content
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"
@@ -31,7 +33,7 @@ def is_finished(stage: Stage) -> bool:
         for key in sorted(then.keys() | now.keys())
         if not key.startswith(OF_NO_CONSEQUENCE) and then.get(key) != now.get(key)
     ]
-    if status.get("data_hash") != stage.plan.data_hash:
+    if status.get("data_hash") != _data_hash(stage):
         differing.append("the content of its data")
     if differing:
         raise UserError(
@@ -63,6 +65,12 @@ def move_aside(stage: Stage) -> None:
         number += 1
     directory.rename(aside)
     print(f"what there was of stage {stage.name} is in {aside}")
+
+
+def _data_hash(stage: Stage) -> str | None:
+    """A plan knows nothing of raw text before it is tokenised."""
+    data = stage.config.data
+    return text_content(data) if isinstance(data, TextDataConfig) else stage.plan.data_hash
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:

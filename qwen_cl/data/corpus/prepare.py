@@ -93,6 +93,11 @@ def prepare_corpus(
     return corpus
 
 
+def source_content(source: TextSource, *, cache: str | None) -> str:
+    """``Corpus.content`` as it is now, without tokenising."""
+    return _identify(source, cache_directory(cache)).content
+
+
 def make_order(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, *, workers: int | None, cache: str | None
 ) -> Order:

@@ -15,7 +15,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus, Counts
 from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.data.corpus.prepare import prepare_corpus
+from qwen_cl.data.corpus.prepare import prepare_corpus, source_content
 from qwen_cl.data.corpus.reader import read_bounds, read_ids
 from qwen_cl.data.corpus.split import held_out
 
@@ -69,18 +69,20 @@ def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokeniz
         RunFailed: the process that tokenises died.
     """
 
-    def prepared(key: str, path: str, split: str) -> Corpus:
-        source = TextSource(key=key, path=path, text_field=data.text_field, split=split, subset=data.subset)
-        return prepare_corpus(source, tokenizer, vocab_size, workers=data.workers, cache=data.cache)
-
-    train = prepared("data.path", data.path, data.split)
-    validation = None
-    if data.validation_path is not None:
-        validation = prepared("data.validation_path", data.validation_path, data.validation_split)
+    corpora = [
+        prepare_corpus(source, tokenizer, vocab_size, workers=data.workers, cache=data.cache)
+        for source in _sources(data)
+    ]
+    train, validation = corpora if len(corpora) == 2 else (corpora[0], None)
     target = TextTarget(train=train, validation=validation, validation_share=data.validation_share, seed=seed)
     if not data.allow_overlap:
         _refuse_overlap(target)
     return target
+
+
+def text_content(data: TextDataConfig) -> str:
+    """``TextTarget.content`` of what is there now, without tokenising it."""
+    return "".join(source_content(source, cache=data.cache) for source in _sources(data))
 
 
 def save_target(target: TextTarget, path: Path) -> None:
@@ -96,6 +98,17 @@ def summarise(target: TextTarget) -> list[tuple[str, str]]:
     lines = [("training text", f"{text}, longest {int(sizes.max()):,}")]
     lines.append(("", f"{len(measured):,} documents of {kept:,} tokens validate"))
     return lines
+
+
+def _sources(data: TextDataConfig) -> list[TextSource]:
+    """What trains, and what validates where that is a text of its own."""
+    named = [("data.path", data.path, data.split)]
+    if data.validation_path is not None:
+        named.append(("data.validation_path", data.validation_path, data.validation_split))
+    return [
+        TextSource(key=key, path=path, text_field=data.text_field, split=split, subset=data.subset)
+        for key, path, split in named
+    ]
 
 
 def _refuse_overlap(target: TextTarget) -> None:
