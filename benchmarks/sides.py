@@ -215,7 +215,7 @@ def _run_config(model: Path, device: str) -> Any:
 
     register_schemas()
     accelerator = "gpu" if device == "cuda" else "cpu"
-    overrides = ["model=local", f"model.source='{model}'", f"cluster.accelerator={accelerator}"]
+    overrides = ["model=local", f"model.source='{model}'", f"cluster.accelerator={accelerator}", "data=mock"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_object(compose("config", overrides))
 

@@ -66,6 +66,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
     callbacks = [
         run.Config(Seed, seed=config.seed),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
+        *_verification(config, architecture, output_dir),
         run.Config(
             RunRecorder,
             output_dir=str(output_dir),
@@ -73,7 +74,6 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             val_check_interval=task.val_check_interval,
         ),
     ]
-    callbacks += _verification(config, architecture, output_dir)
     if isinstance(config.peft, LoraConfig):
         callbacks.append(
             run.Config(
@@ -120,7 +120,8 @@ def _verification(config: RunConfig, architecture: Architecture, output_dir: Pat
     small = count_parameters(expected_shapes(architecture)) <= VERIFIED_PARAMETERS
     readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers
     if mode is VerifyMode.logits or (small and readable):
-        return [run.Config(VerifyLogits, source=config.model.source, output_dir=str(output_dir))]
+        precision = config.cluster.precision.value
+        return [run.Config(VerifyLogits, config.model.source, str(output_dir), precision)]
     return [] if small else [run.Config(RefuseChance, vocab_size=architecture.vocab_size)]
 
 

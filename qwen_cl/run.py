@@ -24,6 +24,7 @@ from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
 from qwen_cl.data.corpus.target import save_target, summarise
 from qwen_cl.data.report_text import report_page, summary
+from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
@@ -145,11 +146,20 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         model_commit=plan.model.commit,
         model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
         data_hash=plan.data_hash,
+        trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
         git_commit=git_commit(ROOT),
         versions=versions(),
         device=plan.device.name,
     )
+
+
+def _trainable_parameters(plan: Plan) -> int:
+    config = plan.config
+    estimate = estimate_memory(
+        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision
+    )
+    return estimate.trainable_parameters
 
 
 def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:

@@ -76,7 +76,7 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", "one\ntwo é".encode("latin-1"), "{path}:2: byte 0xe9 at column 5 is not UTF-8; convert the file"),
-        ("a.txt.gz", gzip.compress(b"\xff"), "{path}:1: byte 0xff at column 1 is not UTF-8"),
+        ("a.txt.gz", gzip.compress(b"\xff", mtime=0), "{path}:1: byte 0xff at column 1 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'{"text": "\xe9"}\n', "{path}:2: byte 0xe9 at column 11 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'\n{"text": \n', "{path}:3: not JSON (Expecting value at column 10)"),
         ("a.jsonl", b'["x"]\n', "{path}:1: list where an object with text must be"),
@@ -85,7 +85,11 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is NoneType, it must be a string"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "{path}:1: field 'text' holds half of a surrogate pair"),
         ("a.jsonl.zst", zstd(json_lines(TEXTS))[:-9], "{path}: damaged zstd: Truncated compressed stream; fetch or"),
-        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS))[:-9], "{path}: damaged gzip: Truncated compressed stream"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(json_lines(TEXTS), mtime=0)[:-9],
+            "{path}: damaged gzip: Truncated compressed stream",
+        ),
         ("a.jsonl.gz", json_lines(TEXTS), "{path}: damaged gzip: zlib inflate failed: incorrect header check"),
         ("a.parquet", json_lines(TEXTS), "{path} cannot be read as Parquet: Parquet magic bytes not found"),
         ("a.csv", b"text\n", "data.path: {path} is of an unknown format; known are .txt, .jsonl, .ndjson or .json"),
