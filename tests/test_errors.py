@@ -42,8 +42,8 @@ def refuse(*arguments: str, directory: Path) -> str:
         ("task.micro_batch_size=3", "must be a multiple of task.micro_batch_size (3) x data_parallel (1) = 3"),
         ("cluster.tensor_parallel=2", "must divide the number of processes (1); set cluster.devices"),
         (
-            "cluster.accelerator=cpu cluster.devices=4 cluster.tensor_parallel=4",
-            "cluster.tensor_parallel (4) must divide the model's KV groups (2); this model allows 1, 2",
+            "cluster.accelerator=cpu cluster.devices=3 cluster.tensor_parallel=3 task.micro_batch_size=4",
+            "cluster.tensor_parallel (3) must divide the model's KV groups (2); this model allows 1, 2",
         ),
         ("cluster.devices=64 task.global_batch_size=512", "cluster.devices (64) is more than the"),
         ("model=local model.source=/nope", "model.source (/nope) is not a directory"),
