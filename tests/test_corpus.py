@@ -234,7 +234,7 @@ def write_indexed(prefix: Path, documents: list[list[list[int]]], dtype: Any = n
     builder.finalize(f"{prefix}.idx")
 
 
-EOS = 1514
+EOS = 4074
 INDEXED = [[[5, 6, 7], [8, EOS]], [[9, EOS]], [[10], [11], [12, 13, EOS]]]
 
 
@@ -277,7 +277,7 @@ def test_ids_past_the_models_vocabulary_are_refused(vocabulary: int, fits: bool,
         (
             [[[5, EOS]], [[6, 7]]],
             None,
-            "): document 2 ends with id 7, not with this tokenizer's end-of-text (1514); in",
+            "): document 2 ends with id 7, not with this tokenizer's end-of-text (4074); in",
         ),
         ([[[5, -2, EOS]]], None, ") has a negative token id (-2); index it again"),
         (INDEXED, ("bin", -4, None), "): .bin and .idx do not fit each other, or hold no document; write both again"),

@@ -107,9 +107,9 @@ def test_texts_are_one_stream_in_which_every_token_counts_once(
     output = tmp_path / "evaluation.json"
     ask("task=evaluate", sets, "task.sequence_length=64", "task.batch_size=3", f"task.output={output}")
     found = json.loads(output.read_text())
-    stream = [1514]
+    stream = [tokenizer.eos_token_id]
     for text in texts:
-        stream += [*tokenizer(text)["input_ids"], 1514]
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     total = sum(nats(base, stream[start : start + 65], 1) for start in range(0, len(stream) - 1, 64))
     num_bytes = sum(len(text.encode()) for text in texts)
     assert found["run"] is None
