@@ -58,7 +58,7 @@ def test_what_is_cut_is_counted() -> None:
     """Cut in the middle of the second row's answer, and before the third's."""
     rows: list[Row] = [
         pair("一?", "はい。"),
-        pair("一?", "青森県、秋田県、宮城県の三県を挙げます。"),
+        pair("一つ二つ三つ四つ?", "青森県、秋田県、宮城県の三県を挙げます。"),
         pair("長い" * 80, "はい。"),
     ]
     whole = list(build_examples(rows, tokenizer(), 4096))
@@ -155,7 +155,7 @@ def test_overlap_that_is_allowed_is_told() -> None:
 
 def test_a_run_leaves_its_report_and_prints_three_lines(trained: Launched) -> None:
     rows = demo_rows("instructions")[:320]
-    config = layout(micro_batch_size=2, seed=1234)
+    config = layout(micro_batch_size=2, seed=1234, sequence_length=512)
     found = describe(rows, tokenizer(), config, Overlap(40, 0, 0, None))
     record = json.loads(trained.folder.data_report_json.read_text(encoding="utf-8"))
     assert record == json.loads(json.dumps(asdict(found)))

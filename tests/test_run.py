@@ -126,5 +126,5 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)
     assert f"packing={not arguments}," in done.stdout
-    assert re.search(r"training set  320 rows, 27,\d{3} tokens, .*; median length", done.stdout)
+    assert re.search(r"training set  320 rows, 25,\d{3} tokens, .*; median length", done.stdout)
     assert not (tmp_path / "outputs/run").exists()

@@ -19,13 +19,13 @@ def main(directory: str) -> int:
         import nemo_run as run
 
         class ChangeOneWeight(pl.Callback):
-            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
                 parameters = dict(trainer.strategy.megatron_parallel.named_parameters())
                 name = next(name for name in parameters if name.endswith("layers.1.mlp.linear_fc2.to_wrap.weight"))
                 parameters[name].data[3] *= -1
 
         recipe = build(*arguments)
-        recipe.trainer.callbacks.append(run.Config(ChangeOneWeight))
+        recipe.trainer.callbacks.insert(0, run.Config(ChangeOneWeight))
         return recipe
 
     vars(worker)["load_recipe"] = load_recipe

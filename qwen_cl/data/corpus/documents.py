@@ -79,7 +79,7 @@ def _read_json_lines(file: InputFile, text_field: str) -> Iterator[Document]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 where = f"{file.path}:{number}"
-                text = take_text(parse_object(decode(line, where), where, text_field), text_field, where)
+                text = take_text(parse_object(decode(line, where).rstrip("\r\n"), where, text_field), text_field, where)
                 yield Document(text, where, position())
 
 
