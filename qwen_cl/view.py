@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qwen_cl.continual.report import BITS, LOSS, TARGET, read_curves
+from qwen_cl.continual.report import BITS, LOSS, read_curves
+from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder
 
 

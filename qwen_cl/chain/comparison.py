@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen_cl.chain.stages import Stage
-from qwen_cl.continual.report import BITS, TARGET, Curve, draw_comparison, read_curves
+from qwen_cl.continual.report import BITS, Curve, draw_comparison, read_curves
+from qwen_cl.data.named_sets import TARGET
 from qwen_cl.view import read_metrics
 
 NAME_WIDTH = 18

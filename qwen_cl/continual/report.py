@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TARGET = "val"
+from qwen_cl.data.named_sets import TARGET
+
 RETENTION = "retention/"
 BITS, LOSS = "bits_per_byte", "loss"
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TARGET = "val"
+"""What the metrics of the target's own validation set start with."""
+
+
 @dataclass(frozen=True, slots=True)
 class NamedSet:
     name: str

@@ -16,12 +16,9 @@ from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.target import TextTarget
 from qwen_cl.data.examples import Example
 from qwen_cl.data.module import Sets, TokenDataModule
-from qwen_cl.data.named_sets import NamedSet, ScoredSet, read_sets, score_set
+from qwen_cl.data.named_sets import TARGET, NamedSet, ScoredSet, read_sets, score_set
 from qwen_cl.data.packing import pack_examples
 from qwen_cl.data.rows import RowFiles, read_rows
-
-TARGET = "val"
-"""What the metrics of the target's own validation set start with."""
 
 
 class MixedDataModule(TokenDataModule):
@@ -118,4 +115,4 @@ class MockDataModule(TokenDataModule):
             return [Example(row.tolist(), ((1, len(row)),)) for row in random.integers(0, self.vocab_size, shape)]
 
         held_out = max(1, self.rows // 8)
-        return Sets([(examples(self.rows), 1.0)], [ScoredSet("val", examples(held_out), held_out, 0)])
+        return Sets([(examples(self.rows), 1.0)], [ScoredSet(TARGET, examples(held_out), held_out, 0)])
