@@ -61,6 +61,8 @@ def main() -> int:
         launch()
     except (HydraException, OmegaConfBaseException) as error:
         fail(UserError(explain(error)))
+    except (UserError, RunFailed) as error:  # of a sweep: a run says its own
+        fail(error)
     except OSError as error:
         fail(UserError(f"hydra.run.dir ({error.filename}) cannot be made: {error.strerror}; choose another folder"))
     except KeyboardInterrupt:

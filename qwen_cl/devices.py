@@ -72,10 +72,17 @@ def pick_device(cluster: ClusterConfig) -> Device:
     return Device(Accelerator.gpu, _precision(cluster, Precision.bf16), gpus[0].name, gpus[0].memory_bytes)
 
 
+def cpu_cores() -> int:
+    """Those this process may use."""
+    import psutil
+
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+
+
 def _cpu(cluster: ClusterConfig) -> Device:
     import psutil
 
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     if cluster.accelerator is Accelerator.auto and cluster.devices > cores:
         raise UserError(
             f"cluster.devices ({cluster.devices}) is more than the devices there are: no GPU, {cores} CPU cores; "

@@ -58,6 +58,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         RunPreempted: the run was asked to stop and did.
         RunFailed: it ended in any other way but COMPLETED, by its own record.
     """
+    killed_before = _out_of_memory_kills()
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
             worker_command(config.cluster, folder),
@@ -76,7 +77,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
     finally:
         kill_group(process)
     watch()
-    _judge(folder, process.returncode)
+    _judge(folder, process.returncode, out_of_memory=_out_of_memory_kills() > killed_before)
 
 
 def die_with_parent() -> None:
@@ -116,12 +117,24 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _judge(folder: RunFolder, returncode: int) -> None:
+def _out_of_memory_kills() -> int:
+    """How many processes the kernel has killed for want of memory; 0 where it does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _judge(folder: RunFolder, returncode: int, *, out_of_memory: bool) -> None:
     status = folder.status()
     if status.get("state") == State.RUNNING:  # it died without a word
         how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
         memory = " (out of memory?)" if returncode == -signal.SIGKILL else ""
-        folder.update_status(state=State.FAILED, reason=f"the worker was {how}{memory}", end=now())
+        if out_of_memory:
+            memory = "; the kernel was out of memory"
+        reason = f"the worker was {how}{memory}"
+        folder.update_status(state=State.FAILED, reason=reason, end=now(), worker_lost=not out_of_memory)
         status = folder.status()
     if status["state"] == State.PREEMPTED:
         raise RunPreempted(f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. {folder.directory}")

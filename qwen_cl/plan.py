@@ -11,7 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, ReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
-from qwen_cl.data.corpus.target import TextTarget, prepare_target
+from qwen_cl.data.corpus.target import TextTarget, prepare_target, text_content
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.named_sets import absolute_sets, read_sets
 from qwen_cl.data.normalisation import row_text
@@ -52,6 +52,11 @@ class Plan:
     def tokens_per_step(self) -> int:
         """At most: padding and short rows make it less."""
         return self.config.training.global_batch_size * self.config.training.sequence_length
+
+    def content(self) -> str | None:
+        """Hash of the data as it is now, also of raw text that is not tokenised yet."""
+        data = self.config.data
+        return text_content(data) if isinstance(data, TextDataConfig) else self.data_hash
 
 
 def make_plan(config: RunConfig) -> Plan:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from qwen_cl.config.errors import UserError
 
+CUT_OFF = ".cut-off-"
 VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", "transformers", "lightning", "wandb")
 
 
@@ -79,6 +80,21 @@ class RunFolder:
                     "remove it first"
                 )
             yield
+
+    def move_aside(self) -> Path | None:
+        """Before a run that was cut off starts again: nothing of it is deleted. Returns where it is now.
+
+        Raises:
+            UserError: it is still running.
+        """
+        if not self.directory.exists():
+            return None
+        with self.lock():
+            pass
+        number = 1
+        while (aside := self.directory.with_name(f"{self.directory.name}{CUT_OFF}{number}")).exists():
+            number += 1
+        return self.directory.rename(aside)
 
     def status(self) -> dict[str, Any]:
         """What the run last said of itself; empty before it said anything."""

@@ -14,6 +14,26 @@ from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder
 
 
+class MetricsTail:
+    """What was written to metrics.jsonl since the last look."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._offset = 0
+
+    def new_records(self) -> list[dict[str, Any]]:
+        try:
+            with self.folder.metrics_file.open("rb") as stream:
+                stream.seek(self._offset)
+                whole, _, _ = stream.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        if not whole:
+            return []
+        self._offset += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines()]
+
+
 class ProgressView:
     """Follows metrics.jsonl and status.json; on a pipe it prints a line at each tenth instead of a bar."""
 
@@ -21,7 +41,7 @@ class ProgressView:
         self.folder = folder
         self.max_steps = max_steps
         self.console = console
-        self._offset = 0
+        self._tail = MetricsTail(folder)
         self._phase = ""
         self._next_line = 0
         self._latest: dict[str, Any] = {}
@@ -48,7 +68,7 @@ class ProgressView:
         self._progress.stop()
 
     def update(self) -> None:
-        for record in self._new_records():
+        for record in self._tail.new_records():
             self._latest.update(record)
         phase = self.folder.status().get("phase", "starting")
         step = self._latest.get("step", 0)
@@ -65,18 +85,6 @@ class ProgressView:
         if "train/loss" in self._latest and step >= self._next_line:
             self._next_line = step + max(1, self.max_steps // 10)
             self.console.print(f"step {step}/{self.max_steps}  {text}", highlight=False)
-
-    def _new_records(self) -> list[dict[str, Any]]:
-        try:
-            with self.folder.metrics_file.open("rb") as stream:
-                stream.seek(self._offset)
-                whole, _, _ = stream.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return []
-        if not whole:
-            return []
-        self._offset += len(whole) + 1
-        return [json.loads(line) for line in whole.splitlines()]
 
 
 def _describe(latest: dict[str, Any]) -> str:

@@ -10,6 +10,9 @@ from omegaconf import OmegaConf
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
+OF_NO_CONSEQUENCE = ("name", "wandb.", "dry_run", "model.endpoint", "model.offline", "model.cache")
+"""What a run's result does not depend on; each is the beginning of a key."""
+
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
     """Plain values; each group says by ``type`` which of its schemas it is."""
@@ -32,3 +35,14 @@ def load_config(path: Path) -> RunConfig:
     for group, schemas in GROUPS.items():
         base[group] = OmegaConf.structured(schemas[plain[group].pop("type") + "_schema"])
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(base, plain)))
+
+
+def leaves_of_consequence(plain: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`to_plain` gave, by full key, without what does not change the result."""
+    return {key: value for key, value in _leaves(plain).items() if not key.startswith(OF_NO_CONSEQUENCE)}
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {name: leaf for part in value for name, leaf in _leaves(value[part], f"{key}.{part}".lstrip(".")).items()}

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, data, forgetting, schema, stages, tasks
+from qwen_cl.config import answers, data, forgetting, schema, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -40,11 +40,18 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 
 
+HYDRA_GROUPS: dict[str, dict[str, type]] = {
+    "hydra/launcher": {"processes_schema": sweep.LauncherConfig},
+    "hydra/sweeper": {"grid_schema": sweep.GridConfig},
+}
+"""How runs are started, which no run's config holds."""
+
+
 def register_schemas() -> None:
     """Idempotent; also defines ``${package_path:…}``, the path of a file shipped inside this package."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=schema.RunConfig)
-    for group, schemas in GROUPS.items():
+    for group, schemas in {**GROUPS, **HYDRA_GROUPS}.items():
         for name, node in schemas.items():
             store.store(group=group, name=name, node=_with_open_mappings(node))
     OmegaConf.register_new_resolver("package_path", lambda relative: str(PACKAGE / relative), replace=True)

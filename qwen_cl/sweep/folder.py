@@ -1,0 +1,56 @@
+"""A sweep's folder: one sweep at a time, and what an earlier one left there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.run_folder import State, remove_if_empty
+from qwen_cl.sweep.outcome import is_settled, settle
+from qwen_cl.sweep.processes import wait_for_the_end_of
+from qwen_cl.sweep.trial import Trial, read_records
+
+
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Hold the folder against other sweeps; the system lets go of it if this process dies.
+
+    Raises:
+        UserError: another sweep is using it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"hydra.sweep.dir ({directory}) is in use by another sweep; choose another folder, or wait for it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        remove_if_empty(directory)
+
+
+def wait_for_earlier_trials(directory: Path) -> None:
+    """Raises UserError where one does not end."""
+    for record in read_records(directory):
+        wait_for_the_end_of(directory / record["name"])
+
+
+def settled(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that an earlier sweep finished. Of the others, what died without a word gets its last one."""
+    done = []
+    for trial in trials:
+        status = trial.folder.status()
+        if status.get("state") == State.RUNNING:
+            with trial.folder.lock():
+                settle(trial.folder, "the sweep was killed")
+        elif is_settled(status):
+            done.append(trial)
+    return done

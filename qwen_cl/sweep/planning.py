@@ -1,0 +1,91 @@
+"""Every trial composed, typed and planned before the first one starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from qwen_cl.config.errors import UserError, explain, refuse_added_keys
+from qwen_cl.config.file import to_plain
+from qwen_cl.config.rules import override_key
+from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.tasks import TrainingConfig
+from qwen_cl.plan import Plan, fetch_weights, make_plan
+
+NOT_PLANNED = ("lr", "peft", "name", "wandb")
+"""What ``make_plan`` does not look at: trials that differ in nothing else share a plan."""
+Compose = Callable[[Sequence[str]], DictConfig]
+
+
+def composer(loader: ConfigLoader, master: DictConfig) -> Compose:
+    """Composes a trial's config from its overrides, as Hydra's own launcher would."""
+
+    def compose(overrides: Sequence[str]) -> DictConfig:
+        try:
+            config = loader.load_sweep_config(master, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
+        with read_write(config), open_dict(config):
+            del config["hydra"]
+        return config
+
+    return compose
+
+
+class Planner:
+    """Checks trials as a run alone would be checked, but what they have in common once."""
+
+    def __init__(self, compose: Compose) -> None:
+        self.compose = compose
+        self._plans: dict[str, Plan] = {}
+        self._fetched: set[str] = set()
+
+    def plan(self, overrides: Sequence[str], keys: Sequence[str]) -> Plan:
+        """Raises UserError, which says which trial it is by the ``keys`` that differ between them."""
+        try:
+            return self._plan(overrides)
+        except UserError as error:
+            said = [text for text in overrides if override_key(text) in keys]
+            raise UserError(f"trial {' '.join(said or overrides)}: {error}") from error
+
+    def fetch(self, plan: Plan) -> None:
+        """The model's weights, once for all trials. Raises UserError."""
+        if plan.model.source not in self._fetched:
+            fetch_weights(plan)
+            self._fetched.add(plan.model.source)
+
+    def _plan(self, overrides: Sequence[str]) -> Plan:
+        composed = self.compose(overrides)
+        try:
+            refuse_added_keys(composed)
+            config = cast(RunConfig, OmegaConf.to_object(composed))
+        except OmegaConfBaseException as error:
+            raise UserError(explain(error)) from error
+        _refuse_what_is_no_trial(config)
+        return self._plan_of(config)
+
+    def _plan_of(self, config: RunConfig) -> Plan:
+        leaves = {key: value for key, value in to_plain(config).items() if key not in NOT_PLANNED}
+        key = json.dumps(leaves, sort_keys=True)
+        if key not in self._plans:
+            self._plans[key] = make_plan(config)
+        shared = self._plans[key]
+        own = replace(shared.config, **{name: getattr(config, name) for name in NOT_PLANNED})
+        return replace(shared, config=own)
+
+
+def _refuse_what_is_no_trial(config: RunConfig) -> None:
+    if not isinstance(config.task, TrainingConfig):
+        raise UserError(
+            "a trial trains: task=finetune or task=pretrain; add hydra/launcher=basic to run other tasks one after "
+            "another, without a comparison"
+        )
+    if isinstance(config.cluster, SlurmConfig):
+        raise UserError("cluster=slurm cannot submit yet; run the sweep on this machine with cluster=local")

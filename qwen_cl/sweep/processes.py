@@ -1,0 +1,118 @@
+"""A trial's processes: started, asked to stop, and found again when the one that started them is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import quoted
+from qwen_cl.execute import ROOT, STOP_GRACE, die_with_parent
+from qwen_cl.sweep.slots import Slot
+from qwen_cl.sweep.trial import Trial
+
+LOG = "launch.log"
+"""In a trial's folder: what a run alone prints on the terminal."""
+MARK = "QWEN_CL_TRIAL"
+"""Environment of every process of a trial: its folder. They are found by it when their parents are gone."""
+SWEEP, TRIAL_NAME = "QWEN_CL_SWEEP", "QWEN_CL_TRIAL_NAME"
+"""For the dashboard: the sweep's folder, and the trial's name in it."""
+
+
+class TrialProcess:
+    """``python launch.py hydra.run.dir=FOLDER OVERRIDES`` on a slot, in a session of its own: what comes from the
+    terminal reaches it through us alone."""
+
+    def __init__(self, trial: Trial, slot: Slot, hydra_arguments: list[str]) -> None:
+        self.trial, self.slot = trial, slot
+        self.started = time.monotonic()
+        directory = trial.folder.directory
+        command = [sys.executable, str(ROOT / "launch.py"), *hydra_arguments]
+        command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides]
+        environment = {
+            **os.environ,
+            **slot.environment(trial.plan.config.cluster),
+            MARK: str(directory),
+            SWEEP: str(directory.parent),
+            TRIAL_NAME: trial.name,
+        }
+        with (directory / LOG).open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self.ended: float | None = None
+        """When it ended; what it started may take longer."""
+
+    def is_over(self) -> bool:
+        """It and all that it started. What outlives it for too long was asked to stop when it died, and is killed."""
+        if self.process.poll() is None:
+            return False
+        if self.ended is None:
+            self.ended = time.monotonic()
+        remaining = processes_of(self.trial.folder.directory)
+        if remaining and time.monotonic() - self.ended > STOP_GRACE:
+            kill(remaining)
+        return not remaining
+
+    def ask_to_stop(self) -> None:
+        """Once: it saves, and ends as PREEMPTED. A second time kills its worker."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        kill(processes_of(self.trial.folder.directory))
+
+    @property
+    def returncode(self) -> int:
+        return int(self.process.returncode)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        text = (self.trial.folder.directory / LOG).read_text(encoding="utf-8", errors="replace")
+        return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+
+
+def processes_of(directory: Path) -> list[psutil.Process]:
+    """All that run for a trial, whoever their parents are now."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # gone meanwhile, or somebody else's
+            if process.environ().get(MARK) == str(directory):
+                found.append(process)
+    return found
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def wait_for_the_end_of(directory: Path) -> None:
+    """What a sweep that was killed had started was asked to stop by the system, and may be saving still.
+
+    Raises:
+        UserError: it does not end.
+    """
+    deadline = time.monotonic() + STOP_GRACE + 10
+    while remaining := processes_of(directory):
+        if time.monotonic() > deadline:
+            numbers = ", ".join(str(process.pid) for process in remaining)
+            raise UserError(f"{directory} is still written to by process {numbers}, of a sweep before; stop it first")
+        time.sleep(0.2)

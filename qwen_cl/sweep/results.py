@@ -1,0 +1,183 @@
+"""What a sweep found: every trial of its folder, the best, by how much, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen_cl.continual.report import LOSS, Curve, read_curves
+from qwen_cl.data.named_sets import TARGET
+from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.sweep.trial import read_records, write_json
+from qwen_cl.view import print_facts, read_metrics
+
+WIDTH_OF_A_FILE = 160
+"""Columns of the table where no terminal bounds it."""
+WARM_UP = 5
+"""Steps that throughput does not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    number: int
+    name: str
+    state: str
+    reason: str | None
+    overrides: list[str]
+    differing: dict[str, str]
+    step: int
+    max_steps: int
+    attempts: int
+    seconds: float
+    """Of all attempts, with starting up."""
+    gpu_seconds: float
+    val_loss: float | None
+    """At the last validation."""
+    first_val_loss: float | None
+    train_loss: float | None
+    """Of the last step."""
+    retention: dict[str, float | None]
+    """Loss of each set at the last validation."""
+    forgotten: float | None
+    """How much the losses of the retention sets rose since step 0, on average."""
+    tokens_per_second: float | None
+    """Of the median step."""
+    peak_memory_gib: float | None
+
+    @property
+    def completed(self) -> bool:
+        return self.state == State.COMPLETED.value
+
+
+def read_results(directory: Path) -> list[Result]:
+    """Of every trial that a sweep's folder has; the completed first, and the lower its loss the earlier."""
+    results = [_read_result(directory / record["name"], record) for record in read_records(directory)]
+    worst = float("inf")
+    return sorted(results, key=lambda one: (not one.completed, worst if one.val_loss is None else one.val_loss))
+
+
+def curves_of(directory: Path, result: Result) -> list[Curve]:
+    return read_curves(_records(RunFolder(directory / result.name)), LOSS)
+
+
+def write_results(directory: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
+    """``sweep.json`` with everything, and ``sweep.csv`` for a spreadsheet."""
+    best = best_of(results)
+    summary = {**facts, "objective": f"{TARGET}/{LOSS}", "best": None if best is None else best.name}
+    write_json({**summary, "results": [asdict(result) for result in results]}, directory / "sweep.json")
+    rows = [_row(result) for result in results]
+    names = dict.fromkeys(name for row in rows for name in row)
+    with (directory / "sweep.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(names), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def best_of(results: Sequence[Result]) -> Result | None:
+    """The first of sorted results, if any completed."""
+    return results[0] if results and results[0].completed and results[0].val_loss is not None else None
+
+
+def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], console: Console) -> None:
+    width = None if console.is_terminal else WIDTH_OF_A_FILE
+    console.print(_table(results), highlight=False, width=width)
+    for result in results:
+        if not result.completed:
+            console.print(
+                f"{result.name}: {result.state}, {result.reason}", highlight=False, soft_wrap=True, markup=False
+            )
+    print_facts([*_verdict(results), *facts], console)
+
+
+def _read_result(directory: Path, record: dict[str, Any]) -> Result:
+    folder = RunFolder(directory)
+    status, records = folder.status(), _records(folder)
+    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
+    target = curves.pop(TARGET, None)
+    training = [line for line in records if "train/loss" in line]
+    rates = [line["throughput/tokens_per_second"] for line in training]
+    never = f"it never started; {directory / 'launch.log'} says why"
+    return Result(
+        **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
+        seconds=record["seconds"],
+        gpu_seconds=record["gpu_seconds"],
+        state=status.get("state", State.FAILED.value),
+        reason=status.get("reason", never),
+        step=status.get("step", 0),
+        val_loss=_finite(target.values[-1]) if target else None,
+        first_val_loss=_finite(target.values[0]) if target else None,
+        train_loss=_finite(training[-1]["train/loss"]) if training else None,
+        retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
+        forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
+        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
+        peak_memory_gib=status.get("peak_memory_gib"),
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
+def _records(folder: RunFolder) -> list[dict[str, Any]]:
+    return read_metrics(folder) if folder.metrics_file.exists() else []
+
+
+def _row(result: Result) -> dict[str, Any]:
+    fields = asdict(result)
+    differing, retention, overrides = fields.pop("differing"), fields.pop("retention"), fields.pop("overrides")
+    losses = {f"retention/{name}/{LOSS}": value for name, value in retention.items()}
+    return {**fields, **differing, **losses, "overrides": " ".join(overrides)}
+
+
+def _table(results: Sequence[Result]) -> Table:
+    keys = dict.fromkeys(key for result in results for key in result.differing)
+    costs_gpu = any(result.gpu_seconds for result in results)
+    table = Table(box=None, header_style="bold")
+    for name in ("", "trial", "state"):
+        table.add_column(name)
+    figures = ("val loss", "+", "forgotten", "train loss", "tokens/s", "GiB", "s", *(("GPU-s",) if costs_gpu else ()))
+    for name in (*keys, *figures):
+        table.add_column(name, justify="right")
+    best = best_of(results)
+    for result in results:
+        behind = None if best is None or result.val_loss is None else result.val_loss - (best.val_loss or 0.0)
+        row = [
+            "*" if result is best else "",
+            f"{result.number:02}",
+            result.state,
+            *(result.differing.get(key, "") for key in keys),
+            _figure(result.val_loss, ".4f"),
+            "" if result is best else _figure(behind, ".4f"),
+            _figure(result.forgotten, "+.4f"),
+            _figure(result.train_loss, ".4f"),
+            _figure(result.tokens_per_second, ",.0f"),
+            _figure(result.peak_memory_gib, ".2f"),
+            f"{result.seconds:.0f}",
+        ]
+        table.add_row(*row, *([f"{result.gpu_seconds:.0f}"] if costs_gpu else []))
+    return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _verdict(results: Sequence[Result]) -> list[tuple[str, str]]:
+    best = best_of(results)
+    if best is None or best.val_loss is None:
+        return [("best", "none: no trial completed with a validation loss")]
+    text = f"{best.name}, validation loss {best.val_loss:.4f}"
+    second = next((one for one in results[1:] if one.completed and one.val_loss is not None), None)
+    if second is not None and second.val_loss is not None:
+        behind = second.val_loss - best.val_loss
+        text += f", {behind:.4f} ({behind / second.val_loss:.1%}) below the next, {second.name}"
+    return [("best", text), ("its overrides", " ".join(best.overrides))]

@@ -1,0 +1,147 @@
+"""Trials onto slots: as many at a time as fit, until there are no more or somebody says stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.run_folder import State
+from qwen_cl.sweep.outcome import Outcome, judge
+from qwen_cl.sweep.processes import TrialProcess
+from qwen_cl.sweep.slots import Slot
+from qwen_cl.sweep.trial import Trial
+
+STOPPED = "stopped on request"
+
+
+class Source(Protocol):
+    """Where trials come from."""
+
+    def next(self) -> Trial | None:
+        """To start now; None when there are no more."""
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """Once for each trial, when it is not tried again."""
+
+    def why_stop(self, trial: Trial) -> str | None:
+        """A few times a second for each that runs: a reason to ask it to stop early."""
+
+
+class Scheduler:
+    def __init__(
+        self, slots: Sequence[Slot], config: LauncherConfig, source: Source, hydra_arguments: Sequence[str]
+    ) -> None:
+        self.config, self.source, self.hydra_arguments = config, source, list(hydra_arguments)
+        self.free = list(slots)
+        self.running: list[TrialProcess] = []
+        self.outcomes: dict[str, Outcome] = {}
+        """By name, of those that ended."""
+        self.stopping: str | None = None
+        """Why, once no more are started."""
+        self.interrupted = 0
+        """How often we were asked to stop."""
+        self.retried: list[str] = []
+        """A name for each time that one was started again."""
+        self._heeded = 0
+        self._asked: dict[str, str] = {}
+        self._again: list[Trial] = []
+
+    def run(self, watch: Callable[[], None]) -> None:
+        """To the end. ``watch`` is called several times a second."""
+        with _handling_signals(self._interrupt):
+            try:
+                while self._advance():
+                    watch()
+                    time.sleep(0.2)
+            finally:
+                for process in self.running:
+                    process.kill()
+        watch()
+
+    def stop(self, reason: str) -> None:
+        """No more are started, and those that run are asked to save and end."""
+        self.stopping = self.stopping or reason
+        for process in self.running:
+            self._ask(process, reason)
+
+    def _advance(self) -> bool:
+        """False when there is nothing left to wait for."""
+        self._heed_interrupts()
+        for process in [process for process in self.running if process.is_over()]:
+            self._end(process)
+        for process in self.running:
+            if process.trial.name not in self._asked and (reason := self.source.why_stop(process.trial)):
+                self._ask(process, reason)
+        while self.free and self.stopping is None and (trial := self._next()):
+            self._start(trial)
+        return bool(self.running)
+
+    def _next(self) -> Trial | None:
+        return self._again.pop(0) if self._again else self.source.next()
+
+    def _start(self, trial: Trial) -> None:
+        record = trial.record()
+        trial.folder.move_aside()
+        trial.write_record(
+            attempts=record.get("attempts", 0) + 1,
+            seconds=record.get("seconds", 0.0),
+            gpu_seconds=record.get("gpu_seconds", 0.0),
+        )
+        self.running.append(TrialProcess(trial, self.free.pop(0), self.hydra_arguments))
+
+    def _end(self, process: TrialProcess) -> None:
+        trial, name = process.trial, process.trial.name
+        self.running.remove(process)
+        self.free.append(process.slot)
+        record = trial.record()
+        trial.write_record(
+            attempts=record["attempts"],
+            seconds=record["seconds"] + process.seconds,
+            gpu_seconds=record["gpu_seconds"] + process.seconds * process.slot.cost,
+        )
+        outcome = judge(process, self._asked.pop(name, None))
+        if outcome.lost and self.stopping is None and self.retried.count(name) < self.config.max_retries:
+            self.retried.append(name)
+            self._again.append(trial)
+            return
+        self.outcomes[name] = outcome
+        self.source.ended(trial, outcome)
+        if outcome.state is State.FAILED and self.config.fail_fast:
+            self.stop(f"stopped because {name} failed (hydra.launcher.fail_fast)")
+
+    def _ask(self, process: TrialProcess, reason: str) -> None:
+        if process.trial.name not in self._asked:
+            self._asked[process.trial.name] = reason
+            process.ask_to_stop()
+
+    def _interrupt(self) -> None:
+        self.interrupted += 1
+
+    def _heed_interrupts(self) -> None:
+        """The first time all are asked to save, the second their workers are killed, and then everything."""
+        while self._heeded < self.interrupted:
+            self._heeded += 1
+            if self._heeded == 1:
+                self.stop(STOPPED)
+            for process in self.running:
+                if self._heeded == 2:
+                    process.ask_to_stop()
+                elif self._heeded > 2:
+                    process.kill()
+
+
+@contextmanager
+def _handling_signals(interrupt: Callable[[], None]) -> Iterator[None]:
+    def handle(number: int, frame: Any) -> None:
+        interrupt()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,125 @@
+"""One trial: what it is, what identifies it, and where it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.file import leaves_of_consequence, to_plain
+from qwen_cl.config.rules import override_key
+from qwen_cl.config.store import GROUPS
+from qwen_cl.plan import Plan
+from qwen_cl.run_folder import CUT_OFF, RunFolder
+
+LONGEST_NAME = 80
+RECORD = "trial.json"
+"""In a trial's folder, written before it starts: which trial it is, how often it was started, what that took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    number: int
+    """Of the sweep's folder, from 0 on; a continued sweep keeps it."""
+    name: str
+    """Also of its folder: the number and what differs from the other trials."""
+    overrides: tuple[str, ...]
+    differing: dict[str, str]
+    """The keys that tell it from the other trials, with its values."""
+    folder: RunFolder
+    plan: Plan
+    config_hash: str
+
+    @property
+    def record_file(self) -> Path:
+        return self.folder.directory / RECORD
+
+    def record(self) -> dict[str, Any]:
+        """Of its last start; empty before the first."""
+        return read_record(self.record_file)
+
+    def write_record(self, *, attempts: int, seconds: float, gpu_seconds: float) -> None:
+        self.folder.directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "number": self.number,
+            "name": self.name,
+            "overrides": list(self.overrides),
+            "differing": self.differing,
+            "config_hash": self.config_hash,
+            "max_steps": self.plan.config.training.max_steps,
+            "attempts": attempts,
+            "seconds": round(seconds, 3),
+            "gpu_seconds": round(gpu_seconds, 3),
+        }
+        write_json(record, self.record_file)
+
+
+def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str], directory: Path) -> list[Trial]:
+    """Numbers and names for checked overrides. What the sweep's folder has already keeps its own; what is the same
+    trial as one before, with other words, is left out.
+
+    ``keys`` are those that differ between the trials.
+    """
+    known = {record["config_hash"]: record for record in read_records(directory)}
+    number = 1 + max((record["number"] for record in known.values()), default=-1)
+    found: dict[str, Trial] = {}
+    for overrides, plan in trials:
+        config_hash = hash_config(plan)
+        if config_hash in found:
+            continue
+        values = {override_key(text): text.partition("=")[2] for text in overrides}
+        differing = {key: values[key] for key in keys if key in values}
+        if config_hash in known:
+            record = known[config_hash]
+            this, name = record["number"], record["name"]
+        else:
+            this, name = number, trial_name(number, differing)
+            number += 1
+        folder = RunFolder(directory / name)
+        found[config_hash] = Trial(this, name, tuple(overrides), differing, folder, plan, config_hash)
+    return list(found.values())
+
+
+def hash_config(plan: Plan) -> str:
+    """Of everything that the result depends on: the resolved config, with the model's commit, and the data."""
+    leaves = leaves_of_consequence(to_plain(plan.config))
+    text = json.dumps([leaves, plan.content()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def trial_name(number: int, differing: dict[str, str]) -> str:
+    """Letters, digits, dots, dashes and underscores: it must need no quotes, in a shell or in an override."""
+    parts = [
+        _sanitised(value if key in GROUPS else f"{key.rpartition('.')[2]}_{value}") for key, value in differing.items()
+    ]
+    return "-".join([f"{number:02}", *filter(None, parts)])[:LONGEST_NAME].rstrip("-_.")
+
+
+def read_records(directory: Path) -> Iterable[dict[str, Any]]:
+    """Of every trial that was ever started in a sweep's folder, by number; not of what was moved aside."""
+    paths = [path for path in directory.glob(f"*/{RECORD}") if CUT_OFF not in path.parent.name]
+    return sorted(map(read_record, paths), key=lambda record: int(record["number"]))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return record
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sanitised(text: str) -> str:
+    text = re.sub(r"e\+(?=\d)", "e", text.replace("hf://", ""))  # 1e+30 is not 1e-30
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._")[:40]

@@ -1,0 +1,169 @@
+"""What the terminal shows of a sweep: a line a trial, kept up to date; on a pipe a line for each event."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from qwen_cl.continual.report import LOSS
+from qwen_cl.data.named_sets import TARGET
+from qwen_cl.run_folder import State
+from qwen_cl.sweep.scheduler import Scheduler
+from qwen_cl.sweep.trial import Trial
+from qwen_cl.view import MetricsTail
+
+WAITING = "waiting"
+RUNNING = State.RUNNING.value
+STYLES = {WAITING: "dim", RUNNING: "cyan", "COMPLETED": "green", "FAILED": "red", "PREEMPTED": "yellow"}
+BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", WAITING, "COMPLETED")
+"""Which lines stay where the terminal is too low for all."""
+
+
+@dataclass(slots=True)
+class Line:
+    """A trial as it is seen now."""
+
+    trial: Trial
+    state: str = WAITING
+    note: str = ""
+    """What it is doing before it trains; why it ended, if not well."""
+    latest: dict[str, Any] = field(default_factory=dict)
+    """The newest value of every metric."""
+    first_step: tuple[float, int] | None = None
+    """When the first step was logged, and which."""
+    tail: MetricsTail | None = None
+    attempt: int = 0
+
+    def follow(self) -> None:
+        """Read what it wrote since the last time."""
+        attempt = self.trial.record().get("attempts", 0)
+        if self.tail is None or attempt != self.attempt:  # it started again, in a new folder of the same name
+            self.tail, self.attempt, self.latest, self.first_step = MetricsTail(self.trial.folder), attempt, {}, None
+        for record in self.tail.new_records():
+            self.latest.update(record)
+            if self.first_step is None and "train/loss" in record:
+                self.first_step = (record["time"], record["step"])
+        status = self.trial.folder.status()
+        self.note = "" if "train/loss" in self.latest else status.get("phase", "starting")
+
+    @property
+    def step(self) -> int:
+        return int(self.latest.get("step", 0))
+
+    @property
+    def max_steps(self) -> int:
+        return self.trial.plan.config.training.max_steps
+
+    def seconds_left(self) -> float | None:
+        """At the rate of the steps so far."""
+        if self.first_step is None or self.step == self.first_step[1]:
+            return None
+        since, first = self.first_step
+        return (self.latest["time"] - since) / (self.step - first) * (self.max_steps - self.step)
+
+    def figure(self, key: str, form: str) -> str:
+        return format(self.latest[key], form) if key in self.latest else ""
+
+
+class SweepView:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.lines: dict[str, Line] = {}
+        self.started = time.monotonic()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> SweepView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def add(self, trial: Trial, state: str | None) -> None:
+        """``state`` of one that is there already."""
+        line = self.lines[trial.name] = Line(trial)
+        if state is not None:
+            line.follow()
+            line.state = state
+
+    def update(self, scheduler: Scheduler) -> None:
+        running = {process.trial.name for process in scheduler.running}
+        for name, line in self.lines.items():
+            outcome = scheduler.outcomes.get(name)
+            if name in running:
+                self._change(line, RUNNING)
+            elif outcome is not None and line.state != outcome.state.value:
+                self._change(line, outcome.state.value, outcome.reason or "")
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def _change(self, line: Line, state: str, note: str | None = None) -> None:
+        before = line.state, line.attempt
+        line.follow()
+        line.state = state
+        line.note = line.note if note is None else note
+        if self._live is None and before != (line.state, line.attempt):
+            self.console.print(describe(line), highlight=False, soft_wrap=True, markup=False)
+
+    def _table(self) -> Table:
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        table = Table(
+            title=f"{tally(line.state for line in self.lines.values())}, {minutes}:{seconds:02}",
+            title_justify="left",
+            box=None,
+        )
+        for name in ("trial", "state"):
+            table.add_column(name, overflow="ellipsis", no_wrap=True)
+        for name in ("step", "loss", "val", "tokens/s", "ETA"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", overflow="ellipsis", no_wrap=True)
+        for line in _fitting(list(self.lines.values()), self.console.height - 4):
+            table.add_row(*cells(line), style=STYLES[line.state])
+        return table
+
+
+def cells(line: Line) -> list[str]:
+    left = line.seconds_left() if line.state == RUNNING else None
+    return [
+        line.trial.name,
+        line.state,
+        f"{line.step}/{line.max_steps}",
+        line.figure("train/loss", ".3f"),
+        line.figure(f"{TARGET}/{LOSS}", ".3f"),
+        line.figure("throughput/tokens_per_second", ",.0f"),
+        "" if left is None else f"{int(left) // 60}:{int(left) % 60:02}",
+        line.note,
+    ]
+
+
+def describe(line: Line) -> str:
+    """One event, for a pipe."""
+    _, state, step, loss, val, rate, _, note = cells(line)
+    if line.state == RUNNING:
+        return f"{line.trial.name}  started" + (f", attempt {line.attempt}" if line.attempt > 1 else "")
+    facts = [f"step {step}", loss and f"loss {loss}", val and f"val {val}", rate and f"{rate} tokens/s", note]
+    return f"{line.trial.name}  {state}  " + "  ".join(filter(None, facts))
+
+
+def tally(states: Iterable[str]) -> str:
+    """How many are in each state."""
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {state}" for state in (WAITING, *State.__members__) if counts[state])
+
+
+def _fitting(lines: Sequence[Line], height: int) -> Sequence[Line]:
+    if len(lines) <= height:
+        return lines
+    return sorted(lines, key=lambda line: BY_INTEREST.index(line.state))[: max(1, height)]
