@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -44,13 +45,16 @@ def wait_for_earlier_trials(directory: Path) -> None:
 
 
 def settled(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that an earlier sweep finished. Of the others, what died without a word gets its last one."""
+    """Those that an earlier sweep finished. Of the others, what died without a word gets its last one,
+    and its cost is counted."""
     done = []
     for trial in trials:
         status = trial.folder.status()
         if status.get("state") == State.RUNNING:
             with trial.folder.lock():
                 settle(trial.folder, "the sweep was killed")
-        elif is_settled(status):
+        if is_settled(status):
             done.append(trial)
+        if status:
+            trial.end(datetime.fromisoformat(trial.folder.status()["end"]).timestamp())
     return done

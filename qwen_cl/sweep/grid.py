@@ -53,27 +53,31 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
     """
     options = cast(LauncherConfig, OmegaConf.to_object(master.hydra.launcher))
     directory = Path(master.hydra.sweep.dir).absolute()
-    compose = composer(loader, master)
-    kept, notes = applicable(combinations, compose)
-    planner = Planner(compose)
-    keys = differing(kept)
-    plans = [planner.plan(overrides, keys) for overrides in kept]
-    slots = make_slots(options, [plan.config.cluster for plan in plans])
-    trials = identify(list(zip(kept, plans)), keys, directory)
-    for note in notes:
-        print(note)
-    if any(plan.config.dry_run for plan in plans):
-        print_trials(trials, slots, directory)
-        return
-    for plan in plans:
-        planner.fetch(plan)
     with claim(directory):
         wait_for_earlier_trials(directory)
+        planner = Planner(composer(loader, master))
+        trials = plan_trials(combinations, planner, directory)
+        slots = make_slots(options, [trial.plan.config.cluster for trial in trials])
+        if any(trial.plan.config.dry_run for trial in trials):
+            print_trials(trials, slots, directory)
+            return
+        for trial in trials:
+            planner.fetch(trial.plan)
         _run(trials, slots, options, hydra_arguments(master), directory)
 
 
+def plan_trials(combinations: Sequence[Sequence[str]], planner: Planner, directory: Path) -> list[Trial]:
+    """Raises UserError where one of them could not run."""
+    kept, notes = applicable(combinations, planner.compose)
+    keys = differing(kept)
+    plans = [planner.plan(overrides, keys) for overrides in kept]
+    for note in notes:
+        print(note)
+    return identify(list(zip(kept, plans)), keys, directory)
+
+
 def _run(
-    trials: list[Trial], slots: list[Slot], options: LauncherConfig, arguments: list[str], directory: Path
+    trials: Sequence[Trial], slots: Sequence[Slot], options: LauncherConfig, arguments: list[str], directory: Path
 ) -> None:
     console = Console()
     done = settled(trials)
@@ -87,7 +91,7 @@ def _run(
             scheduler.run(lambda: view.update(scheduler))
         finally:
             report(directory, {"start": start, "end": now(), "seconds": time.monotonic() - started}, console)
-    conclude(scheduler, [trial.folder.status().get("state") for trial in done], len(trials), directory)
+    conclude(scheduler, [trial.folder.status()["state"] for trial in done], len(trials), directory)
 
 
 def report(directory: Path, facts: dict[str, Any], console: Console) -> None:

@@ -32,7 +32,6 @@ class TrialProcess:
 
     def __init__(self, trial: Trial, slot: Slot, hydra_arguments: list[str]) -> None:
         self.trial, self.slot = trial, slot
-        self.started = time.monotonic()
         directory = trial.folder.directory
         command = [sys.executable, str(ROOT / "launch.py"), *hydra_arguments]
         command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides]
@@ -77,10 +76,6 @@ class TrialProcess:
     @property
     def returncode(self) -> int:
         return int(self.process.returncode)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
 
     def last_words(self) -> str:
         """The last line that it printed."""

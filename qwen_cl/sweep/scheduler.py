@@ -84,25 +84,16 @@ class Scheduler:
         return self._again.pop(0) if self._again else self.source.next()
 
     def _start(self, trial: Trial) -> None:
-        record = trial.record()
+        before, slot = trial.record(), self.free.pop(0)
         trial.folder.move_aside()
-        trial.write_record(
-            attempts=record.get("attempts", 0) + 1,
-            seconds=record.get("seconds", 0.0),
-            gpu_seconds=record.get("gpu_seconds", 0.0),
-        )
-        self.running.append(TrialProcess(trial, self.free.pop(0), self.hydra_arguments))
+        trial.begin(before, slot.cost)
+        self.running.append(TrialProcess(trial, slot, self.hydra_arguments))
 
     def _end(self, process: TrialProcess) -> None:
         trial, name = process.trial, process.trial.name
         self.running.remove(process)
         self.free.append(process.slot)
-        record = trial.record()
-        trial.write_record(
-            attempts=record["attempts"],
-            seconds=record["seconds"] + process.seconds,
-            gpu_seconds=record["gpu_seconds"] + process.seconds * process.slot.cost,
-        )
+        trial.end(time.time())
         outcome = judge(process, self._asked.pop(name, None))
         if outcome.lost and self.stopping is None and self.retried.count(name) < self.config.max_retries:
             self.retried.append(name)

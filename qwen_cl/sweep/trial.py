@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ class Trial:
         """Of its last start; empty before the first."""
         return read_record(self.record_file)
 
-    def write_record(self, *, attempts: int, seconds: float, gpu_seconds: float) -> None:
+    def begin(self, before: dict[str, Any], gpus: float) -> None:
+        """``before`` is the record of its last start, whose costs count; ``gpus`` is how many it takes, or what part
+        of one."""
         self.folder.directory.mkdir(parents=True, exist_ok=True)
         record = {
             "number": self.number,
@@ -51,11 +54,23 @@ class Trial:
             "differing": self.differing,
             "config_hash": self.config_hash,
             "max_steps": self.plan.config.training.max_steps,
-            "attempts": attempts,
-            "seconds": round(seconds, 3),
-            "gpu_seconds": round(gpu_seconds, 3),
+            "attempts": before.get("attempts", 0) + 1,
+            "seconds": before.get("seconds", 0.0),
+            "gpu_seconds": before.get("gpu_seconds", 0.0),
+            "gpus": gpus,
+            "started": time.time(),
         }
         write_json(record, self.record_file)
+
+    def end(self, at: float) -> None:
+        """Count what it took, if nobody has; ``at`` is seconds since the epoch."""
+        record = self.record()
+        if record.get("started") is None:
+            return
+        seconds = max(0.0, at - record["started"])
+        record["seconds"] = round(record["seconds"] + seconds, 3)
+        record["gpu_seconds"] = round(record["gpu_seconds"] + seconds * record["gpus"], 3)
+        write_json({**record, "started": None}, self.record_file)
 
 
 def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str], directory: Path) -> list[Trial]:
