@@ -48,3 +48,20 @@ class GridSweeper(Sweeper):
 
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
         return self.launcher.launch(combinations(overrides), initial_job_idx=0)
+
+
+class OptunaSweeper(Sweeper):
+    """``hydra/sweeper=optuna``: asks and tells between trials, which the launcher's batches cannot."""
+
+    def __init__(self, **options: Any) -> None:
+        """Hydra's way to make a plugin; ``setup`` gets the same options, typed."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.loader = hydra_context.config_loader
+        self.config = config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from qwen_cl.sweep.search import run_search
+
+        overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
+        return run_search(overrides, self.loader, self.config)

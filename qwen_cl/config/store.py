@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, type]] = {
 
 HYDRA_GROUPS: dict[str, dict[str, type]] = {
     "hydra/launcher": {"processes_schema": sweep.LauncherConfig},
-    "hydra/sweeper": {"grid_schema": sweep.GridConfig},
+    "hydra/sweeper": {"grid_schema": sweep.GridConfig, "optuna_schema": sweep.OptunaConfig},
 }
 """How runs are started, which no run's config holds."""
 

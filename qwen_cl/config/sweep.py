@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
+from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import require
 
 PLUGINS = "hydra_plugins.qwen_cl_sweeps"
@@ -39,3 +41,45 @@ class GridConfig:
     """Every combination of the values that are given."""
 
     _target_: str = f"{PLUGINS}.GridSweeper"
+
+
+class Objective(str, Enum):
+    val = "val"
+    """The target's validation loss."""
+    forgotten = "forgotten"
+    """How much the losses of the retention sets rose, on average."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptunaConfig:
+    """Search by Optuna's tree-structured Parzen estimator (arXiv 2304.11127)."""
+
+    n_trials: int
+    """In all: a sweep that goes on counts those it has."""
+    startup_trials: int
+    """Drawn at random before the estimator proposes."""
+    seed: int
+    objectives: list[Objective]
+    """All are minimised; two give a Pareto front."""
+    reduction_factor: int | None
+    """Asynchronous successive halving (arXiv 1810.05934): at each rung one in so many goes on. None for no pruning."""
+    min_steps: int | None
+    """Optimizer steps of the first rung; None for ``task.val_check_interval``."""
+    _target_: str = f"{PLUGINS}.OptunaSweeper"
+
+    def __post_init__(self) -> None:
+        require("hydra.sweeper.n_trials", self.n_trials, at_least=1)
+        require("hydra.sweeper.startup_trials", self.startup_trials, at_least=1)
+        require("hydra.sweeper.seed", self.seed, at_least=0)
+        if self.reduction_factor is not None:
+            require("hydra.sweeper.reduction_factor", self.reduction_factor, at_least=2)
+        if self.min_steps is not None:
+            require("hydra.sweeper.min_steps", self.min_steps, at_least=1)
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            said = ", ".join(objective.value for objective in self.objectives) or "none"
+            raise UserError(f"hydra.sweeper.objectives ({said}) must name val, forgotten or both, each once")
+        if self.reduction_factor is not None and self.objectives != [Objective.val]:
+            raise UserError(
+                f"hydra.sweeper.reduction_factor ({self.reduction_factor}) prunes by the validation loss alone; set it "
+                "to null with other objectives"
+            )

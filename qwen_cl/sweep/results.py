@@ -16,7 +16,7 @@ from rich.table import Table
 from qwen_cl.continual.report import LOSS, Curve, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder, State
-from qwen_cl.sweep.trial import read_records, write_json
+from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
 from qwen_cl.view import print_facts, read_metrics
 
 WIDTH_OF_A_FILE = 160
@@ -59,9 +59,35 @@ class Result:
 
 def read_results(directory: Path) -> list[Result]:
     """Of every trial that a sweep's folder has; the completed first, and the lower its loss the earlier."""
-    results = [_read_result(directory / record["name"], record) for record in read_records(directory)]
+    results = [read_result(directory / record["name"]) for record in read_records(directory)]
     worst = float("inf")
     return sorted(results, key=lambda one: (not one.completed, worst if one.val_loss is None else one.val_loss))
+
+
+def read_result(directory: Path) -> Result:
+    """Of one trial that was started."""
+    folder, record = RunFolder(directory), read_record(directory / RECORD)
+    status, records = folder.status(), _records(folder)
+    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
+    target = curves.pop(TARGET, None)
+    training = [line for line in records if "train/loss" in line]
+    rates = [line["throughput/tokens_per_second"] for line in training]
+    never = f"it never started; {directory / 'launch.log'} says why"
+    return Result(
+        **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
+        seconds=record["seconds"],
+        gpu_seconds=record["gpu_seconds"],
+        state=status.get("state", State.FAILED.value),
+        reason=status.get("reason", never),
+        step=status.get("step", 0),
+        val_loss=_finite(target.values[-1]) if target else None,
+        first_val_loss=_finite(target.values[0]) if target else None,
+        train_loss=_finite(training[-1]["train/loss"]) if training else None,
+        retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
+        forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
+        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
+        peak_memory_gib=status.get("peak_memory_gib"),
+    )
 
 
 def curves_of(directory: Path, result: Result) -> list[Curve]:
@@ -95,31 +121,6 @@ def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], c
                 f"{result.name}: {result.state}, {result.reason}", highlight=False, soft_wrap=True, markup=False
             )
     print_facts([*_verdict(results), *facts], console)
-
-
-def _read_result(directory: Path, record: dict[str, Any]) -> Result:
-    folder = RunFolder(directory)
-    status, records = folder.status(), _records(folder)
-    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
-    target = curves.pop(TARGET, None)
-    training = [line for line in records if "train/loss" in line]
-    rates = [line["throughput/tokens_per_second"] for line in training]
-    never = f"it never started; {directory / 'launch.log'} says why"
-    return Result(
-        **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
-        seconds=record["seconds"],
-        gpu_seconds=record["gpu_seconds"],
-        state=status.get("state", State.FAILED.value),
-        reason=status.get("reason", never),
-        step=status.get("step", 0),
-        val_loss=_finite(target.values[-1]) if target else None,
-        first_val_loss=_finite(target.values[0]) if target else None,
-        train_loss=_finite(training[-1]["train/loss"]) if training else None,
-        retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
-        forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
-        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
-        peak_memory_gib=status.get("peak_memory_gib"),
-    )
 
 
 def _finite(value: float) -> float | None:

@@ -99,7 +99,10 @@ class SweepView:
             line.state = state
 
     def update(self, scheduler: Scheduler) -> None:
-        running = {process.trial.name for process in scheduler.running}
+        running = {process.trial.name: process.trial for process in scheduler.running}
+        for trial in running.values():
+            if trial.name not in self.lines:  # a search makes them as it goes
+                self.add(trial, None)
         for name, line in self.lines.items():
             outcome = scheduler.outcomes.get(name)
             if name in running:

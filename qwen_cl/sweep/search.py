@@ -1,0 +1,164 @@
+"""``hydra/sweeper=optuna``: each trial is proposed when a slot is free, from what those before it came to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.sweep import LauncherConfig, OptunaConfig
+from qwen_cl.plan import Plan
+from qwen_cl.sweep.combinations import CHOOSERS, Combination, applicable
+from qwen_cl.sweep.folder import claim, wait_for_earlier_trials
+from qwen_cl.sweep.planning import Planner, composer
+from qwen_cl.sweep.proposals import Proposals
+from qwen_cl.sweep.slots import make_slots
+from qwen_cl.sweep.sweep import Sweep, hydra_arguments, print_trials, run_trials
+from qwen_cl.sweep.trial import identify
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+STUDY = "study.journal"
+"""In the sweep's folder: Optuna's own record, read by ``JournalStorage``."""
+
+
+def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: DictConfig) -> None:
+    """``master`` is what Hydra composed for the sweep itself.
+
+    Raises:
+        UserError: Optuna is missing, there is nothing to search, or the ends of the space could not run.
+        RunFailed: not every trial completed or was pruned.
+        RunPreempted: the sweep was asked to stop.
+    """
+    options = cast(OptunaConfig, OmegaConf.to_object(master.hydra.sweeper))
+    launcher = cast(LauncherConfig, OmegaConf.to_object(master.hydra.launcher))
+    space = Space(overrides)
+    directory = Path(master.hydra.sweep.dir).absolute()
+    with claim(directory):
+        wait_for_earlier_trials(directory)
+        planner = Planner(composer(loader, master))
+        ends = [(overrides, planner.plan(overrides, space.keys)) for overrides in space.ends(planner)]
+        slots = make_slots(launcher, [plan.config.cluster for _, plan in ends])
+        sweep = Sweep(directory, slots, launcher, hydra_arguments(master))
+        if any(plan.config.dry_run for _, plan in ends):
+            print_trials(sweep, identify(ends, space.keys, directory))
+            return
+        for _, plan in ends:
+            planner.fetch(plan)
+        study = open_study(directory, options, _first_rung(options, [plan for _, plan in ends]))
+        proposals = Proposals(study, space, planner, options, directory)
+        run_trials(sweep, proposals, planned=options.n_trials)
+
+
+class Space:
+    """What is searched, and what all trials have in common."""
+
+    def __init__(self, overrides: Sequence[Override]) -> None:
+        """Raises UserError where nothing is left open."""
+        self.fixed: list[str] = []
+        self.distributions: dict[str, BaseDistribution] = {}
+        for override in overrides:
+            if override.is_sweep_override():
+                self.distributions[override.get_key_element()] = _distribution(override)
+            else:
+                self.fixed.append(str(override.input_line))
+        if not self.distributions:
+            raise UserError(
+                "hydra/sweeper=optuna has nothing to search; write 'lr=tag(log,interval(1e-5,1e-3))' or peft.rank=8,16"
+            )
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.distributions)
+
+    def overrides(self, values: dict[str, Any], planner: Planner) -> Combination:
+        """Of one point; a key that the point's own choices lack is left out."""
+        said = self._said(values)
+        groups = {key: self._choices(key) for key in self.keys if key in CHOOSERS}
+        others = [self._said({**values, **dict(zip(groups, chosen))}) for chosen in itertools.product(*groups.values())]
+        return applicable([said, *others], planner.compose)[0][0]
+
+    def ends(self, planner: Planner) -> list[Combination]:
+        """All at their least, and all at their most: what lies between is of the same kind."""
+        ends = [{key: self._choices(key)[which] for key in self.keys} for which in (0, -1)]
+        return [self.overrides(values, planner) for values in ends]
+
+    def _choices(self, key: str) -> list[Any]:
+        from optuna.distributions import CategoricalDistribution
+
+        distribution: Any = self.distributions[key]
+        if isinstance(distribution, CategoricalDistribution):
+            return list(distribution.choices)
+        return [distribution.low, distribution.high]
+
+    def _said(self, values: dict[str, Any]) -> Combination:
+        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+        return (*self.fixed, *(f"{key}={text}" for key, text in texts.items()))
+
+
+def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
+    """A new one, or that of the sweep's folder. A seed is used once: after a resume nothing is drawn again.
+
+    Raises:
+        UserError: the folder's study minimises something else.
+    """
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = optuna.storages.journal.JournalFileBackend(str(directory / STUDY))
+    storage = optuna.storages.JournalStorage(backend)
+    factor = options.reduction_factor
+    pruner = optuna.pruners.NopPruner()
+    if factor is not None:
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=factor)
+    names = [objective.value for objective in options.objectives]
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=storage,
+        load_if_exists=True,
+        directions=["minimize"] * len(names),
+        pruner=pruner,
+    )
+    before = study.user_attrs.setdefault("objectives", names)
+    if before != names:
+        raise UserError(
+            f"hydra.sweeper.objectives ({', '.join(names)}) were {', '.join(before)} in {directory}; say the same, or "
+            "choose another hydra.sweep.dir"
+        )
+    study.set_user_attr("objectives", names)
+    study.sampler = optuna.samplers.TPESampler(
+        seed=options.seed + len(study.trials), n_startup_trials=options.startup_trials, multivariate=True
+    )
+    return study
+
+
+def _first_rung(options: OptunaConfig, plans: Sequence[Plan]) -> int:
+    if options.min_steps is not None:
+        return options.min_steps
+    return min(plan.config.training.val_check_interval for plan in plans)
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    _optuna()
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value: Any = override.value()
+    log = "log" in getattr(value, "tags", ())
+    if override.is_interval_sweep():
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=log)
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'qwen_cl[search]'") from error
+    return optuna

@@ -1,0 +1,110 @@
+"""A sweep from its first trial to the answer, wherever its trials come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.run_folder import State, now
+from qwen_cl.sweep.pictures import draw_sweep
+from qwen_cl.sweep.results import print_results, read_results, write_results
+from qwen_cl.sweep.scheduler import Scheduler, Source
+from qwen_cl.sweep.slots import Slot
+from qwen_cl.sweep.trial import Trial
+from qwen_cl.sweep.view import SweepView, tally
+from qwen_cl.view import print_facts
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What its trials have in common."""
+
+    directory: Path
+    slots: Sequence[Slot]
+    options: LauncherConfig
+    hydra_arguments: list[str]
+    """Of the command line, for each trial to find the same files."""
+
+    def describe(self, planned: int, done: int = 0) -> str:
+        there = f", {done} there already" if done else ""
+        where = f"{len(self.slots)} at a time"
+        if self.slots[0].gpus:
+            where += f", on GPUs {' '.join(dict.fromkeys(','.join(slot.gpus) for slot in self.slots))}"
+        return f"{planned} trials{there}, {where}, in {self.directory}"
+
+
+def run_trials(
+    sweep: Sweep, source: Source, *, planned: int, done: Sequence[Trial] = (), waiting: Sequence[Trial] = ()
+) -> None:
+    """``planned`` is how many there are in all; ``done`` and ``waiting`` are those that are known before the start.
+
+    Raises:
+        RunFailed: not every trial completed or was pruned.
+        RunPreempted: the sweep was asked to stop.
+    """
+    console = Console()
+    scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.hydra_arguments)
+    console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
+    started, start = time.monotonic(), now()
+    try:
+        with SweepView(console) as view:
+            for trial in (*done, *waiting):
+                view.add(trial, trial.folder.status()["state"] if trial in done else None)
+            scheduler.run(lambda: view.update(scheduler))
+    finally:
+        facts = {"start": start, "end": now(), "seconds": round(time.monotonic() - started, 3)}
+        report(sweep.directory, facts, console)
+    _conclude(scheduler, [trial.folder.status()["state"] for trial in done], planned, sweep.directory)
+
+
+def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
+    """Files, pictures and the table, of all that the folder has; however the sweep ended."""
+    results = read_results(directory)
+    write_results(directory, results, facts)
+    pictures = draw_sweep(directory, results)
+    used = sum(result.seconds for result in results), sum(result.gpu_seconds for result in results)
+    cost = f"{facts['seconds']:.0f} s; all trials together {used[0]:.0f} s"
+    lines = [
+        ("time", cost + (f", {used[1]:.0f} GPU-seconds" if used[1] else "")),
+        ("results", str(directory / "sweep.csv")),
+        *(("picture", str(path)) for path in pictures),
+    ]
+    print_results(results, lines, console)
+
+
+def print_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """The dry run of a sweep."""
+    console = Console()
+    console.print(sweep.describe(len(trials)), highlight=False, soft_wrap=True, markup=False)
+    print_facts([(trial.name, " ".join(trial.overrides)) for trial in trials], console)
+
+
+def hydra_arguments(master: DictConfig) -> list[str]:
+    """What of the sweep's own command line a trial needs to find the same files."""
+    arguments = []
+    if master.hydra.job.config_name != "config":
+        arguments += ["--config-name", str(master.hydra.job.config_name)]
+    for source in master.hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            arguments += ["--config-dir", str(source.path)]
+    return arguments
+
+
+def _conclude(scheduler: Scheduler, before: Sequence[str], planned: int, directory: Path) -> None:
+    """Raises RunFailed or RunPreempted unless every trial is where it should be."""
+    states = [*before, *(outcome.state.value for outcome in scheduler.outcomes.values())]
+    waiting = ["waiting"] * (planned - len(states))
+    message = f"{tally([*states, *waiting])}; the same command with hydra.sweep.dir={directory} goes on from there"
+    if scheduler.interrupted:
+        raise RunPreempted(f"PREEMPTED: {message}")
+    pruned = sum(outcome.pruned for outcome in scheduler.outcomes.values())
+    if waiting or states.count(State.COMPLETED.value) + pruned < len(states):
+        raise RunFailed(f"FAILED: {message}")
