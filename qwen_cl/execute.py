@@ -70,13 +70,15 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             preexec_fn=die_with_parent,
         )
     try:
-        with _forwarding_signals(process):
+        with _forwarding_signals(process) as asked_at:
             while process.poll() is None:
                 watch()
                 time.sleep(0.1)
     finally:
         kill_group(process)
     watch()
+    if asked_at and process.returncode == -signal.SIGTERM and folder.status().get("state") == State.RUNNING:
+        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
     _judge(folder, process.returncode, out_of_memory=_out_of_memory_kills() > killed_before)
 
 
@@ -87,8 +89,8 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it."""
+def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it. Yields when it was asked."""
     asked_at: list[float] = []
 
     def forward(number: int, frame: Any) -> None:
@@ -103,7 +105,7 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process))
     try:
-        yield
+        yield asked_at
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():

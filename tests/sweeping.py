@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep.processes import processes_of
@@ -74,8 +77,9 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 def left_running(directory: Path) -> list[str]:
     """Command lines of all processes of a sweep's trials."""
-    return [
-        " ".join(process.cmdline())
-        for folder in trial_folders(directory).values()
-        for process in processes_of(folder.directory)
-    ]
+    lines = []
+    for folder in trial_folders(directory).values():
+        for process in processes_of(folder.directory):
+            with suppress(psutil.Error):  # it ended meanwhile
+                lines.append(" ".join(process.cmdline()))
+    return lines

@@ -49,8 +49,8 @@ def explain(error: HydraException | OmegaConfBaseException) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{key} is not set; add {key}=VALUE (its file in conf/ says what it takes)"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        names = [] if not isinstance(cause.parent_node, DictConfig) else list(cause.parent_node)
-        return f"{where}{unknown_key(key, [str(name) for name in names])}"
+        names = list(map(str, cause.parent_node)) if isinstance(cause.parent_node, DictConfig) else []
+        return f"{where}{unknown_key(key, [name for name in names if not name.startswith('_')])}"
     if isinstance(cause, ValidationError):
         return f"{where}{key}: {_one_line(cause)}"
     return f"{where}{_one_line(cause)}" if not key else f"{where}{key}: {_one_line(cause)}"

@@ -36,7 +36,7 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
         slots = make_slots(options, [trial.plan.config.cluster for trial in trials])
         sweep = Sweep(directory, slots, options, hydra_arguments(master))
         if any(trial.plan.config.dry_run for trial in trials):
-            print_trials(sweep, trials)
+            print_trials(sweep, trials, len(trials))
             return
         for trial in trials:
             planner.fetch(trial.plan)

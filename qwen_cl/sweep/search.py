@@ -48,7 +48,7 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
         slots = make_slots(launcher, [plan.config.cluster for _, plan in ends])
         sweep = Sweep(directory, slots, launcher, hydra_arguments(master))
         if any(plan.config.dry_run for _, plan in ends):
-            print_trials(sweep, identify(ends, space.keys, directory))
+            print_trials(sweep, identify(ends, space.keys, directory), options.n_trials)
             return
         for _, plan in ends:
             planner.fetch(plan)
@@ -133,7 +133,7 @@ def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
         )
     study.set_user_attr("objectives", names)
     study.sampler = optuna.samplers.TPESampler(
-        seed=options.seed + len(study.trials), n_startup_trials=options.startup_trials, multivariate=True
+        seed=options.seed + len(study.trials), n_startup_trials=options.startup_trials
     )
     return study
 

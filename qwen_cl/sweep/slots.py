@@ -79,12 +79,13 @@ def _chosen(gpus: Sequence[str]) -> list[str]:
 
 
 def _cpu_slots(config: LauncherConfig) -> list[Slot]:
-    if config.gpus is not None or config.gpus_per_trial is not None:
-        key = "gpus" if config.gpus is not None else "gpus_per_trial"
-        raise UserError(
-            f"hydra.launcher.{key} ({getattr(config, key)}) would change nothing: the trials run on the CPU; remove "
-            "it, or see cluster.accelerator"
-        )
+    for key, value in (("gpus", config.gpus), ("gpus_per_trial", config.gpus_per_trial)):
+        if value is not None:
+            shown = value if isinstance(value, int) else ", ".join(value)
+            raise UserError(
+                f"hydra.launcher.{key} ({shown}) would change nothing: the trials run on the CPU; remove it, or see "
+                "cluster.accelerator"
+            )
     cores = cpu_cores()
     count = config.cpu_slots if config.cpu_slots is not None else max(1, cores // 2)
     return [Slot((), 0.0, max(1, cores // count))] * count

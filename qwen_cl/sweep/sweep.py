@@ -20,7 +20,6 @@ from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 from qwen_cl.sweep.view import SweepView, tally
-from qwen_cl.view import print_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +79,15 @@ def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
     print_results(results, lines, console)
 
 
-def print_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
+def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
     """The dry run of a sweep."""
     console = Console()
-    console.print(sweep.describe(len(trials)), highlight=False, soft_wrap=True, markup=False)
-    print_facts([(trial.name, " ".join(trial.overrides)) for trial in trials], console)
+    console.print(sweep.describe(planned), highlight=False, soft_wrap=True, markup=False)
+    width = max(len(trial.name) for trial in trials)
+    for trial in trials:
+        console.print(
+            f"{trial.name:{width}}  {' '.join(trial.overrides)}", highlight=False, soft_wrap=True, markup=False
+        )
 
 
 def hydra_arguments(master: DictConfig) -> list[str]:
