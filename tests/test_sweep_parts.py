@@ -1,0 +1,252 @@
+"""What a sweep does before its first trial and after its last; nothing is trained here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from qwen_cl.config.errors import UserError, explain
+from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
+from qwen_cl.config.store import register_schemas
+from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.sweep import slots
+from qwen_cl.sweep.pictures import draw_sweep, pareto_front
+from qwen_cl.sweep.results import best_of, print_results, read_results, write_results
+from qwen_cl.sweep.trial import trial_name, write_json
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> Iterator[None]:
+    register_schemas()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def multirun(directory: Path, *said: str) -> None:
+    """``launch.py -m`` in this process; mistakes end as the launcher tells them."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    overrides = [f"hydra.sweep.dir={directory}", "cluster.accelerator=cpu", *said]
+    try:
+        hydra.multirun("config", lambda cfg: None, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def dry_run(directory: Path, capsys: pytest.CaptureFixture[str], *said: str) -> list[str]:
+    """The lines that are printed."""
+    multirun(directory, "dry_run=true", *said)
+    assert not directory.exists()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = dry_run(tmp_path / "sweep", capsys, "peft=lora,none", "peft.rank=8,32", "lr=1e-4,3e-4")
+    assert lines[0] == "peft.rank is left out where peft=none, which has none"
+    assert lines[1].startswith("6 trials, ")
+    said = [line.split("dry_run=true ")[1] for line in lines[2:]]
+    assert said == [
+        "peft=lora peft.rank=8 lr=0.0001",
+        "peft=lora peft.rank=8 lr=0.0003",
+        "peft=lora peft.rank=32 lr=0.0001",
+        "peft=lora peft.rank=32 lr=0.0003",
+        "peft=none lr=0.0001",
+        "peft=none lr=0.0003",
+    ]
+    assert lines[4].startswith("02-lora-rank_32-lr_0.0001 ")
+    assert lines[6].startswith("04-none-lr_0.0001 ")
+
+
+def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = dry_run(tmp_path / "sweep", capsys, "lr=1e-4,0.0001,2e-4", "peft=lora")
+    assert [line.split()[0] for line in lines] == ["2", "00-lr_0.0001", "01-lr_0.0002"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["lr=1e-4,-1", "seed=1,2"], "trial lr=-1 seed=1: lr (-1.0) must be above 0"),
+        (["peft.rank=8,0"], "trial peft.rank=0: peft.rank (0) must be at least 1"),
+        (
+            ["peft=lora,none", "peft.rnk=8,9"],
+            "trial peft=lora peft.rnk=8: peft.rnk: unknown key; did you mean peft.rank?",
+        ),
+        (["peft=none", "peft.rank=8,16"], "trial peft.rank=8: peft.rank: unknown key (keys of peft: default_lr)"),
+        (["model=tiny,large"], "model=large: no such choice (choices: hub, local,"),
+        (["+lrr=1,2"], "trial +lrr=1: lrr: unknown key; did you mean lr?"),
+        (["task.sequence_length=512,8192"], "trial task.sequence_length=8192: task.sequence_length (8192) must be"),
+        (
+            ["task=inspect"],
+            "trial cluster.accelerator=cpu task=inspect: a trial trains: task=finetune or task=pretrain",
+        ),
+        (["lr=interval(1e-5,1e-3)"], "lr=interval(1e-5,1e-3) has no end of values, for hydra/sweeper=grid; write"),
+        (["hydra.launcher.cpu_slots=0"], "hydra.launcher.cpu_slots (0) must be at least 1"),
+        (["hydra.launcher.gpus_per_trial=0"], "hydra.launcher.gpus_per_trial (0) must be at least 1"),
+        (["hydra.launcher.trials_per_gpu=0"], "hydra.launcher.trials_per_gpu (0) must be at least 1"),
+        (["hydra.launcher.max_retries=-1"], "hydra.launcher.max_retries (-1) must be at least 0"),
+        (["hydra.launcher.gpus=[0,1]"], "hydra.launcher.gpus (0, 1) would change nothing: the trials run on the CPU"),
+        (["hydra.launcher.slots=2"], "hydra.launcher.slots: unknown key; did you mean hydra.launcher.cpu_slots? (keys"),
+    ],
+)
+def test_one_bad_trial_refuses_the_sweep(said: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        multirun(tmp_path / "sweep", *said)
+    assert str(refused.value).startswith(message)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_name_needs_no_quotes() -> None:
+    values = {"lr": "1e+30", "model": "hub", "model.source": "hf://Org/Name@v1", "retention.sets": "{a: 'b c'}"}
+    assert trial_name(7, values) == "07-lr_1e30-hub-source_Org-Name-v1-sets_-a-b-c"
+    assert trial_name(7, {}) == "07"
+    assert trial_name(12, {"lr": "1e-4", "peft.rank": "8"}) == "12-lr_1e-4-rank_8"
+
+
+def launcher(**options: Any) -> LauncherConfig:
+    values: dict[str, Any] = {"gpus": None, "gpus_per_trial": None, "trials_per_gpu": 1, "cpu_slots": None}
+    return LauncherConfig(**{**values, "max_retries": 0, "fail_fast": False, **options})
+
+
+def cluster(accelerator: Accelerator, devices: int = 1) -> LocalConfig:
+    return LocalConfig(
+        accelerator=accelerator, devices=devices, tensor_parallel=1, pipeline_parallel=1, precision=Precision.auto
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "expected"),
+    [
+        ({}, 1, [("4",), ("5",), ("6",), ("7",)]),
+        ({}, 2, [("4", "5"), ("6", "7")]),
+        ({}, 3, [("4", "5", "6")]),
+        ({"gpus": ["7", "5"]}, 1, [("7",), ("5",)]),
+        ({"gpus": ["4", "5"], "trials_per_gpu": 2}, 1, [("4",), ("5",), ("4",), ("5",)]),
+        ({"gpus_per_trial": 4}, 2, [("4", "5", "6", "7")]),
+    ],
+)
+def test_gpus_are_shared_out(
+    options: dict[str, Any], devices: int, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5", "6", "7"])  # of a machine that this one is not
+    found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+    assert [slot.gpus for slot in found] == expected
+    shared = options.get("trials_per_gpu", 1)
+    assert {slot.cost for slot in found} == {len(expected[0]) / shared}
+    assert found[0].environment(cluster(Accelerator.gpu)) == {"CUDA_VISIBLE_DEVICES": ",".join(expected[0])}
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "message"),
+    [
+        ({"gpus": ["0"]}, 1, r"^hydra.launcher.gpus \(0\) is not visible here; there are 4, 5$"),
+        ({"gpus": ["4", "4"]}, 1, r"^hydra.launcher.gpus \(4, 4\) names one twice; hydra.launcher.trials_per_gpu"),
+        ({}, 3, r"^a trial takes 3 GPUs .* and the sweep has 2 \(4, 5\); lower it, or give more"),
+        ({"gpus_per_trial": 1}, 2, r"^cluster.devices \(2\) is more than hydra.launcher.gpus_per_trial \(1\)"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(
+    options: dict[str, Any], devices: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5"])
+    with pytest.raises(UserError, match=message):
+        slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(slots, "cpu_cores", lambda: 8)
+    assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)])) == 4
+    two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)])
+    assert len(two) == 2
+    assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4"}
+    assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {"OMP_NUM_THREADS": "2"}
+
+
+def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: tuple[float, ...], **said: str) -> None:
+    """As a completed trial leaves it; no losses: as one that failed."""
+    name = trial_name(number, said)
+    folder = RunFolder(directory / name)
+    folder.directory.mkdir()
+    record = {"number": number, "name": name, "overrides": [f"{key}={value}" for key, value in said.items()]}
+    costs = {"attempts": 1, "seconds": 60.0, "gpu_seconds": 20.0}
+    write_json(
+        {**record, **costs, "differing": said, "max_steps": 8, "config_hash": str(number)},
+        folder.directory / "trial.json",
+    )
+    folder.update_status(state="COMPLETED" if losses else "FAILED", reason=None if losses else "it broke", step=8)
+    for step, (loss, old) in enumerate(zip(losses, kept)):
+        folder.append_metrics({"step": 4 * step, "time": float(step), "val/loss": loss, "retention/old/loss": old})
+        rate = {"throughput/tokens_per_second": 100.0 * (step + 1)}
+        folder.append_metrics({"step": 4 * step + 1, "time": step + 0.5, "train/loss": loss + 0.5, **rate})
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """lr x rank with one failure."""
+    for number, (rate, rank, losses, kept) in enumerate(
+        [
+            ("1e-4", "8", (5.0, 4.0, 3.5), (2.0, 2.0, 2.1)),
+            ("1e-4", "32", (5.0, 3.8, 3.2), (2.0, 2.1, 2.3)),
+            ("1e-3", "8", (5.0, 3.0, 2.5), (2.0, 2.2, 2.4)),
+            ("1e-3", "32", (), ()),
+            ("3e-4", "8", (5.0, 3.5, 3.3), (2.0, 2.2, 2.5)),
+        ]
+    ):
+        write_trial(tmp_path, number, losses, kept, lr=rate, **{"peft.rank": rank})
+    write_trial(tmp_path, 9, (1.0,), (1.0,), lr="9")
+    (tmp_path / "09-lr_9").rename(tmp_path / "09-lr_9.cut-off-1")
+    return tmp_path
+
+
+def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> None:
+    results = read_results(finished)
+    assert [result.number for result in results] == [2, 1, 4, 0, 3]
+    best = best_of(results)
+    assert best is not None
+    assert (best.name, best.val_loss, best.first_val_loss, best.train_loss) == ("02-lr_1e-3-rank_8", 2.5, 5.0, 3.0)
+    assert best.forgotten == pytest.approx(0.4)
+    assert best.tokens_per_second == 300.0
+    console = Console(file=io.StringIO(), width=160)
+    print_results(results, [("time", "9 s")], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"\* +02 +COMPLETED +1e-3 +8 +2\.5000 +\+0\.4000 +3\.0000 +300 +60 +20", text)
+    assert re.search(r"^ +01 +COMPLETED +1e-4 +32 +3\.2000 +0\.7000 +\+0\.3000 ", text, re.MULTILINE)
+    assert "03-lr_1e-3-rank_32: FAILED, it broke" in text
+    assert "best  02-lr_1e-3-rank_8, validation loss 2.5000, 0.7000 (21.9%) below the next, 01-lr_1e-4-rank_32" in text
+    write_results(finished, results, {"seconds": 9.0})
+    summary = json.loads((finished / "sweep.json").read_text())
+    assert summary["best"] == "02-lr_1e-3-rank_8"
+    assert [one["number"] for one in summary["results"]] == [2, 1, 4, 0, 3]
+    rows = list(csv.DictReader((finished / "sweep.csv").read_text().splitlines()))
+    assert [row["val_loss"] for row in rows] == ["2.5", "3.2", "3.3", "3.5", ""]
+    assert [row["peft.rank"] for row in rows] == ["8", "32", "8", "8", "32"]
+    assert rows[0]["retention/old/loss"] == "2.4"
+
+
+def test_the_front_is_what_nothing_beats(finished: Path) -> None:
+    # 4 learnt less than 1 and forgot more.
+    assert [result.number for result in pareto_front(read_results(finished))] == [2, 1, 0]
+
+
+def test_pictures_are_drawn_where_there_is_something_to_draw(finished: Path, tmp_path: Path) -> None:
+    drawn = draw_sweep(finished, read_results(finished))
+    assert [path.name for path in drawn] == ["loss-curves.png", "lr-rank.png", "pareto.png"]
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "none").mkdir()
+    assert draw_sweep(tmp_path / "none", []) == []
+    assert best_of([]) is None
