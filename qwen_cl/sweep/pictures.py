@@ -105,6 +105,7 @@ def _draw_pareto(results: Sequence[Result], path: Path) -> Path | None:
     axes.plot(*zip(*map(_objectives, front)), "o-", color="C3", label="Pareto front: nothing is better in both")
     for result in measured:
         axes.annotate(f" {result.name}", _objectives(result), fontsize=7)
+    axes.margins(x=0.15)  # for the names
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel(f"target: {TARGET}/{LOSS} at the end")
     axes.set_ylabel("forgotten: mean rise of the retention sets' loss")
