@@ -39,7 +39,7 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader = hydra_context.config_loader
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.starter = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -47,7 +47,10 @@ class GridSweeper(Sweeper):
         from qwen_cl.sweep.combinations import combinations
 
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
-        return self.launcher.launch(combinations(overrides), initial_job_idx=0)
+        finished = self.starter.launch(combinations(overrides), initial_job_idx=0)
+        for job in finished:
+            _ = job.return_value  # raises what hydra/launcher=basic caught
+        return finished
 
 
 class OptunaSweeper(Sweeper):
@@ -58,10 +61,10 @@ class OptunaSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader = hydra_context.config_loader
-        self.config = config
+        self.master = config
 
     def sweep(self, arguments: list[str]) -> Any:
         from qwen_cl.sweep.search import run_search
 
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
-        return run_search(overrides, self.loader, self.config)
+        return run_search(overrides, self.loader, self.master)

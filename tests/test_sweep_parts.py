@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hydra import initialize_config_dir
@@ -21,11 +22,13 @@ from qwen_cl.config.errors import UserError, explain
 from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
 from qwen_cl.config.store import register_schemas
 from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep import slots
 from qwen_cl.sweep.pictures import draw_sweep, pareto_front
 from qwen_cl.sweep.results import best_of, print_results, read_results, write_results
-from qwen_cl.sweep.trial import trial_name, write_json
+from qwen_cl.sweep.trial import Trial, trial_name, write_json
+from qwen_cl.sweep.view import SweepView
 from tests.conftest import ROOT
 
 
@@ -93,6 +96,12 @@ def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureF
             ["task=inspect"],
             "trial cluster.accelerator=cpu task=inspect: a trial trains: task=finetune or task=pretrain",
         ),
+        (
+            ["hydra/sweeper=optuna", "hydra/launcher=basic", "lr=1,2"],
+            "hydra/launcher=basic runs its trials in batches, which hydra/sweeper=optuna does not make; remove it",
+        ),
+        (["hydra/sweeper=optuna", "lr=interval(-1,1)"], "trial lr=-1: lr (-1.0) must be above 0"),
+        (["hydra/sweeper=optuna", "n_trials=3", "lr=1,2"], "n_trials: unknown key"),
         (["lr=interval(1e-5,1e-3)"], "lr=interval(1e-5,1e-3) has no end of values, for hydra/sweeper=grid; write"),
         (["hydra.launcher.cpu_slots=0"], "hydra.launcher.cpu_slots (0) must be at least 1"),
         (["hydra.launcher.gpus_per_trial=0"], "hydra.launcher.gpus_per_trial (0) must be at least 1"),
@@ -107,6 +116,14 @@ def test_one_bad_trial_refuses_the_sweep(said: list[str], message: str, tmp_path
         multirun(tmp_path / "sweep", *said)
     assert str(refused.value).startswith(message)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_search_shows_the_ends_of_its_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    space = ["peft=lora,none", "peft.rank=int(interval(4,64))", "lr=tag(log,interval(1e-5,1e-2))"]
+    lines = dry_run(tmp_path / "sweep", capsys, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", *space)
+    assert lines[0].startswith("7 trials, ")
+    said = [line.split("dry_run=true ")[1] for line in lines[1:]]
+    assert said == ["peft=lora peft.rank=4 lr=1e-05", "peft=none lr=0.01"]
 
 
 def test_a_folder_name_needs_no_quotes() -> None:
@@ -191,7 +208,7 @@ def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: t
     for step, (loss, old) in enumerate(zip(losses, kept)):
         folder.append_metrics({"step": 4 * step, "time": float(step), "val/loss": loss, "retention/old/loss": old})
         rate = {"throughput/tokens_per_second": 100.0 * (step + 1)}
-        folder.append_metrics({"step": 4 * step + 1, "time": step + 0.5, "train/loss": loss + 0.5, **rate})
+        folder.append_metrics({"step": 4 * step, "time": step + 0.5, "train/loss": loss + 0.5, **rate})
 
 
 @pytest.fixture
@@ -250,3 +267,23 @@ def test_pictures_are_drawn_where_there_is_something_to_draw(finished: Path, tmp
     (tmp_path / "none").mkdir()
     assert draw_sweep(tmp_path / "none", []) == []
     assert best_of([]) is None
+
+
+def test_a_terminal_shows_a_line_a_trial(finished: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
+    view = SweepView(console)
+    config = types.SimpleNamespace(training=types.SimpleNamespace(max_steps=8))
+    for result in read_results(finished):
+        folder = RunFolder(finished / result.name)
+        plan = cast(Plan, types.SimpleNamespace(config=config))
+        view.add(Trial(result.number, result.name, (), result.differing, folder, plan, ""), result.state)
+    console.print(view.table())
+    text = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "4 COMPLETED, 1 FAILED, 0:00" in text
+    assert re.search(r"02-lr_1e-3-rank_8 +COMPLETED +8/8 +3\.000 +2\.500 +300", text)
+    line = view.lines["02-lr_1e-3-rank_8"]
+    assert "it broke" in text
+    assert line.seconds_left() == 0.0
+    # The first of its training steps was logged at 0.5 s.
+    line.latest.update(step=5, time=1.5)
+    assert line.seconds_left() == pytest.approx((1.5 - 0.5) / 5 * 3)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.store import register_schemas
@@ -41,7 +41,7 @@ def planner() -> Iterator[Planner]:
 def proposals(planner: Planner, directory: Path, *said: str, space: list[str] = SPACE, **options: Any) -> Proposals:
     """As a command makes them, with other options where given."""
     directory.mkdir(exist_ok=True)
-    values = OmegaConf.load(ROOT / "conf/hydra/sweeper/optuna.yaml")
+    values = cast(DictConfig, OmegaConf.load(ROOT / "conf/hydra/sweeper/optuna.yaml"))
     del values["defaults"]
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OptunaConfig), values, options))
     assert isinstance(config, OptunaConfig)
@@ -137,7 +137,7 @@ def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path)
 
 
 def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
-    both = {"objectives": ["val", "forgotten"], "reduction_factor": None}
+    both: dict[str, Any] = {"objectives": ["val", "forgotten"], "reduction_factor": None}
     source = proposals(planner, tmp_path / "sweep", n_trials=3, **both)
     for step, loss in ((10, 3.0), (30, 2.0), (50, 2.5)):
         trial = start(next_of(source))

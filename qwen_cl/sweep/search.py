@@ -38,7 +38,12 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
         RunPreempted: the sweep was asked to stop.
     """
     options = cast(OptunaConfig, OmegaConf.to_object(master.hydra.sweeper))
-    launcher = cast(LauncherConfig, OmegaConf.to_object(master.hydra.launcher))
+    launcher = OmegaConf.to_object(master.hydra.launcher)
+    if not isinstance(launcher, LauncherConfig):
+        raise UserError(
+            f"hydra/launcher={master.hydra.runtime.choices['hydra/launcher']} runs its trials in batches, which "
+            "hydra/sweeper=optuna does not make; remove it, for hydra/launcher=processes"
+        )
     space = Space(overrides)
     directory = Path(master.hydra.sweep.dir).absolute()
     with claim(directory):

@@ -96,7 +96,7 @@ class SweepView:
         line = self.lines[trial.name] = Line(trial)
         if state is not None:
             line.follow()
-            line.state = state
+            line.state, line.note = state, trial.folder.status().get("reason") or ""
 
     def update(self, scheduler: Scheduler) -> None:
         running = {process.trial.name: process.trial for process in scheduler.running}
@@ -110,7 +110,7 @@ class SweepView:
             elif outcome is not None and line.state != outcome.state.value:
                 self._change(line, outcome.state.value, outcome.reason or "")
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self.table(), refresh=True)
 
     def _change(self, line: Line, state: str, note: str | None = None) -> None:
         before = line.state, line.attempt
@@ -120,7 +120,7 @@ class SweepView:
         if self._live is None and before != (line.state, line.attempt):
             self.console.print(describe(line), highlight=False, soft_wrap=True, markup=False)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         table = Table(
             title=f"{tally(line.state for line in self.lines.values())}, {minutes}:{seconds:02}",
