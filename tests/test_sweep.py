@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import LoraConfig
@@ -151,3 +154,27 @@ def test_ctrl_c_asks_every_trial_to_stop(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     assert {folder.status()["reason"] for folder in trial_folders(directory).values()} == {"stopped on request"}
     assert left_running(directory) == []
+
+
+def test_a_search_stops_who_falls_behind_and_repeats_nothing(tmp_path: Path) -> None:
+    base = write_data(tmp_path / "data")
+    directory = tmp_path / "sweep"
+    # Of this seed the first two points differ, and the third is one of them again.
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.seed=0", "peft.alpha=1e-30,8"]
+    halving = ["hydra.sweeper.reduction_factor=2", "task.val_check_interval=2", "task.max_steps=120", "lr=1e-3"]
+    returncode, stdout, stderr = sweep(directory, *base, *search, *halving, "hydra.launcher.cpu_slots=1")
+    assert returncode == 0, stderr
+    assert states(directory) == {"00": "COMPLETED", "01": "PREEMPTED"}
+    pruned = trial_folders(directory)["01"].status()
+    assert pruned["reason"].startswith("pruned: its validation loss at step ")
+    assert pruned["step"] < 120
+    storage = JournalStorage(JournalFileBackend(str(directory / "study.journal")))
+    found = optuna.load_study(study_name="sweep", storage=storage).trials
+    assert [(trial.params["peft.alpha"], trial.state.name) for trial in found] == [
+        ("8", "COMPLETE"),
+        ("1e-30", "PRUNED"),
+        ("8", "COMPLETE"),
+    ]
+    records = [json.loads(line) for line in trial_folders(directory)["00"].metrics_file.read_text().splitlines()]
+    assert found[0].value == found[2].value == [line["val/loss"] for line in records if "val/loss" in line][-1]
+    assert "best  00-alpha_8, validation loss" in stdout
