@@ -83,6 +83,7 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
     finish(first, trials[1], State.FAILED, "OutOfMemoryError: …")
     finish(first, trials[2], State.PREEMPTED, "stopped on request")
     assert states(first) == ["COMPLETE", "FAIL", "RUNNING"]
+    assert first.waiting() == 1
     assert first.study.best_value == 2.5
     for trial in trials:
         values = dict(text.split("=", 1) for text in trial.overrides)
@@ -91,6 +92,7 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
         assert trial.plan.config.lr == float(values["lr"])
 
     second = proposals(planner, directory, n_trials=4)
+    assert second.waiting() == 2
     again = next_of(second)
     assert (again.name, again.config_hash) == (trials[2].name, trials[2].config_hash)
     start(again)
@@ -99,6 +101,7 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
     # A seed that starts over would draw the first point again.
     assert new.config_hash not in {trial.config_hash for trial in trials}
     assert second.next() is None
+    assert second.waiting() == 0
     measure(again, 60, 2.0)
     finish(second, again, State.COMPLETED)
     assert states(second) == ["COMPLETE", "FAIL", "COMPLETE", "RUNNING"]

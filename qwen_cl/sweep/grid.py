@@ -69,3 +69,6 @@ class Listed:
 
     def why_stop(self, trial: Trial) -> str | None:
         return None
+
+    def waiting(self) -> int:
+        return len(self.remaining)

@@ -80,6 +80,9 @@ class Proposals:
                 return f"{PRUNED}its validation loss at step {step} ({loss:.4f}) is not among the best {best}"
         return None
 
+    def waiting(self) -> int:
+        return len(self._cut_off) + max(0, self.options.n_trials - len(self.study.get_trials(deepcopy=False)))
+
     def _propose(self) -> Any:
         if self._cut_off:
             return self._cut_off.pop(0)

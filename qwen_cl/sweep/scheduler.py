@@ -30,6 +30,9 @@ class Source(Protocol):
     def why_stop(self, trial: Trial) -> str | None:
         """A few times a second for each that runs: a reason to ask it to stop early."""
 
+    def waiting(self) -> int:
+        """How many there still are."""
+
 
 class Scheduler:
     def __init__(
@@ -67,6 +70,10 @@ class Scheduler:
         self.stopping = self.stopping or reason
         for process in self.running:
             self._ask(process, reason)
+
+    def waiting(self) -> int:
+        """How many were not started, or not again."""
+        return self.source.waiting() + len(self._again)
 
     def _advance(self) -> bool:
         """False when there is nothing left to wait for."""

@@ -19,7 +19,7 @@ from qwen_cl.sweep.results import print_results, read_results, write_results
 from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
-from qwen_cl.sweep.view import SweepView, tally
+from qwen_cl.sweep.view import WAITING, SweepView, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def run_trials(
     finally:
         facts = {"start": start, "end": now(), "seconds": round(time.monotonic() - started, 3)}
         report(sweep.directory, facts, console)
-    _conclude(scheduler, [trial.folder.status()["state"] for trial in done], planned, sweep.directory)
+    _conclude(scheduler, [trial.folder.status()["state"] for trial in done], sweep.directory)
 
 
 def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
@@ -101,13 +101,12 @@ def hydra_arguments(master: DictConfig) -> list[str]:
     return arguments
 
 
-def _conclude(scheduler: Scheduler, before: Sequence[str], planned: int, directory: Path) -> None:
-    """Raises RunFailed or RunPreempted unless every trial is where it should be."""
-    states = [*before, *(outcome.state.value for outcome in scheduler.outcomes.values())]
-    waiting = ["waiting"] * (planned - len(states))
-    message = f"{tally([*states, *waiting])}; the same command with hydra.sweep.dir={directory} goes on from there"
+def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> None:
+    outcomes = scheduler.outcomes.values()
+    waiting = scheduler.waiting()
+    states = [*before, *(outcome.state.value for outcome in outcomes), *[WAITING] * waiting]
+    message = f"{tally(states)}; the same command with hydra.sweep.dir={directory} goes on from there"
     if scheduler.interrupted:
         raise RunPreempted(f"PREEMPTED: {message}")
-    pruned = sum(outcome.pruned for outcome in scheduler.outcomes.values())
-    if waiting or states.count(State.COMPLETED.value) + pruned < len(states):
+    if waiting or not all(outcome.state is State.COMPLETED or outcome.pruned for outcome in outcomes):
         raise RunFailed(f"FAILED: {message}")
