@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             stderr=subprocess.STDOUT,
             env=worker_environment(config),
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
     try:
         with _forwarding_signals(process) as asked_at:
@@ -77,15 +78,18 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
     finally:
         kill_group(process)
     watch()
-    if asked_at and process.returncode == -signal.SIGTERM and folder.status().get("state") == State.RUNNING:
-        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
-    _judge(folder, process.returncode, out_of_memory=_out_of_memory_kills() > killed_before)
+    if folder.status().get("state") == State.RUNNING:
+        _settle(folder, process.returncode, bool(asked_at), out_of_memory=_out_of_memory_kills() > killed_before)
+    _judge(folder)
 
 
-def die_with_parent() -> None:
-    """In the child, before exec: if the launcher is killed, the run is asked to stop."""
+def die_with_parent(parent: int | None = None) -> None:
+    """In the child, before exec: if the launcher is killed, the run is asked to stop. With the number of the launcher's
+    process also if that was before now."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -128,16 +132,25 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
-def _judge(folder: RunFolder, returncode: int, *, out_of_memory: bool) -> None:
+def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: bool) -> None:
+    """The last word for a worker that ended without one; ``asked`` says that we asked it to stop."""
+    if asked and returncode == -signal.SIGTERM:  # it was not listening yet
+        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
+        return
+    how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
+    why = ""
+    if asked:
+        why = " when it was asked to stop"
+    elif out_of_memory:
+        why = "; the kernel was out of memory"
+    elif returncode == -signal.SIGKILL:
+        why = " (out of memory?)"
+    lost = not (asked or out_of_memory)
+    folder.update_status(state=State.FAILED, reason=f"the worker was {how}{why}", end=now(), worker_lost=lost)
+
+
+def _judge(folder: RunFolder) -> None:
     status = folder.status()
-    if status.get("state") == State.RUNNING:  # it died without a word
-        how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
-        memory = " (out of memory?)" if returncode == -signal.SIGKILL else ""
-        if out_of_memory:
-            memory = "; the kernel was out of memory"
-        reason = f"the worker was {how}{memory}"
-        folder.update_status(state=State.FAILED, reason=reason, end=now(), worker_lost=not out_of_memory)
-        status = folder.status()
     if status["state"] == State.PREEMPTED:
         raise RunPreempted(f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. {folder.directory}")
     if status["state"] != State.COMPLETED:

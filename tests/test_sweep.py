@@ -148,8 +148,9 @@ def test_ctrl_c_asks_every_trial_to_stop(tmp_path: Path) -> None:
     process = start_sweep(directory, *base, *long, "seed=1,2,3", "hydra.launcher.cpu_slots=2")
     wait_until(lambda: sum("qwen_cl.worker" in line for line in left_running(directory)) == 2, process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
+    assert stdout.count("Stopping: every trial saves a checkpoint first. Again to kill them.") == 1
     assert "PREEMPTED: 1 waiting, 2 PREEMPTED; the same command with hydra.sweep.dir=" in stderr
     assert "Traceback" not in stderr
     assert {folder.status()["reason"] for folder in trial_folders(directory).values()} == {"stopped on request"}

@@ -39,7 +39,7 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
             print_trials(sweep, trials, len(trials))
             return
         for trial in trials:
-            planner.fetch(trial.plan)
+            planner.prepare(trial.plan)
         done = settled(trials)
         waiting = [trial for trial in trials if trial not in done]
         run_trials(sweep, Listed(waiting), planned=len(trials), done=done, waiting=waiting)

@@ -12,12 +12,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.file import to_plain
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.tasks import TrainingConfig
-from qwen_cl.plan import Plan, fetch_weights, make_plan
+from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
 
 NOT_PLANNED = ("lr", "peft", "name", "wandb")
 """What ``make_plan`` does not look at: trials that differ in nothing else share a plan."""
@@ -46,6 +47,7 @@ class Planner:
         self.compose = compose
         self._plans: dict[str, Plan] = {}
         self._fetched: set[str] = set()
+        self._tokenised: set[str] = set()
 
     def plan(self, overrides: Sequence[str], keys: Sequence[str]) -> Plan:
         """Raises UserError, which says which trial it is by the ``keys`` that differ between them."""
@@ -55,8 +57,15 @@ class Planner:
             said = [text for text in overrides if override_key(text) in keys]
             raise UserError(f"trial {' '.join(said or overrides)}: {error}") from error
 
-    def fetch(self, plan: Plan) -> None:
-        """The model's weights, once for all trials. Raises UserError."""
+    def prepare(self, plan: Plan) -> None:
+        """What a run takes longer for, once for all trials: raw text is tokenised and the weights are fetched, both into
+        caches. Raises UserError."""
+        config = plan.config
+        if isinstance(config.data, TextDataConfig):
+            key = repr((plan.model.source, config.data, config.seed))
+            if key not in self._tokenised:
+                with_text(plan, config.data)
+                self._tokenised.add(key)
         if plan.model.source not in self._fetched:
             fetch_weights(plan)
             self._fetched.add(plan.model.source)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,8 +36,9 @@ class TrialProcess:
         directory = trial.folder.directory
         command = [sys.executable, str(ROOT / "launch.py"), *hydra_arguments]
         command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides]
+        inherited = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # each takes its own
         environment = {
-            **os.environ,
+            **inherited,
             **slot.environment(trial.plan.config.cluster),
             MARK: str(directory),
             SWEEP: str(directory.parent),
@@ -50,7 +52,7 @@ class TrialProcess:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         self.ended: float | None = None
         """When it ended; what it started may take longer."""

@@ -95,7 +95,7 @@ class Proposals:
         overrides = self.space.overrides(proposal.params, self.planner)
         try:
             plan = self.planner.plan(overrides, self.space.keys)
-            self.planner.fetch(plan)
+            self.planner.prepare(plan)
         except UserError as error:
             print(error, file=sys.stderr)
             return None

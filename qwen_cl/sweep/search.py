@@ -56,7 +56,7 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
             print_trials(sweep, identify(ends, space.keys, directory), options.n_trials)
             return
         for _, plan in ends:
-            planner.fetch(plan)
+            planner.prepare(plan)
         study = open_study(directory, options, _first_rung(options, [plan for _, plan in ends]))
         proposals = Proposals(study, space, planner, options, directory)
         run_trials(sweep, proposals, planned=options.n_trials)

@@ -78,6 +78,7 @@ class SweepView:
         self.console = console
         self.lines: dict[str, Line] = {}
         self.started = time.monotonic()
+        self._stopping = False
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> SweepView:
@@ -99,6 +100,9 @@ class SweepView:
             line.state, line.note = state, trial.folder.status().get("reason") or ""
 
     def update(self, scheduler: Scheduler) -> None:
+        if scheduler.interrupted and not self._stopping:
+            self._stopping = True
+            self.console.print("Stopping: every trial saves a checkpoint first. Again to kill them.", highlight=False)
         running = {process.trial.name: process.trial for process in scheduler.running}
         for trial in running.values():
             if trial.name not in self.lines:  # a search makes them as it goes
