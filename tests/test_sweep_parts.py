@@ -8,6 +8,7 @@ import json
 import re
 import types
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from qwen_cl.config.errors import UserError, explain
 from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
-from qwen_cl.config.store import register_schemas
+from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
@@ -37,6 +38,14 @@ def hydra() -> Iterator[None]:
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/hydra/*/*.yaml")), ids=lambda path: str(path.stem))
+def test_every_option_has_its_value_in_a_file_that_says_what_it_is(path: Path) -> None:
+    schema = HYDRA_GROUPS[f"hydra/{path.parent.name}"][f"{path.stem}_schema"]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"[a-z_]+: ", line)]
+    said = {line.split(":")[0]: " # " in line for line in lines if not line.startswith("defaults")}
+    assert said == {field.name: True for field in fields(schema) if field.name != "_target_"}
 
 
 def multirun(directory: Path, *said: str) -> None:

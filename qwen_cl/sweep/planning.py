@@ -58,8 +58,7 @@ class Planner:
             raise UserError(f"trial {' '.join(said or overrides)}: {error}") from error
 
     def prepare(self, plan: Plan) -> None:
-        """What a run takes longer for, once for all trials: raw text is tokenised and the weights are fetched, both into
-        caches. Raises UserError."""
+        """Fill the caches once for all trials: raw text is tokenised, the weights are fetched. Raises UserError."""
         config = plan.config
         if isinstance(config.data, TextDataConfig):
             key = repr((plan.model.source, config.data, config.seed))
