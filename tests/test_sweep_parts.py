@@ -16,6 +16,7 @@ import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -26,7 +27,10 @@ from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep import slots
+from qwen_cl.sweep.folder import settled
+from qwen_cl.sweep.grid import plan_trials
 from qwen_cl.sweep.pictures import draw_sweep, pareto_front
+from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.results import best_of, print_results, read_results, write_results
 from qwen_cl.sweep.trial import Trial, trial_name, write_json
 from qwen_cl.sweep.view import SweepView
@@ -296,3 +300,23 @@ def test_a_terminal_shows_a_line_a_trial(finished: Path) -> None:
     # The first of its training steps was logged at 0.5 s.
     line.latest.update(step=5, time=1.5)
     assert line.seconds_left() == pytest.approx((1.5 - 0.5) / 5 * 3)
+
+
+def test_a_sweep_that_gets_more_values_keeps_its_trials(hydra: None, tmp_path: Path) -> None:
+    hydra_now = GlobalHydra.instance().hydra
+    assert hydra_now is not None
+    master = hydra_now.compose_config("config", ["cluster.accelerator=cpu"], run_mode=RunMode.MULTIRUN)
+    planner = Planner(composer(hydra_now.config_loader, master))
+    (only,) = plan_trials([["cluster.accelerator=cpu", "lr=1e-4"]], planner, tmp_path)
+    assert (only.name, only.differing) == ("00", {})
+    only.begin({}, 0.0)
+    only.folder.update_status(state="COMPLETED", reason=None, end="2026-01-01T00:00:00+00:00")
+    more = [
+        ["cluster.accelerator=cpu", f"lr={lr}", f"peft.rank={rank}"] for lr in ("1e-4", "3e-4") for rank in (16, 32)
+    ]
+    trials = plan_trials(more, planner, tmp_path)
+    # 32 is what peft.rank was without being said.
+    assert [trial.name for trial in trials] == ["01-lr_1e-4-rank_16", "00", "02-lr_3e-4-rank_16", "03-lr_3e-4-rank_32"]
+    assert [trial.name for trial in settled(trials)] == ["00"]
+    assert only.record()["differing"] == {"lr": "1e-4", "peft.rank": "32"}
+    assert only.record()["attempts"] == 1

@@ -49,6 +49,7 @@ def settled(trials: Sequence[Trial]) -> list[Trial]:
     and its cost is counted."""
     done = []
     for trial in trials:
+        trial.renew()
         status = trial.folder.status()
         if status.get("state") == State.RUNNING:
             with trial.folder.lock():

@@ -62,6 +62,12 @@ class Trial:
         }
         write_json(record, self.record_file)
 
+    def renew(self) -> None:
+        """What tells it from the others may have become more since it was started: a command added values."""
+        record = self.record()
+        if record and not self.differing.items() <= record["differing"].items():
+            write_json({**record, "differing": {**record["differing"], **self.differing}}, self.record_file)
+
     def end(self, at: float) -> None:
         """Count what it took, if nobody has; ``at`` is seconds since the epoch."""
         record = self.record()
