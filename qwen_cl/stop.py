@@ -6,8 +6,8 @@ import signal
 from typing import Any
 
 
-class Preempted(Exception):
-    """The process was asked to stop before training began."""
+class Preempted(BaseException):
+    """The process was asked to stop before training began. No Exception: libraries swallow those while they import."""
 
 
 class StopRequest:
@@ -23,6 +23,11 @@ class StopRequest:
         would raise from wherever training is."""
         self.training = True
         self.listen()
+
+    @property
+    def came_before_training(self) -> bool:
+        """Whatever went wrong after that may be its doing: an import that was cut short fails later, and elsewhere."""
+        return self.requested and not self.training
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

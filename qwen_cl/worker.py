@@ -37,6 +37,9 @@ def main(directory: str) -> int:
         _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")
     except BaseException as error:  # the folder must say why, whatever it was
         traceback.print_exc()
+        if stop.came_before_training:
+            _finish(folder, State.PREEMPTED, "stopped before training began")
+            return 0
         _finish(folder, State.FAILED, _reason(error))
         return 1
     else:
