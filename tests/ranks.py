@@ -49,7 +49,7 @@ def run_ranks(
         running = {process.sentinel: process for process in processes}
         while running and not failed:
             for sentinel in wait(list(running)):
-                process = running.pop(sentinel)  # type: ignore[call-overload]
+                process = running.pop(sentinel)
                 process.join()
                 failed = failed or process.exitcode
         for process in running.values():
