@@ -13,7 +13,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.corpus.target import TextTarget, prepare_target
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
-from qwen_cl.data.named_sets import absolute_sets, read_sets
+from qwen_cl.data.named_sets import local_sets, read_sets
 from qwen_cl.data.normalisation import row_text
 from qwen_cl.data.overlap import Overlap, content_encoder, find_overlap, refuse_overlap
 from qwen_cl.data.report import DataReport, Layout, describe
@@ -80,7 +80,7 @@ def make_plan(config: RunConfig) -> Plan:
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
         replay=_with_absolute_paths(config.replay),
-        retention=replace(config.retention, sets=absolute_sets(config.retention.sets)),
+        retention=replace(config.retention, sets=local_sets(config.retention.sets, "retention.sets")),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(
@@ -98,7 +98,9 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _with_absolute_paths(replay: ReplayConfig) -> ReplayConfig:
     """The worker runs elsewhere."""
-    return replace(replay, sets=absolute_sets(replay.sets)) if isinstance(replay, FileReplayConfig) else replay
+    return (
+        replace(replay, sets=local_sets(replay.sets, "replay.sets")) if isinstance(replay, FileReplayConfig) else replay
+    )
 
 
 def with_text(plan: Plan, data: TextDataConfig) -> Plan:
@@ -166,7 +168,7 @@ def _check_other_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase, dir
     for named in [*read_sets(replay, "replay.sets"), *read_sets(config.retention.sets, "retention.sets")]:
         if not named.is_text:
             check_chat_template(tokenizer, str(directory))
-        check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, str(named.path))
+        check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, named.path)
 
 
 def _overlap(train: list[Row], validation: list[Row], tokenizer: PreTrainedTokenizerBase) -> Overlap:
