@@ -16,11 +16,13 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import pair
 from qwen_cl.data.named_sets import local_sets, read_sets
 from qwen_cl.data.rows import Text
-from qwen_cl.data.set_files import set_hash
+from qwen_cl.data.set_files import set_hash, with_set_hashes
+from qwen_cl.plan import make_plan
 from tests.conftest import ROOT
 from tests.corpora import FORMS, TEXTS, json_lines, zstd
 from tests.dataset_hub import DatasetHub
 from tests.hub import client_environment
+from tests.test_config import compose_run
 from tests.test_corpus_reading import run_python
 
 DEMO = ROOT / "qwen_cl/demo/data"
@@ -107,6 +109,39 @@ def test_the_hash_is_of_what_a_set_holds_in_the_order_of_its_files(tmp_path: Pat
     other.write_bytes(one.read_bytes())
     shutil.move(tmp_path / "z.jsonl", one)
     assert set_hash(str(tmp_path), "k") == both
+
+
+def plan_hash(*said: str) -> str | None:
+    return make_plan(compose_run("task=pretrain", "cluster.accelerator=cpu", *said)).data_hash
+
+
+def test_a_run_that_replays_or_retains_something_else_is_another(tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_bytes(json_lines(["Something old."]))
+    (tmp_path / "moved.jsonl").write_bytes(json_lines(["Something old."]))
+    replay = ["replay=files", "retention=none", "replay.share=0.1"]
+    found = plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'old.jsonl'}'}}")
+    assert plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'moved.jsonl'}'}}") == found
+    (tmp_path / "moved.jsonl").write_bytes(json_lines(["Something else."]))
+    others = [
+        plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'moved.jsonl'}'}}"),
+        plan_hash(*replay, f"replay.sets={{b: '{tmp_path / 'old.jsonl'}'}}"),
+        plan_hash("retention=files", f"retention.sets={{a: '{tmp_path / 'old.jsonl'}'}}"),
+        plan_hash("retention=none"),
+        plan_hash(),
+    ]
+    assert len({found, *others}) == 6
+
+
+def test_where_nothing_is_replayed_or_retained_the_hash_is_that_of_the_data_alone() -> None:
+    content = b"".join((DEMO / f"text.{part}.jsonl").read_bytes() for part in ("train", "validation"))
+    alone = hashlib.sha256(content).hexdigest()
+    assert plan_hash("retention=none") == alone
+    # Text that the model writes itself follows from model, seed and config.
+    assert plan_hash("retention=none", "replay=generated") == alone
+    assert with_set_hashes(alone, {"replay.sets": {}, "retention.sets": {}}) == alone
+    kept = hashlib.sha256((DEMO / "retention-english.jsonl").read_bytes()).hexdigest()
+    spelled_out = json.dumps({"retention.sets": {"english": kept}, "target": alone})
+    assert plan_hash() == hashlib.sha256(spelled_out.encode()).hexdigest()
 
 
 READ = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,11 +67,17 @@ class DataReport:
     rendered: list[str]
     """Some rows as they are trained on; what is in [[ ]] does not count."""
     overlap: Overlap | None
-    """Of the validation rows with these; None where it was not looked for."""
+    """Of the validation rows with what is trained on; None where it was not looked for."""
+    retention_overlap: dict[str, Overlap]
+    """Likewise of each retention set, by name."""
 
 
 def describe(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, layout: Layout, overlap: Overlap | None = None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    overlap: Overlap | None = None,
+    retention_overlap: Mapping[str, Overlap] | None = None,
 ) -> DataReport:
     """Tokenises every row once and keeps none but those that are shown."""
     documents = isinstance(rows[0], Text)
@@ -115,6 +121,7 @@ def describe(
         writing=writing_shares(characters),
         rendered=rendered,
         overlap=overlap,
+        retention_overlap=dict(retention_overlap or {}),
     )
 
 

@@ -25,6 +25,9 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
     losses.append(f"{report.duplicates:,} duplicates")
     if report.overlap is not None and report.overlap.found:
         losses.append(f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are in it too")
+    for name, overlap in report.retention_overlap.items():
+        if overlap.found:
+            losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.sets.{name} are trained on")
     return [("training set", rows), ("", "; ".join(losses)), ("", _writing(report))]
 
 
