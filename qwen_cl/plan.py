@@ -11,11 +11,13 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
+from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
 from qwen_cl.data.fingerprints import as_corpora, of_rows
 from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
 from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets
+from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.report import DataReport, Layout, describe
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
@@ -46,7 +48,7 @@ class Plan:
     data_hash: str | None
     """sha256 of all that is trained on and measured; None for random tokens, and before raw text is tokenised."""
     data_report: DataReport | None
-    """None for random tokens."""
+    """None for random tokens, and before raw text is tokenised."""
     tokenizer_hash: str | None
 
     @property
@@ -124,8 +126,9 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     """
     tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
-    _hold_text_apart(text, data, plan.config, tokenizer)
-    return replace(plan, text=text, data_hash=data_hash(text.content, plan.config))
+    overlap, kept = _hold_text_apart(text, data, plan.config, tokenizer)
+    report = describe_corpus(text, tokenizer, _layout(plan.config), overlap, kept)
+    return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -158,13 +161,7 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
     if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
     check_tokenizer(tokenizer, model.config, directory)
-    layout = Layout(
-        sequence_length=task.sequence_length,
-        micro_batch_size=task.micro_batch_size,
-        seed=config.seed,
-        loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
-        packing=isinstance(task, FinetuneConfig) and task.packing,
-    )
+    layout = _layout(config)
     replay, kept = _other_sets(config, tokenizer, directory, layout)
     of_texts = of_rows(tokenizer)
     if files is None:
@@ -179,6 +176,17 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
         [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
     )
     return describe(train, tokenizer, layout, overlap, {named.name: each for named, each in zip(kept, of_kept)})
+
+
+def _layout(config: RunConfig) -> Layout:
+    task = config.training
+    return Layout(
+        sequence_length=task.sequence_length,
+        micro_batch_size=task.micro_batch_size,
+        seed=config.seed,
+        loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
+        packing=isinstance(task, FinetuneConfig) and task.packing,
+    )
 
 
 def _other_sets(
@@ -196,10 +204,11 @@ def _other_sets(
 
 def _hold_text_apart(
     text: TextTarget, data: TextDataConfig, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raises UserError where what is measured is trained on."""
+) -> tuple[Overlap, dict[str, Overlap]]:
+    """Of what validates, and of each retention set, with what is trained on. Raises UserError where it must not be."""
     train, validation = compared_documents(text, data, tokenizer)
     as_corpus = as_corpora(tokenizer)
     replay = replayed(read_sets(_replay_sets(config), "replay.sets"), as_corpus)
     kept = retained(read_sets(config.retention.sets, "retention.sets"), as_corpus)
-    hold_apart(data, [train, *replay], [validation, *kept])
+    overlap, *of_kept = hold_apart(data, [train, *replay], [validation, *kept])
+    return overlap, dict(zip(config.retention.sets, of_kept))

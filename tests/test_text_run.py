@@ -166,7 +166,7 @@ def test_a_constant_learning_rate_stays_where_it_was_warmed_up_to(text_run: Text
 def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None:
     trained, measured = split(text_run.texts)
     counts = [sum(len(text_run.reference.ids(text)) + 1 for text in texts) for texts in (trained, measured)]
-    assert f"{'training text':>18}  15 documents, {counts[0]:,} tokens; median " in text_run.run.stdout
+    assert f"{'training set':>18}  15 documents, {counts[0]:,} tokens, " in text_run.run.stdout
     assert f"5 documents of {counts[1]:,} tokens validate\n" in text_run.run.stdout
     plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
     assert text_run.run.folder.status()["data_hash"] == TextTarget.parse(plain).content

@@ -44,6 +44,11 @@ class TextTarget:
         trained, measured = held_out(self.train.counts.documents, share=self.validation_share, seed=self.seed)
         return (self.train, trained), (self.train, measured)
 
+    def lengths(self, selection: Selection) -> npt.NDArray[np.int64]:
+        """Tokens of each document, with its end-of-text."""
+        corpus, documents = selection
+        return np.diff(read_bounds(corpus.prefix))[documents]
+
     @property
     def content(self) -> str:
         return self.train.content + (self.validation.content if self.validation else "")
@@ -82,15 +87,11 @@ def save_target(target: TextTarget, path: Path) -> None:
     path.write_text(json.dumps(target.plain(), indent=2) + "\n", encoding="utf-8")
 
 
-def summarise(target: TextTarget) -> list[tuple[str, str]]:
-    """Lines for the terminal."""
-    (corpus, trained), (other, measured) = target.split()
-    sizes = np.diff(read_bounds(corpus.prefix))[trained]
-    text = f"{len(trained):,} documents, {int(sizes.sum()):,} tokens; median {int(np.median(sizes)):,}"
-    kept = int(np.diff(read_bounds(other.prefix))[measured].sum())
-    lines = [("training text", f"{text}, longest {int(sizes.max()):,}")]
-    lines.append(("", f"{len(measured):,} documents of {kept:,} tokens validate"))
-    return lines
+def summarise_validation(target: TextTarget) -> tuple[str, str]:
+    """A line for the terminal."""
+    _, measured = target.split()
+    lengths = target.lengths(measured)
+    return "", f"{len(lengths):,} documents of {int(lengths.sum()):,} tokens validate"
 
 
 def _sources(data: TextDataConfig) -> list[TextSource]:
@@ -128,10 +129,10 @@ def _compared(
     def locate(index: int) -> str:
         return locate_document(source, int(documents[index]))
 
-    return Compared(name, len(documents), of_tokens(_documents(*selection), tokenizer), locate, remove_from)
+    return Compared(name, len(documents), of_tokens(document_ids(*selection), tokenizer), locate, remove_from)
 
 
-def _documents(corpus: Corpus, documents: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
+def document_ids(corpus: Corpus, documents: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
     """Their ids, without their end-of-text."""
     ids, bounds = read_ids(corpus.prefix), read_bounds(corpus.prefix)
     for number in documents:
