@@ -168,6 +168,12 @@ def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None
     counts = [sum(len(text_run.reference.ids(text)) + 1 for text in texts) for texts in (trained, measured)]
     assert f"{'training set':>18}  15 documents, {counts[0]:,} tokens, " in text_run.run.stdout
     assert f"5 documents of {counts[1]:,} tokens validate\n" in text_run.run.stdout
+    report = json.loads(text_run.run.folder.data_report_json.read_text(encoding="utf-8"))
+    assert (report["rows"], report["tokens"]) == (15, counts[0])
+    assert report["overlap"] == {"texts": 5, "exact": 1, "by_grams": 0, "first": [1, 0]}
+    page = text_run.run.folder.data_report.read_text(encoding="utf-8")
+    assert "1 of 5 validation documents are in it too" in page
+    assert page.count("\n--- ") == 10
     plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
     assert text_run.run.folder.status()["data_hash"] == TextTarget.parse(plain).content
     assert text_run.config.replay == FileReplayConfig(share=0.4, sets={"generated": str(text_run.sampled)}, weights={})
