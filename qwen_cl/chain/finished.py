@@ -11,6 +11,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config, to_plain
 from qwen_cl.data.corpus.target import text_content
+from qwen_cl.plan import data_hash
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"
@@ -70,7 +71,9 @@ def move_aside(stage: Stage) -> None:
 def _data_hash(stage: Stage) -> str | None:
     """A plan knows nothing of raw text before it is tokenised."""
     data = stage.config.data
-    return text_content(data) if isinstance(data, TextDataConfig) else stage.plan.data_hash
+    if isinstance(data, TextDataConfig):
+        return data_hash(text_content(data), stage.plan.config)
+    return stage.plan.data_hash
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
