@@ -1,8 +1,12 @@
 """Compose a run, check it, start it. `python launch.py --help` lists what can be said."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 # This process only tokenises: transformers would take seconds to import torch, and without it would say so.
 os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
@@ -26,10 +30,11 @@ failures: list[UserError | RunFailed] = []
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
-    from qwen_cl.run import run
     from qwen_cl.run_folder import remove_if_empty
 
     try:
+        from qwen_cl.run import run
+
         refuse_added_keys(cfg)
         run(OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
@@ -54,6 +59,17 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own takes seconds to list the groups
         print(HELP.read_text(encoding="utf-8"), end="")
         return 0
+    at_once = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return launch_all()
+    except KeyboardInterrupt:
+        return RunPreempted.exit_code
+    finally:
+        signal.signal(signal.SIGINT, at_once)
+
+
+def launch_all() -> int:
     sys.argv[1:] = map(quote_free_text, sys.argv[1:])
     # Hydra would print its own text and exit with 1; raising instead lets every mistake read alike.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -65,8 +81,6 @@ def main() -> int:
         fail(error)
     except OSError as error:
         fail(UserError(f"hydra.run.dir ({error.filename}) cannot be made: {error.strerror}; choose another folder"))
-    except KeyboardInterrupt:
-        return RunPreempted.exit_code
     return max((error.exit_code for error in failures), default=0)
 
 

@@ -60,8 +60,8 @@ def ours(model: Path, device: str) -> dict[str, Any]:
         "built module to weights in place": filled - began,
         "the same, and building the module": built - started + filled - began,
     }
-    block = block_size(torch.device(device), record["read"])
-    pinned = default_readers() * BUFFERS * block / 1e6 if device == "cuda" else 0
+    where, total = torch.device(device), record["read"]
+    pinned = default_readers(where, total) * BUFFERS * block_size(where, total) / 1e6 if device == "cuda" else 0
     record["note"] = f"ours: memory is while filling (building added {building['anonymous'] / 1e6:,.0f} MB anon"
     record["note"] += f"), and {pinned:.0f} MB of pinned buffers, which RSS may not count." if pinned else ")."
     return record

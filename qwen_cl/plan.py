@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_cl.config.data import FileDataConfig, MockDataConfig, TextDataConfig
+from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.forgetting import FileReplayConfig, ReplayConfig
+from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
-from qwen_cl.data.corpus.target import TextTarget, prepare_target, text_content
+from qwen_cl.data.corpus.report import describe_corpus
+from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, text_content
 from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
-from qwen_cl.data.named_sets import absolute_sets, read_sets
-from qwen_cl.data.normalisation import row_text
-from qwen_cl.data.overlap import Overlap, content_encoder, find_overlap, refuse_overlap
+from qwen_cl.data.fingerprints import as_corpora, of_rows
+from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
+from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets
+from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.report import DataReport, Layout, describe
-from qwen_cl.data.rows import Row, RowFiles, content_hash, read_rows, row_files
+from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
+from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -43,9 +46,9 @@ class Plan:
     text: TextTarget | None
     """Raw text once it is tokenised."""
     data_hash: str | None
-    """sha256 of the data files; None for random tokens."""
+    """sha256 of all that is trained on and measured; None for random tokens, and before raw text is tokenised."""
     data_report: DataReport | None
-    """None for random tokens."""
+    """None for random tokens, and before raw text is tokenised."""
     tokenizer_hash: str | None
 
     @property
@@ -56,7 +59,7 @@ class Plan:
     def content(self) -> str | None:
         """Hash of the data as it is now, also of raw text that is not tokenised yet."""
         data = self.config.data
-        return text_content(data) if isinstance(data, TextDataConfig) else self.data_hash
+        return data_hash(text_content(data), self.config) if isinstance(data, TextDataConfig) else self.data_hash
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -75,6 +78,7 @@ def make_plan(config: RunConfig) -> Plan:
     _check_sequence_length(config, architecture)
     if model.commit is None:
         check_weights(model, architecture)
+    config = _with_local_sets(config)
     files = row_files(config.data, config.training)
     data_report = None if isinstance(config.data, MockDataConfig) else _read_data(config, model, files)
     settled = replace(
@@ -84,8 +88,6 @@ def make_plan(config: RunConfig) -> Plan:
             source=model.source,
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
-        replay=_with_absolute_paths(config.replay),
-        retention=replace(config.retention, sets=absolute_sets(config.retention.sets)),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(
@@ -95,15 +97,30 @@ def make_plan(config: RunConfig) -> Plan:
         device=device,
         files=files,
         text=None,
-        data_hash=content_hash(files) if files else None,
+        data_hash=data_hash(content_hash(files), config) if files else None,
         data_report=data_report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
     )
 
 
-def _with_absolute_paths(replay: ReplayConfig) -> ReplayConfig:
-    """The worker runs elsewhere."""
-    return replace(replay, sets=absolute_sets(replay.sets)) if isinstance(replay, FileReplayConfig) else replay
+def data_hash(target: str, config: RunConfig) -> str:
+    """``target`` is the hash of what the task's own data holds; the sets that are replayed and retained come in too.
+    Not text that the model writes itself, which follows from model, seed and config."""
+    sets = {"replay.sets": _replay_sets(config), "retention.sets": config.retention.sets}
+    return with_set_hashes(target, sets)
+
+
+def _with_local_sets(config: RunConfig) -> RunConfig:
+    """The worker runs elsewhere, and without a network."""
+    replay = config.replay
+    if isinstance(replay, FileReplayConfig):
+        replay = replace(replay, sets=local_sets(replay.sets, "replay.sets"))
+    kept = local_sets(config.retention.sets, "retention.sets")
+    return replace(config, replay=replay, retention=replace(config.retention, sets=kept))
+
+
+def _replay_sets(config: RunConfig) -> dict[str, str]:
+    return config.replay.sets if isinstance(config.replay, FileReplayConfig) else {}
 
 
 def with_text(plan: Plan, data: TextDataConfig) -> Plan:
@@ -114,7 +131,9 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     """
     tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
-    return replace(plan, text=text, data_hash=text.content)
+    overlap, kept = _hold_text_apart(text, data, plan.config, tokenizer)
+    report = describe_corpus(text, tokenizer, _layout(plan.config), overlap, kept)
+    return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -147,32 +166,54 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
     if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
     check_tokenizer(tokenizer, model.config, directory)
-    layout = Layout(
+    layout = _layout(config)
+    replay, kept = _other_sets(config, tokenizer, directory, layout)
+    of_texts = of_rows(tokenizer)
+    if files is None:
+        hold_apart(config.data, replayed(replay, of_texts), retained(kept, of_texts))
+        return None
+    train, validation = read_rows(files)
+    for rows, path in ((train, files.train), (validation, files.validation or files.train)):
+        check_examples(rows, tokenizer, layout.sequence_length, layout.loss_on, path)
+    overlap, *of_kept = hold_apart(
+        config.data,
+        [training_rows(train, files, of_texts), *replayed(replay, of_texts)],
+        [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
+    )
+    return describe(train, tokenizer, layout, overlap, {named.name: each for named, each in zip(kept, of_kept)})
+
+
+def _layout(config: RunConfig) -> Layout:
+    task = config.training
+    return Layout(
         sequence_length=task.sequence_length,
         micro_batch_size=task.micro_batch_size,
         seed=config.seed,
         loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
         packing=isinstance(task, FinetuneConfig) and task.packing,
     )
-    _check_other_sets(config, tokenizer, directory, layout)
-    if files is None:
-        return None
-    train, validation = read_rows(files)
-    for rows, path in ((train, files.train), (validation, files.validation or files.train)):
-        check_examples(rows, tokenizer, layout.sequence_length, layout.loss_on, path)
-    overlap = _overlap(train, validation, tokenizer)
-    if not (isinstance(config.data, FileDataConfig) and config.data.allow_overlap):
-        refuse_overlap(overlap, files)
-    return describe(train, tokenizer, layout, overlap)
 
 
-def _check_other_sets(config: RunConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, layout: Layout) -> None:
-    replay = config.replay.sets if isinstance(config.replay, FileReplayConfig) else {}
-    for named in [*read_sets(replay, "replay.sets"), *read_sets(config.retention.sets, "retention.sets")]:
+def _other_sets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, layout: Layout
+) -> tuple[list[NamedSet], list[NamedSet]]:
+    """What is replayed, and what is retained."""
+    replay = read_sets(_replay_sets(config), "replay.sets")
+    kept = read_sets(config.retention.sets, "retention.sets")
+    for named in [*replay, *kept]:
         if not named.is_text:
             check_chat_template(tokenizer, str(directory))
-        check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, str(named.path))
+        check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, named.path)
+    return replay, kept
 
 
-def _overlap(train: list[Row], validation: list[Row], tokenizer: PreTrainedTokenizerBase) -> Overlap:
-    return find_overlap(map(row_text, train), [row_text(row) for row in validation], content_encoder(tokenizer))
+def _hold_text_apart(
+    text: TextTarget, data: TextDataConfig, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Overlap, dict[str, Overlap]]:
+    """Of what validates, and of each retention set, with what is trained on. Raises UserError where it must not be."""
+    train, validation = compared_documents(text, data, tokenizer)
+    as_corpus = as_corpora(tokenizer)
+    replay = replayed(read_sets(_replay_sets(config), "replay.sets"), as_corpus)
+    kept = retained(read_sets(config.retention.sets, "retention.sets"), as_corpus)
+    overlap, *of_kept = hold_apart(data, [train, *replay], [validation, *kept])
+    return overlap, dict(zip(config.retention.sets, of_kept))

@@ -52,7 +52,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     if isinstance(config.data, TextDataConfig):
         data = f"{config.data.path}, tokenised when the run starts"
     elif plan.files is not None:
-        data = f"{plan.files.train} (sha256 {(plan.data_hash or '')[:12]}…)"
+        data = f"{plan.files.train} (data_hash {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a directory of your own"),

@@ -22,7 +22,7 @@ from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
-from qwen_cl.data.corpus.target import save_target, summarise
+from qwen_cl.data.corpus.target import save_target, summarise_validation
 from qwen_cl.data.report_text import report_page, summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, execute
@@ -105,7 +105,7 @@ def _start(plan: Plan, folder: RunFolder) -> None:
         if plan.data_report is not None:
             print_facts(summary(plan.data_report), console)
         if plan.text is not None:
-            print_facts(summarise(plan.text), console)
+            print_facts([summarise_validation(plan.text)], console)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)

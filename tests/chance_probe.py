@@ -1,12 +1,11 @@
 """A run's worker that takes every model for a large one, which is not compared with transformers.
 
-``python tests/chance_probe.py RUN_DIRECTORY``. Megatron does not look at the gradients either, so that a step is taken
+Run by ``tests.ranks``. Megatron does not look at the gradients either, so that a step is taken
 after which nothing is a number.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from qwen_cl import worker
@@ -31,7 +30,3 @@ def main(directory: str) -> int:
 
     vars(worker)["load_recipe"] = load_recipe
     return worker.main(directory)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from qwen_cl.megatron.imports import import_megatron
 from qwen_cl.run_folder import RunFolder
 
 import_megatron()  # before a test module imports Megatron by itself
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started the tests in the background did that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,15 +1,12 @@
 """Builds Megatron models as a run builds them, fills them from their directories (in Hugging Face layout or NeMo
 2.0 checkpoints), and saves their logits.
 
-``torchrun tests/layout_probe.py OUT_DIRECTORY TENSOR_PARALLEL PIPELINE_PARALLEL MODEL_DIRECTORY...``: a process of
-its own, because Megatron on a CPU changes torch for good. Every model in one process, because importing NeMo is what
-takes long. Each rank also writes what it read, by model.
+Run by ``tests.ranks``. Each rank also writes what it read, by model.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +42,9 @@ def main(out: Path, tensor_parallel: int, pipeline_parallel: int, directories: l
     for directory in directories:
         config = run_config("model=local", f"model.source='{directory}'", *layout)
         _probe(out, directory, config)
+    from torch._dynamo.utils import counters
+
+    assert not counters["frames"], "something was compiled, which a laptop may have no compiler for"
 
 
 def _probe(out: Path, directory: Path, config: RunConfig) -> None:
@@ -115,7 +115,3 @@ def _logits(model: Any, hidden_size: int) -> Any:
         group = parallel_state.get_tensor_model_parallel_group()
         torch.distributed.all_gather(parts, out.contiguous(), group=group)
         return torch.cat(parts, dim=-1) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), [Path(name) for name in sys.argv[4:]])

@@ -1,16 +1,14 @@
 """Writes NeMo 2.0 checkpoints with NeMo's own classes, from models in Hugging Face layout.
 
-``torchrun tests/nemo_writer.py SPECIFICATION.json``: a process of its own, because Megatron on a CPU changes torch for
-good. ``SPECIFICATION.json`` lists {"model": a directory, "tokenizer": what NeMo's tokenizer is made of, "config":
-NeMo's class, "fields": what NeMo's importer would set besides the shape, "to": where, "layout": [tensor parallel,
-pipeline parallel], "layers_apart": whether each layer has keys of its own}.
+Run by ``tests.ranks`` with the path of a JSON file that lists {"model": a directory, "tokenizer": what NeMo's
+tokenizer is made of, "config": NeMo's class, "fields": what NeMo's importer would set besides the shape, "to": where,
+"layout": [tensor parallel, pipeline parallel], "layers_apart": whether each layer has keys of its own}.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +105,3 @@ def _configure(config: Any, tokenizer: Any, tensor_parallel: int, pipeline_paral
     return live.configure_model(
         tokenizer, parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

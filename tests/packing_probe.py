@@ -1,7 +1,6 @@
 """Losses and gradients of a few conversations in Megatron, packed and one to a row.
 
-``python tests/packing_probe.py OUT_FILE MODEL_DIRECTORY``: a process of its own, because Megatron on a CPU changes
-torch for good. The cases:
+Run by ``tests.ranks``. The cases:
 
 - alone: one example to a row, no padding beyond the longest
 - packed: the same in two rows of several segments
@@ -11,7 +10,6 @@ torch for good. The cases:
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +89,3 @@ def _losses_and_gradients(case: str, model: Any, batch: dict[str, Any]) -> dict[
     losses.sum().backward()
     gradients = {f"{case}.gradient.{name}": parameter.grad for name, parameter in model.named_parameters()}
     return {f"{case}.losses": losses.detach().contiguous(), **gradients}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

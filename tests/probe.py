@@ -1,13 +1,11 @@
 """Trains a run folder's config for a few steps and saves the live Megatron model's logits after them.
 
-``python tests/probe.py RUN_DIRECTORY``, or the same under torchrun for a layout of several processes: processes of
-their own, because Megatron on a CPU changes torch for good. Adapters are disturbed first, so that a wrong export cannot
+Run by ``tests.ranks``. Adapters are disturbed first, so that a wrong export cannot
 hide behind weights that are still zero; the checkpoint of step 0 is from before that, and from before any training.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +77,3 @@ def _logits(model: Any, ids: Any) -> Any:
         parts = [torch.empty_like(out) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
         torch.distributed.all_gather(parts, out.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
         return torch.cat(parts, dim=-1) if parallel_state.get_tensor_model_parallel_rank() == 0 else None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "no set": (
         ["task.sets={ja: /no/such.txt}", stages("name: two")],
-        r"/no/such\.txt does not exist; set task\.",
+        r"task\.sets\.ja \(/no/such\.txt\) does not exist; name a file, a glob, a directory, or hf://datasets/ORG/NAME",
     ),
     "set name": (["task.sets={a b: x}", stages("name: two")], r"task\.sets: 'a b' must be letters"),
     "evaluation": (

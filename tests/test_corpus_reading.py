@@ -132,7 +132,8 @@ def test_a_column_that_parquet_lacks_is_named_with_those_it_has(tmp_path: Path) 
     write_parquet(tmp_path / "a.parquet", TEXTS)
     with pytest.raises(UserError) as refused:
         read(tmp_path / "a.parquet", "body")
-    assert str(refused.value).startswith(f"{tmp_path}/a.parquet: field 'body' is missing (found: 'number', 'text');")
+    message = f"{tmp_path}/a.parquet: row 1: field 'body' is missing (found: 'number', 'text');"
+    assert str(refused.value).startswith(message)
 
 
 def test_a_column_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

@@ -149,14 +149,16 @@ def test_ten_rows_from_the_first_to_the_last_are_shown() -> None:
 
 def test_overlap_that_is_allowed_is_told() -> None:
     rows: list[Row] = [pair("a", "b")]
-    found = describe(rows, tokenizer(), layout(), Overlap(5, 1, 2, (0, 0)))
-    assert "3 of 5 validation rows are in it too" in summary(found)[1][1]
+    kept = {"old": Overlap(7, 2, 0, (3, 0)), "chat": Overlap(4, 0, 0, None)}
+    found = describe(rows, tokenizer(), layout(), Overlap(5, 1, 2, (0, 0)), kept)
+    said = summary(found)[1][1]
+    assert said.endswith("3 of 5 validation rows are in it too; 2 of 7 rows of retention.sets.old are trained on")
 
 
 def test_a_run_leaves_its_report_and_prints_three_lines(trained: Launched) -> None:
     rows = demo_rows("instructions")[:320]
     config = layout(micro_batch_size=2, seed=1234, sequence_length=512)
-    found = describe(rows, tokenizer(), config, Overlap(40, 0, 0, None))
+    found = describe(rows, tokenizer(), config, Overlap(40, 0, 0, None), {"english": Overlap(60, 0, 0, None)})
     record = json.loads(trained.folder.data_report_json.read_text(encoding="utf-8"))
     assert record == json.loads(json.dumps(asdict(found)))
     page = trained.folder.data_report.read_text(encoding="utf-8")

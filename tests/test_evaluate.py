@@ -164,11 +164,11 @@ SHIFT_JIS = "日本\n".encode("shift_jis")
 REFUSED: dict[str, tuple[list[str], bytes, str]] = {
     "nothing": ([], b"", r"task=evaluate has nothing to do; name sets like"),
     "unsafe name": (["task.sets={a b: '{file}.jsonl'}"], b"", r"task\.sets: 'a b' must be letters"),
-    "absent": (["task.sets={a: /no/such.jsonl}"], b"", r"/no/such\.jsonl does not exist; set task\.sets\.a to a file"),
-    "absent text": (["task.sets={a: /no/such.txt}"], b"", r"/no/such\.txt does not exist; set task\.sets\.a to a text"),
-    "unknown format": (["task.sets={a: '{file}.csv'}"], b"x", r"task\.sets\.a \(.*\.csv\) must be a \.jsonl file"),
+    "absent": (["task.sets={a: /no/such.jsonl}"], b"", r"task\.sets\.a \(/no/such\.jsonl\) does not exist; name a"),
+    "absent text": (["task.sets={a: /no/such.txt}"], b"", r"task\.sets\.a \(/no/such\.txt\) does not exist; name a"),
+    "unknown format": (["task.sets={a: '{file}.csv'}"], b"x", r"task\.sets\.a: .*\.csv is of an unknown format; known"),
     "empty": (["task.sets={a: '{file}.jsonl'}"], b" \n", r"file\.jsonl is empty; it must hold one JSON object a line"),
-    "empty text": (["task.sets={a: '{file}.txt'}"], b"\n", r"file\.txt is empty; it must hold a text"),
+    "empty text": (["task.sets={a: '{file}.txt'}"], b"\n", r"file\.txt: the text is empty; remove the row or"),
     "broken line": (["task.sets={a: '{file}.jsonl'}"], b'{"text": "a"}\n{"te\n', r"file\.jsonl:2: not JSON"),
     "not UTF-8": (["task.sets={a: '{file}.txt'}"], b"ok\n" + SHIFT_JIS, r"file\.txt:2: byte 0x93 at column 1 is not"),
     "two kinds": (

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,10 @@ from qwen_cl.execute import worker_environment
 from qwen_cl.plan import make_plan
 from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder
-from tests.conftest import ROOT
+from tests import probe
 from tests.exporting import composed, run_export
 from tests.models import LLAMA_3, save_random_model
+from tests.ranks import run_ranks
 
 
 @dataclass(frozen=True)
@@ -134,14 +132,5 @@ def _train(model: Path, case: Case, folder: Path) -> None:
     plan = make_plan(composed(*overrides))
     folder.mkdir()
     write_worker_inputs(plan, RunFolder(folder))
-    launcher: Sequence[str] = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    )
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tests/probe.py"), str(folder)],
-        env=worker_environment(plan.config),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_ranks(probe.main, folder, ranks=processes, environment=worker_environment(plan.config))
+    assert done.returncode == 0, done.log[-3000:]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT
+from tests import layout_probe
 from tests.models import LLAMA_3, save_random_model
+from tests.ranks import run_ranks
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"family": "qwen2", "heads": 6, "vocab_size": 1537},
@@ -45,17 +43,9 @@ def test_logits_equal_transformers(
     tensor_parallel: int, pipeline_parallel: int, models: dict[str, Path], tmp_path: Path
 ) -> None:
     ranks = tensor_parallel * pipeline_parallel
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        + ["tests/layout_probe.py", str(tmp_path), str(tensor_parallel), str(pipeline_parallel)]
-        + [str(directory) for directory in models.values()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = (tmp_path, tensor_parallel, pipeline_parallel, list(models.values()))
+    done = run_ranks(layout_probe.main, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.log[-3000:]
     ids = torch.arange(120).view(2, 60) * 7 % 1400
     for name, directory in models.items():
         reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -228,15 +228,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty path": (["retention=files", "retention.sets={english: ' '}"], r"retention\.sets\.english is empty; name a"),
     "missing": (
         ["replay=files", "replay.sets={english: /no/such.jsonl}"],
-        r"/no/such\.jsonl does not exist; set replay\.sets\.english to a file of rows",
+        r"replay\.sets\.english \(/no/such\.jsonl\) does not exist; name a file, a glob, a directory, or hf://datasets/",
     ),
     "missing retention": (
         ["retention=files", "retention.sets={kept: /no/such.txt}"],
-        r"/no/such\.txt does not exist; set retention\.sets\.kept to a text file",
+        r"retention\.sets\.kept \(/no/such\.txt\) does not exist; name a file",
     ),
     "format": (
-        ["retention=files", "retention.sets={kept: /no/such.csv}"],
-        r"retention\.sets\.kept \(/no/such\.csv\) must be a \.jsonl file \(a row a line\) or a \.txt file",
+        ["retention=files", f"retention.sets={{kept: '{ROOT / 'LICENSE'}'}}"],
+        r"retention\.sets\.kept: .*/LICENSE is of an unknown format; known are \.txt, \.jsonl",
     ),
     "schedule": (
         ["task.lr_schedule=warmup_hold_decay", "task.max_steps=10", "task.warmup_steps=4", "task.decay_ratio=0.7"],

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -20,8 +18,10 @@ from qwen_cl.plan import make_plan
 from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.source.distributed import DistributedWeights
+from tests import chance_probe
 from tests.conftest import ROOT, launch
 from tests.models import save_random_model
+from tests.ranks import run_ranks
 
 SMOKE = ["experiment=smoke", "task=pretrain", "peft=none", "cluster.accelerator=cpu", "wandb.mode=disabled"]
 BAD_STEPS = 40
@@ -46,9 +46,8 @@ def probe(directory: Path, *overrides: str) -> tuple[int, RunFolder]:
     folder.directory.mkdir()
     write_worker_inputs(plan, folder)
     folder.update_status(state=State.RUNNING, step=0)
-    command = [sys.executable, str(ROOT / "tests/chance_probe.py"), str(folder.directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    folder.log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    done = run_ranks(chance_probe.main, str(folder.directory))
+    folder.log.write_text(done.log, encoding="utf-8")
     return done.returncode, folder
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,9 +24,11 @@ from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
 from qwen_cl.source.nemo_tensors import open_tensors
-from tests.conftest import ROOT, Launched, launch
+from tests import layout_probe, nemo_writer
+from tests.conftest import Launched, launch
 from tests.layout_probe import run_config
 from tests.models import LLAMA_3, SMALL_TOKENIZER, save_random_model
+from tests.ranks import run_ranks
 from tests.test_initial_loss import _examples, _loss
 
 Saved = tuple[dict[str, Any], str, dict[str, Any]]
@@ -59,19 +59,6 @@ SAVED_AT: dict[tuple[int, int], dict[str, Saved]] = {
 NAMES = [name for models in SAVED_AT.values() for name in models]
 
 
-def torchrun(script: str, ranks: int, *arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
-        + [str(argument) for argument in arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds models/NAME in Hugging Face layout, and checkpoints/NAME of the same weights, written by NeMo."""
@@ -95,7 +82,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path = base / "specification.json"
     path.write_text(json.dumps(specification))
-    torchrun("tests/nemo_writer.py", 2, path)
+    written = run_ranks(nemo_writer.main, path, ranks=2)
+    assert written.returncode == 0, written.log[-3000:]
     return base
 
 
@@ -120,7 +108,8 @@ def test_logits_equal_transformers_in_another_layout(
     tensor_parallel: int, pipeline_parallel: int, base: Path, tmp_path: Path
 ) -> None:
     checkpoints = [base / "checkpoints" / name for name in NAMES]
-    torchrun("tests/layout_probe.py", 2, tmp_path, tensor_parallel, pipeline_parallel, *checkpoints)
+    done = run_ranks(layout_probe.main, tmp_path, tensor_parallel, pipeline_parallel, checkpoints, ranks=2)
+    assert done.returncode == 0, done.log[-3000:]
     ids = torch.arange(120).view(2, 60) * 7 % 1400
     for name in NAMES:
         reference = AutoModelForCausalLM.from_pretrained(base / "models" / name, dtype=torch.float32).eval()

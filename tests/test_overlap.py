@@ -9,16 +9,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.overlap import Overlap, content_encoder, find_overlap, refuse_overlap
+from qwen_cl.data.fingerprints import Encode, content_encoder, of_rows, of_tokens, row_fingerprints
+from qwen_cl.data.held_apart import hold_apart, training_rows, validation_rows
+from qwen_cl.data.overlap import Overlap, find_overlap
 from qwen_cl.data.report_text import summary
 from qwen_cl.data.rows import RowFiles, Text, read_rows, row_location
-from qwen_cl.plan import make_plan
+from qwen_cl.plan import Plan, make_plan, with_text
 from tests.conftest import ROOT, launch
 from tests.test_config import compose_run
 from tests.test_data import files, tokenizer
 
 SENTENCE = "明治の初めに東京で生まれた祖父は、若いころ海を渡り、長いあいだ外国の港町で時計を直して暮らしたそうです。"
+
+
+JSONL = FileDataConfig(
+    path="",
+    validation_path=None,
+    validation_every=2,
+    prompt_field="prompt",
+    completion_field="completion",
+    text_field="text",
+    allow_overlap=False,
+)
 
 
 def words(texts: list[str]) -> list[list[int]]:
@@ -30,8 +44,8 @@ def text(*numbers: int) -> str:
     return " ".join(map(str, numbers))
 
 
-def find(train: list[str], validation: list[str]) -> Overlap:
-    return find_overlap(train, validation, words)
+def find(train: list[str], validation: list[str], encode: Encode = words) -> Overlap:
+    return find_overlap(row_fingerprints(train, encode), row_fingerprints(validation, encode))
 
 
 def by_hand(train: list[str], validation: list[str]) -> tuple[int, int]:
@@ -96,7 +110,7 @@ def test_what_counts_as_overlap(train: list[str], validation: list[str], expecte
     def encode(texts: list[str]) -> list[list[int]]:
         return words([line.replace("x", "0") for line in texts])
 
-    assert find_overlap(train, validation, encode) == expected
+    assert find(train, validation, encode) == expected
 
 
 def test_grams_are_of_the_tokenizers_ids_without_whitespace() -> None:
@@ -106,7 +120,7 @@ def test_grams_are_of_the_tokenizers_ids_without_whitespace() -> None:
     assert all(piece.strip() for piece in pieces)
     assert "".join(pieces).replace(" ", "") == "時計時計"
     edited = SENTENCE.replace("です", "だ")
-    found = find_overlap(["別の話。" + edited, "関係のない話です。"], [SENTENCE], encode)
+    found = find(["別の話。" + edited, "関係のない話です。"], [SENTENCE], encode)
     assert found == Overlap(1, 0, 1, (0, 0))
 
 
@@ -132,9 +146,11 @@ def test_a_row_is_found_again_by_its_line(every: int, held_out: bool, tmp_path: 
 
 
 def refusal(source: RowFiles) -> str:
-    train, validation = ([row.text for row in rows if isinstance(row, Text)] for rows in read_rows(source))
+    train, validation = read_rows(source)
+    prints = of_rows(tokenizer())
+    sides = [training_rows(train, source, prints)], [validation_rows(validation, source, prints)]
     with pytest.raises(UserError) as refused:
-        refuse_overlap(find_overlap(train, validation, content_encoder(tokenizer())), source)
+        hold_apart(JSONL, *sides)
     return str(refused.value)
 
 
@@ -150,7 +166,6 @@ def test_the_message_names_both_lines_the_counts_and_the_fix(tmp_path: Path) -> 
         f"{tmp_path}/rows.jsonl:1: this row, held out by data.validation_every (2), is in the training set too "
         f"({tmp_path}/rows.jsonl:2), as are 1 of 1 (1 whole"
     )
-    refuse_overlap(Overlap(3, 0, 0, None), files(train, text=True))
 
 
 def test_a_run_is_refused_unless_overlap_is_allowed(tmp_path: Path) -> None:
@@ -169,3 +184,91 @@ def test_a_run_is_refused_unless_overlap_is_allowed(tmp_path: Path) -> None:
     assert plan.data_report is not None
     assert plan.data_report.overlap == Overlap(2, 1, 0, (0, 2))
     assert "1 of 2 validation rows are in it too" in summary(plan.data_report)[1][1]
+
+
+OLD = ["An old story of a baker who rose at three to light the oven and sold his bread before the bells.", "Another."]
+EDITED = OLD[0].replace("before the bells", "by noon")
+
+
+def set_of(path: Path, *texts: str) -> str:
+    return str(jsonl(path, [{"text": text} for text in texts]))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -> None:
+    """Neither as the run's own data nor replayed; the run that is refused says where both are."""
+    kept = set_of(tmp_path / "kept.jsonl", "Something new.", EDITED)
+    train = set_of(tmp_path / "train.jsonl", "一", "二", "三", *OLD, "四")
+    fresh = set_of(tmp_path / "fresh.jsonl", "一", "二", "三", "四")
+    replay = set_of(tmp_path / "replay.jsonl", *OLD)
+    validation = set_of(tmp_path / "validation.jsonl", "五")
+    common = ["task=pretrain", "cluster.accelerator=cpu", f"data={kind}", f"data.validation_path={validation}"]
+    common += ["retention=files", f"retention.sets={{old: '{kept}'}}"]
+
+    def planned(path: str, *said: str) -> Plan:
+        config = compose_run(*common, f"data.path={path}", *said)
+        plan = make_plan(config)
+        return with_text(plan, config.data) if isinstance(config.data, TextDataConfig) else plan
+
+    message = (
+        f"{kept}:2: this row of retention.sets.old, which measures what is forgotten, is in {{}} too ({{}}), as are 1 "
+        "of 2 (0 whole, 1 by more than half of their 13-token pieces); their loss would show what was learnt by heart: "
+        "remove them from one side, or write data.allow_overlap=true"
+    )
+    replayed = ["replay=files", f"replay.sets={{tales: '{replay}'}}"]
+    own = "the training set" if kind == "jsonl" else "the training text"
+    for said, where in (
+        ((train,), (own, f"{train}:4")),
+        ((fresh, *replayed), ("replay.sets.tales", f"{replay}:1")),
+    ):
+        with pytest.raises(UserError) as refused:
+            planned(*said)
+        assert str(refused.value) == message.format(*where)
+        plan = planned(*said, "data.allow_overlap=true")
+        if kind == "jsonl":
+            assert plan.data_report is not None
+            assert plan.data_report.retention_overlap["old"].found == 1
+    planned(fresh)
+
+
+def test_replayed_rows_do_not_validate_either(tmp_path: Path) -> None:
+    train = set_of(tmp_path / "train.jsonl", "一", "二")
+    validation, replay = (set_of(tmp_path / f"{name}.jsonl", *OLD) for name in ("validation", "replay"))
+    said = ["task=pretrain", "data=jsonl", f"data.path={train}", f"data.validation_path={validation}"]
+    with pytest.raises(UserError) as refused:
+        make_plan(compose_run(*said, "replay=files", f"replay.sets={{tales: '{replay}'}}"))
+    start = f"{validation}:1: this row, which validates, is in replay.sets.tales too ({replay}:1), as are 2 of 2 (2 "
+    assert str(refused.value).startswith(start)
+
+
+def test_embedded_data_cannot_allow_an_overlap(tmp_path: Path) -> None:
+    first = (ROOT / "qwen_cl/demo/data/text.train.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "kept.jsonl").write_text(first + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"remove them from one side$"):
+        make_plan(compose_run("task=pretrain", "retention=files", f"retention.sets={{a: '{tmp_path / 'kept.jsonl'}'}}"))
+
+
+@pytest.mark.parametrize("vocabulary", [2, 90])
+def test_documents_of_a_corpus_are_compared_as_rows_are(vocabulary: int, tmp_path: Path) -> None:
+    """By the same rule, spelled out over the same tokens; whitespace is none of them."""
+    random = np.random.default_rng(vocabulary)
+    words = [token for token in range(300, 600) if tokenizer().decode([token]).strip()][:vocabulary]
+    blank = next(token for token in range(600) if tokenizer().decode([token]).isspace())
+    lines = [random.choice(words, int(random.integers(1, 60))).tolist() for _ in range(40)]
+    for number in range(0, 36, 3):  # a part of it within one that is trained on
+        lines[number + 1][3:3] = lines[number][: int(random.integers(1, 60))]
+    lines[10] = lines[9]
+    measured = np.arange(0, 40, 3)
+    trained = np.setdiff1d(np.arange(40), measured)
+    with_blanks = [[token for word in line for token in (word, *[blank] * int(random.integers(2)))] for line in lines]
+    documents = [np.array(line) for line in with_blanks]
+    found = find_overlap(
+        of_tokens([documents[number] for number in trained], tokenizer()),
+        of_tokens([documents[number] for number in measured], tokenizer()),
+    )
+    texts = [text(*line) for line in lines]
+    assert (found.exact, found.by_grams) == by_hand(
+        [texts[number] for number in trained], [texts[number] for number in measured]
+    )
+    assert found.exact >= 1
+    assert found.texts == len(measured)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,10 @@ from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
 from qwen_cl.data.module import collate
 from qwen_cl.data.packing import pack_examples, plan_packs
-from tests.conftest import ROOT
+from tests import packing_probe
 from tests.models import save_random_model
 from tests.packing_probe import CAPACITY, packed_examples, probe_examples
+from tests.ranks import run_ranks
 
 
 def test_rows_are_kept_whole_and_in_order() -> None:
@@ -102,9 +100,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("packing") / "probe.safetensors"
-    command = [sys.executable, "-m", "tests.packing_probe", str(out), str(model)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_ranks(packing_probe.main, out, model)
+    assert done.returncode == 0, done.log[-3000:]
     return load_file(out)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.forgetting import japanese_files
 from benchmarks.texts.__main__ import write
 from benchmarks.texts.formats import HEADING, pages
 from benchmarks.texts.packages import Source, fetch, members, sources
@@ -124,9 +125,28 @@ def test_the_same_packages_give_the_same_bytes(tmp_path: Path) -> None:
     rows = (
         written["english.train.jsonl"].decode().splitlines() + written["english.validation.jsonl"].decode().splitlines()
     )
+    assert {json.loads(row)["package"] for row in rows} == {"made"}
     said = [text for row in rows for text in json.loads(row)["text"].split("\n\n") if text != "Part"]
     assert sorted(said) == sorted(paragraph(n + more) for n in range(400) for more in (0, 500))
     assert b"| english | made | 1.0 | MIT |" in written["SOURCES.md"]
+
+
+def test_one_package_is_trained_on_and_a_fifth_of_it_held_out(tmp_path: Path) -> None:
+    train = [{"text": f"{name} {number}", "package": name} for number in range(29) for name in ("a", "b")]
+    validation = [{"text": "held out", "package": name} for name in ("b", "c")]
+    for part, content in (("train", train), ("validation", validation)):
+        lines = [json.dumps(row) + "\n" for row in content]
+        (tmp_path / f"japanese.{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "chosen").mkdir()
+    chosen = japanese_files(tmp_path, "b", tmp_path / "chosen")
+    read = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in chosen]
+    own = [row for row in [*train, *validation] if row["package"] == "b"]
+    own.sort(key=lambda row: hashlib.sha256(row["text"].encode()).hexdigest())
+    assert read == [own[6:], own[:6]]
+    whole = japanese_files(tmp_path, None, tmp_path / "chosen")
+    assert whole == [tmp_path / f"japanese.{part}.jsonl" for part in ("train", "validation")]
+    with pytest.raises(SystemExit, match=r"--package c has 1 documents, it takes two; packages: a, b, c$"):
+        japanese_files(tmp_path, "c", tmp_path / "chosen")
 
 
 def test_a_package_that_is_not_the_pinned_one(tmp_path: Path) -> None:

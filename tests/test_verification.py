@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +14,10 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.plan import make_plan
 from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder, State
+from tests import verify_probe
 from tests.conftest import ROOT
 from tests.models import save_random_model
+from tests.ranks import run_ranks
 
 
 def test_one_changed_row_of_one_weight_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
@@ -31,9 +31,8 @@ def test_one_changed_row_of_one_weight_stops_the_run_before_its_first_step(tmp_p
     folder.directory.mkdir()
     write_worker_inputs(plan, folder)
     folder.update_status(state=State.RUNNING, step=0)
-    command = [sys.executable, str(ROOT / "tests/verify_probe.py"), str(folder.directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1, done.stderr[-3000:]
+    done = run_ranks(verify_probe.main, str(folder.directory))
+    assert done.returncode == 1, done.log[-3000:]
     status = folder.status()
     assert (status["state"], status["step"]) == ("FAILED", 0)
     verified = status["verified"]

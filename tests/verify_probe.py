@@ -1,11 +1,10 @@
 """A run's worker, with one weight changed between the loading of the model and the first step.
 
-``python tests/verify_probe.py RUN_DIRECTORY``.
+Run by ``tests.ranks``.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from qwen_cl import worker
@@ -30,7 +29,3 @@ def main(directory: str) -> int:
 
     vars(worker)["load_recipe"] = load_recipe
     return worker.main(directory)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

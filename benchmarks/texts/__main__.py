@@ -1,8 +1,9 @@
 """English and Japanese prose from Debian's documentation: ``python -m benchmarks.texts DIRECTORY [--packages CACHE]``.
 
 Fetches the packages of packages.tsv from deb.debian.org (about 600 MB, each by its pinned sha256) into CACHE and
-writes {english,japanese}.{train,validation}.jsonl, a document a line, and SOURCES.md into DIRECTORY. The same packages
-give the same bytes. Needs ``pip install -c constraints.txt -e '.[texts]'`` and mandoc; takes some minutes.
+writes {english,japanese}.{train,validation}.jsonl, a document and its package a line, and SOURCES.md into DIRECTORY.
+The same packages give the same bytes. ``grep '"package": "debian-reference-ja"'`` takes one of them out. Needs
+``pip install -c constraints.txt -e '.[texts]'`` and mandoc; takes some minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def write(directory: Path, packages: Path, chosen: list[Source]) -> None:
                 files = members(fetch(source, packages), source.files)
                 for page in pages(source.format, files, language):
                     for text in documents.of(page):
-                        line = json.dumps({"text": text}, ensure_ascii=False)
+                        line = json.dumps({"text": text, "package": source.package}, ensure_ascii=False)
                         (validation if is_held_out(text) else train).write(line + "\n")
                         characters[source] += len(text)
                 print(f"{language}: {source.package} {characters[source]:,} characters", flush=True)

@@ -13,8 +13,9 @@ from qwen_cl.chain.stages import Stage, compose_config
 from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.stages import ContinualConfig
+from qwen_cl.data.set_files import set_hash
 from qwen_cl.inference.evaluate import plan_evaluation
-from qwen_cl.inference.subject import COMPUTE, file_hash
+from qwen_cl.inference.subject import COMPUTE
 from qwen_cl.trained_run import HUB_KEYS
 
 
@@ -78,7 +79,7 @@ def _read(path: Path, task: ContinualConfig) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     hashes = {name: each["sha256"] for name, each in found["sets"].items()}
-    now = {name: file_hash(Path(file).expanduser()) for name, file in task.sets.items()}
+    now = {name: set_hash(path, f"task.sets.{name}") for name, path in task.sets.items()}
     wanted = compose_config(["task=evaluate", *task.evaluation]).task
     assert isinstance(wanted, EvaluateConfig)
     same = (found["sequence_length"], found["loss_on"]) == (wanted.sequence_length, wanted.loss_on.value)

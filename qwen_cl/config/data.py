@@ -32,7 +32,7 @@ class FileDataConfig(DataConfig):
     completion_field: str
     text_field: str
     allow_overlap: bool
-    """Train although validation rows are in the training set."""
+    """Train although validation rows, or rows of a retention set, are trained on too."""
 
     def __post_init__(self) -> None:
         require("data.validation_every", self.validation_every, at_least=2)
@@ -66,7 +66,7 @@ class TextDataConfig(DataConfig):
     workers: int | None
     """Processes that tokenise; None for one a core."""
     allow_overlap: bool
-    """Train although documents that validate are in the training text."""
+    """Train although documents that validate, or rows of a retention set, are trained on too."""
     cache: str | None
     """Directory of what was tokenised; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
 

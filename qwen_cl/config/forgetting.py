@@ -28,7 +28,7 @@ class MixedReplayConfig(ReplayConfig):
 @dataclass(kw_only=True, slots=True)
 class FileReplayConfig(MixedReplayConfig):
     sets: dict[str, str]
-    """Path of each, by name."""
+    """Path of each, by name: a file, a glob, a directory, or ``hf://datasets/ORG/NAME[@REVISION][#SPLIT]``."""
     weights: dict[str, float]
     """Of each set within the share, summing to 1; empty for equal ones."""
 
@@ -69,7 +69,7 @@ class GeneratedReplayConfig(MixedReplayConfig):
 @dataclass(kw_only=True, slots=True)
 class RetentionConfig:
     sets: dict[str, str]
-    """Path of each, by name: what the model should not forget, measured whenever the run validates."""
+    """Path of each, by name, as of replay: what the model should not forget, measured whenever the run validates."""
 
     def __post_init__(self) -> None:
         check_names("retention.sets", self.sets)

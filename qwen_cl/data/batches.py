@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from qwen_cl.data.examples import Example
 
 PADDING_MULTIPLE = 16
 """Rows are padded to a multiple of this: few distinct shapes, and tensor cores like it."""
@@ -14,6 +16,16 @@ PADDING_MULTIPLE = 16
 def epoch_order(count: int, seed: int, epoch: int, number: int = 0) -> npt.NDArray[np.int64]:
     """A new permutation every epoch of the set of this number (the run's own is the first)."""
     return np.random.default_rng((seed, number, epoch)).permutation(count)
+
+
+def longest_first(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """Batches to measure a loss with, alike in length: least padding, and what does not fit in memory shows at once.
+
+    Of the examples no more than a batch is kept, so they may be read as they are asked for.
+    """
+    order = sorted(range(len(examples)), key=[-len(example.ids) for example in examples].__getitem__)
+    for start in range(0, len(order), size):
+        yield [examples[number] for number in order[start : start + size]]
 
 
 def padded_width(sizes: Sequence[int]) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.conversations import check_text
 from qwen_cl.data.examples import Example, build_examples, check_examples
-from qwen_cl.data.lines import decode, numbered_lines, parse_object
-from qwen_cl.data.rows import Row, Text, read_file
+from qwen_cl.data.rows import Row, Text
+from qwen_cl.data.set_files import local_path, read_set_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,9 +22,11 @@ TARGET = "val"
 @dataclass(frozen=True, slots=True)
 class NamedSet:
     name: str
-    path: Path
+    path: str
     rows: list[Row]
     """All of one kind."""
+    places: list[str]
+    """FILE:LINE of each row."""
 
     @property
     def is_text(self) -> bool:
@@ -54,15 +52,12 @@ def read_sets(files: Mapping[str, str], key: str) -> list[NamedSet]:
     Raises:
         UserError: a file cannot be read, with the line.
     """
-    return [_read_set(f"{key}.{name}", name, expanded(path)) for name, path in files.items()]
+    return [NamedSet(name, path, *read_set_rows(path, f"{key}.{name}")) for name, path in files.items()]
 
 
-def absolute_sets(files: Mapping[str, str]) -> dict[str, str]:
-    return {name: str(expanded(path)) for name, path in files.items()}
-
-
-def expanded(path: str) -> Path:
-    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+def local_sets(files: Mapping[str, str], key: str) -> dict[str, str]:
+    """Paths that mean the same to a process elsewhere, without a network. Raises UserError."""
+    return {name: local_path(path, f"{key}.{name}") for name, path in files.items()}
 
 
 def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn) -> ScoredSet:
@@ -71,27 +66,11 @@ def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_leng
     Raises:
         UserError: nothing of it would count.
     """
-    check_examples(named.rows, tokenizer, sequence_length, loss_on, str(named.path))
+    check_examples(named.rows, tokenizer, sequence_length, loss_on, named.path)
     built = build_examples(named.rows, tokenizer, sequence_length, loss_on)
     examples = [example for example in built if example.num_labels]
     num_bytes = _text_bytes(named.rows) if named.is_text else _label_bytes(examples, tokenizer)
     return ScoredSet(named.name, examples, len(named.rows), num_bytes)
-
-
-def _read_set(key: str, name: str, path: Path) -> NamedSet:
-    if path.suffix == ".txt":
-        return NamedSet(name, path, [Text(check_text(_whole_text(path, key), "the text", str(path)))])
-    if path.suffix != ".jsonl":
-        raise UserError(f"{key} ({path}) must be a .jsonl file (a row a line) or a .txt file (one document)")
-    line, where = next(numbered_lines(path, f"{key} to a file of rows", "one JSON object a line"))
-    is_text = "text" in parse_object(line, where, "text, or of an instruction form,")
-    return NamedSet(name, path, list(read_file(path, ("text",) if is_text else ("prompt", "completion"), key)))
-
-
-def _whole_text(path: Path, key: str) -> str:
-    next(numbered_lines(path, f"{key} to a text file", "a text"))  # there, and not blank
-    with path.open("rb") as stream:
-        return "".join(decode(line, f"{path}:{number}") for number, line in enumerate(stream, start=1))
 
 
 def _text_bytes(rows: Sequence[Row]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.batches import padding_share
@@ -56,7 +57,8 @@ class DataReport:
     without_labels: int
     """Rows of which nothing counts, so that they are left out."""
     duplicates: int
-    """Rows whose text is that of an earlier one, after NFKC and with any whitespace for a space."""
+    """Rows whose text is that of an earlier one, after NFKC and with any whitespace for a space; of a corpus, documents
+    whose tokens are."""
     packing: bool
     sequences: dict[str, int]
     """In an epoch: ``unpacked``, one row each (not for documents), and ``packed``."""
@@ -64,14 +66,22 @@ class DataReport:
     """Part of the positions that are computed for nothing, likewise."""
     writing: dict[str, float]
     """Part of the characters, whitespace apart, by writing system."""
+    sampled: int | None
+    """Rows that ``writing`` was counted in; None for all."""
     rendered: list[str]
     """Some rows as they are trained on; what is in [[ ]] does not count."""
     overlap: Overlap | None
-    """Of the validation rows with these; None where it was not looked for."""
+    """Of the validation rows with what is trained on; None where it was not looked for."""
+    retention_overlap: dict[str, Overlap]
+    """Likewise of each retention set, by name."""
 
 
 def describe(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, layout: Layout, overlap: Overlap | None = None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    overlap: Overlap | None = None,
+    retention_overlap: Mapping[str, Overlap] | None = None,
 ) -> DataReport:
     """Tokenises every row once and keeps none but those that are shown."""
     documents = isinstance(rows[0], Text)
@@ -95,36 +105,43 @@ def describe(
         if number in shown:
             rendered.append(render(cut, tokenizer))
     if documents:
-        sizes = _stream_sizes(sum(lengths), layout.sequence_length)
+        sizes = stream_sizes(sum(lengths), layout.sequence_length)
         labels = sum(sizes)
-    sequences, padding = _sequences(sizes, layout, documents)
+    by_way, padding = sequences(sizes, layout, documents=documents)
     return DataReport(
         documents=documents,
         rows=len(rows),
         tokens=sum(lengths),
         labels=labels,
-        lengths={name: int(np.quantile(lengths, part, method="inverted_cdf")) for name, part in QUANTILES.items()},
+        lengths=quantiles(lengths),
         histogram=histogram(lengths),
         truncated=truncated,
         truncated_labels=truncated_labels,
         without_labels=0 if documents else len(rows) - len(sizes),
         duplicates=len(rows) - len(keys),
         packing=layout.packing or documents,
-        sequences=sequences,
+        sequences=by_way,
         padding=padding,
         writing=writing_shares(characters),
+        sampled=None,
         rendered=rendered,
         overlap=overlap,
+        retention_overlap=dict(retention_overlap or {}),
     )
 
 
-def _stream_sizes(tokens: int, sequence_length: int) -> list[int]:
+def quantiles(lengths: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, int]:
+    return {name: int(np.quantile(lengths, part, method="inverted_cdf")) for name, part in QUANTILES.items()}
+
+
+def stream_sizes(tokens: int, sequence_length: int) -> list[int]:
     """Positions of the sequences that documents are joined and cut to (examples.py)."""
     full, rest = divmod(tokens, sequence_length)  # an end-of-text token goes before the first
     return [sequence_length] * full + [rest] * (rest > 0)
 
 
-def _sequences(sizes: list[int], layout: Layout, documents: bool) -> tuple[dict[str, int], dict[str, float]]:
+def sequences(sizes: list[int], layout: Layout, *, documents: bool) -> tuple[dict[str, int], dict[str, float]]:
+    """``DataReport.sequences`` and ``padding``; ``sizes`` are positions, of rows or of joined documents."""
     by_way = {"packed": sizes}
     if not documents:
         packs = plan_packs(sizes, layout.sequence_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen_cl.data.report import DataReport
 
 BAR = 40
+SHOWN = "Rows as they are trained on; what is in [[ ]] does not count:"
 
 
 def summary(report: DataReport) -> list[tuple[str, str]]:
@@ -25,21 +26,26 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
     losses.append(f"{report.duplicates:,} duplicates")
     if report.overlap is not None and report.overlap.found:
         losses.append(f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are in it too")
-    return [("training set", rows), ("", "; ".join(losses)), ("", _writing(report))]
+    for name, overlap in report.retention_overlap.items():
+        if overlap.found:
+            losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.sets.{name} are trained on")
+    return [("training set", rows), ("", "; ".join(losses)), ("", _writing(report, what))]
 
 
-def _writing(report: DataReport) -> str:
-    return "characters: " + ", ".join(f"{name} {share:.1%}" for name, share in report.writing.items())
+def _writing(report: DataReport, what: str) -> str:
+    of = "" if report.sampled is None else f" of a sample of {report.sampled:,} {what}"
+    return f"characters{of}: " + ", ".join(f"{name} {share:.1%}" for name, share in report.writing.items())
 
 
 def report_page(report: DataReport) -> str:
     lines = [f"{name:>16}  {text}" for name, text in summary(report)]
-    lines += ["", "Tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())]
+    what = "document" if report.documents else "row"
+    lines += ["", f"Tokens a {what}: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())]
     most = max(count for _, _, count in report.histogram)
     for first, last, count in report.histogram:
         bar = "#" * -(-BAR * count // most)
         lines.append(f"{first:>9,} to {last:>9,}  {count:>9,}  {bar}".rstrip())
-    lines += ["", "Rows as they are trained on; what is in [[ ]] does not count:"]
+    lines += ["", "Documents, from their start:" if report.documents else SHOWN]
     for number, text in enumerate(report.rendered, start=1):
         lines += ["", f"--- {number}", text]
     return "\n".join(lines) + "\n"

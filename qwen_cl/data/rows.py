@@ -119,6 +119,8 @@ def _text(value: dict[str, Any], field: str, where: str) -> Text:
     return Text(check_text(value[field], f"field {field!r}", where))
 
 
-def missing_field(found: Iterable[str], field: str, where: str) -> UserError:
+def missing_field(
+    found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.text_field"
+) -> UserError:
     names = ", ".join(map(repr, found)) or "none"
-    return UserError(f"{where}: field {field!r} is missing (found: {names}); rename it, or set data.text_field")
+    return UserError(f"{where}: field {field!r} is missing (found: {names}); {fix}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,10 +73,10 @@ class RowDataModule(MixedDataModule):
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
         train, validation = read_rows(self.files)
-        path = Path(self.files.validation or self.files.train)
+        path = self.files.validation or self.files.train
         return (
-            self.to_train(NamedSet("target", Path(self.files.train), train)),
-            self.score(NamedSet(TARGET, path, validation)),
+            self.to_train(NamedSet("target", self.files.train, train, [])),
+            self.score(NamedSet(TARGET, path, validation, [])),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.data.examples import check_chat_template
-from qwen_cl.data.named_sets import read_sets, score_set
+from qwen_cl.data.named_sets import local_sets, read_sets, score_set
 from qwen_cl.inference.child import run_child
 from qwen_cl.inference.prompts import check_prompts, read_prompts
 from qwen_cl.inference.subject import Subject, find_subject, output_file, pinned, require_length, settle
@@ -27,7 +28,8 @@ def evaluate(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) 
         UserError: the model, the run, a set or a prompt is not what it must be; nothing was written.
         RunFailed: the child process failed.
     """
-    config, subject = plan_evaluation(config, task, overrides)
+    task = replace(task, sets=local_sets(task.sets, "task.sets"))
+    config, subject = plan_evaluation(replace(config, task=task), task, overrides)
     if config.dry_run:
         facts = [("model", subject.label), ("sets", ", ".join(task.sets) or "none")]
         print_facts([*facts, ("output", task.output or "the terminal")], Console())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen_cl.data.batches import longest_first
 from qwen_cl.data.examples import Example
 from qwen_cl.data.named_sets import ScoredSet
 
@@ -48,7 +49,7 @@ def set_loss(model: PreTrainedModel, scored: ScoredSet, batch_size: int) -> SetL
 def sum_losses(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
     """Nats of all counted tokens, and their number."""
     total, tokens = 0.0, 0
-    for batch in _batches(examples, batch_size):
+    for batch in longest_first(examples, batch_size):
         ids, counted = _padded(batch)
         ids, counted = ids.to(model.device), counted.to(model.device)
         # Padding comes after what it pads, and attention is causal: no mask is needed.
@@ -59,13 +60,6 @@ def sum_losses(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
             total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double().sum())
         tokens += len(labels)
     return total, tokens
-
-
-def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Alike in length, the longest first: least padding, and what does not fit in memory shows at once."""
-    ordered = sorted(examples, key=lambda example: -len(example.ids))
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
 
 
 def _padded(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
@@ -57,8 +57,7 @@ def sampled_file(config: RunConfig, replay: GeneratedReplayConfig) -> Path:
     model = source if source.startswith("hf://") else fingerprint(local_directory(source))
     how = {name: value for name, value in asdict(replay).items() if name not in ("share", "batch_size")}
     key = hashlib.sha256(json.dumps([model, config.seed, how], sort_keys=True).encode()).hexdigest()
-    home = os.environ.get("QWEN_CL_CACHE") or "~/.cache/qwen_cl"
-    return Path(os.path.expanduser(home)).absolute() / "replay" / f"{key}.jsonl"  # noqa: PTH111 - Path's raises
+    return cache_home() / "replay" / f"{key}.jsonl"
 
 
 def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:

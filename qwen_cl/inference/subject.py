@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -124,12 +123,3 @@ def write_whole(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of the file."""
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,11 +19,12 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.data.named_sets import read_sets, score_set
+from qwen_cl.data.set_files import set_hash
 from qwen_cl.inference.child import report_mistake
 from qwen_cl.inference.generate import prompts_of
 from qwen_cl.inference.prompts import Prompt, read_prompts
 from qwen_cl.inference.results import print_losses, print_samples, print_scores
-from qwen_cl.inference.subject import Subject, file_hash, find_model, find_subject, output_file, write_whole
+from qwen_cl.inference.subject import Subject, find_model, find_subject, output_file, write_whole
 
 if TYPE_CHECKING:
     from qwen_cl.inference.sampling import Answer
@@ -151,7 +152,7 @@ def _record(
         "sequence_length": task.sequence_length,
         "loss_on": task.loss_on.value,
         "sets": {
-            name: {**loss.plain(), "sha256": file_hash(Path(task.sets[name]).expanduser())}
+            name: {**loss.plain(), "sha256": set_hash(task.sets[name], f"task.sets.{name}")}
             for name, loss in losses.items()
         },
         "lm_eval": scores,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 
+
+@cache
 def prepare(*, cpu: bool) -> None:
-    """Once per process, before a recipe is built: everything that is changed in NeMo and Megatron."""
+    """Before a recipe is built: everything that is changed in NeMo and Megatron, once per process."""
     from qwen_cl.megatron.imports import import_megatron
 
     import_megatron()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._dynamo import config as compiler
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -68,6 +69,9 @@ def install() -> None:
     for name, meaning in meanings.items():
         setattr(torch.cuda, name, meaning)
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # Megatron compiles its small fusions at their first call: on a CPU that takes seconds and a C++ compiler, and gains
+    # nothing.
+    compiler.disable = True
     mode: Any = CudaMeansCpu()
     mode.__enter__()  # for the life of the process
     _replace_rng_tracker()

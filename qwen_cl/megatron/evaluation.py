@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from qwen_cl.data.batches import longest_first
 from qwen_cl.data.examples import Example
 from qwen_cl.data.module import collate
 from qwen_cl.megatron.steps import data_step, forward_step
@@ -22,7 +23,7 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    batches = _own_share(list(_batches(examples, micro_batch_size)))
+    batches = _own_share(list(longest_first(examples, micro_batch_size)))
     for start in range(0, len(batches), BATCHES_AT_ONCE):
         some = [collate(batch) for batch in batches[start : start + BATCHES_AT_ONCE]]
         for loss in _losses(model, some):  # nothing but on the last pipeline stage
@@ -32,13 +33,6 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)  # from the last stage to the others
     return float(sums[0]), int(sums[1])
-
-
-def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Alike in length, the longest first: least padding, and what does not fit in memory shows at once."""
-    lengths = sorted(range(len(examples)), key=lambda number: -len(examples[number].ids))
-    for start in range(0, len(lengths), size):
-        yield [examples[number] for number in lengths[start : start + size]]
 
 
 def _own_share(batches: list[list[Example]]) -> list[list[Example]]:

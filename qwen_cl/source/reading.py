@@ -22,6 +22,8 @@ from qwen_cl.source.checkpoint import DTYPES, Checkpoint
 from qwen_cl.source.staging import Block, OpenFiles, Ring, block_size
 
 MOST_READERS = 8
+BYTES_PER_READER = 256 * 2**20
+"""On the way to a GPU: another reader pays for its pinned buffers with at least so much to read."""
 INTERVAL = 0.25
 """Seconds between two reports of progress."""
 
@@ -56,7 +58,7 @@ def read_into(
     blocks.sort(key=lambda block: (block.path, block.offset))
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # what made the destinations is done with them
-    count = min(readers or default_readers(), len(blocks))
+    count = min(readers or default_readers(device, total), len(blocks))
     with OpenFiles(sorted({block.path for block in blocks})) as files:
         work = deque(blocks)
         tasks = [_Reader(work, files, device, block_size(device, total)) for _ in range(count)]
@@ -66,10 +68,11 @@ def read_into(
             checkpoint.bytes_read += sum(task.bytes_read for task in tasks)
 
 
-def default_readers() -> int:
+def default_readers(device: torch.device, total: int) -> int:
     """The CPUs this process may use, shared with the other ranks of the node; never one, which would wait on a disk."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(MOST_READERS, _cpus() // ranks))
+    useful = math.ceil(total / BYTES_PER_READER) if device.type == "cuda" else MOST_READERS
+    return max(2, min(MOST_READERS, useful, _cpus() // ranks))
 
 
 def _cpus() -> int:

@@ -19,7 +19,7 @@ PINNED_BLOCK = 16 * 2**20
 """At most the same on the way to a GPU, where a block costs more: on an H200, 7B, 8 readers, 24 GB/s where 4 MiB gave
 15. Pinning costs time by the byte, so that a small model has smaller ones."""
 LEAST_PINNED_BLOCK = 2 * 2**20
-PINNED_SHARE = 256
+PINNED_SHARE = 128
 """A pinned block holds at most one part in so many of what is read."""
 BUFFERS = 2
 """Of each reader: one is filled from the file while the other travels to the device."""

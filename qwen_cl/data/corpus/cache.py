@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
 
 FORMAT_VERSION = 1
@@ -52,8 +53,8 @@ class Corpus:
 
 def cache_directory(cache: str | None) -> Path:
     """``data.cache``, or what stands for it; absolute."""
-    home = os.environ.get("QWEN_CL_CACHE") or "~/.cache/qwen_cl"
-    directory = Path(os.path.expanduser(cache or f"{home}/corpora")).absolute()  # noqa: PTH111 - Path's raises
+    named = None if cache is None else Path(os.path.expanduser(cache)).absolute()  # noqa: PTH111 - Path's raises
+    directory = named or cache_home() / "corpora"
     if os.path.lexists(directory) and not directory.is_dir():
         raise UserError(f"data.cache ({directory}) is not a directory")
     return directory

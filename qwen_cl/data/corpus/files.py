@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ FORMATS = {
     ".json": Format.json_lines,
     ".parquet": Format.parquet,
 }
+BLOCK = 2**22
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".txt, .jsonl, .ndjson or .json, each also .gz or .zst; .parquet"
+PLACES = "hf://datasets/ORG/NAME, or the prefix of Megatron's PREFIX.bin and PREFIX.idx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,9 @@ class InputFile:
     """Bytes on disk."""
 
 
-def find_files(path: str, key: str) -> list[InputFile]:
-    """The files behind a file's name, a directory or a glob, by name; ``key`` is how messages call the path.
+def find_files(path: str, key: str, places: str = PLACES) -> list[InputFile]:
+    """The files behind a file's name, a directory or a glob, by name. ``key`` is how messages call the path, ``places``
+    what else may be named.
 
     Raises:
         UserError: nothing is there, or something that is not known how to read.
@@ -61,10 +65,7 @@ def find_files(path: str, key: str) -> list[InputFile]:
         if not names:
             raise UserError(f"{key} ({path}) matches no file; ** stands for any number of directories")
     else:
-        raise UserError(
-            f"{key} ({path}) does not exist; name a file, a glob, a directory, hf://datasets/ORG/NAME, or the prefix "
-            "of Megatron's PREFIX.bin and PREFIX.idx"
-        )
+        raise UserError(f"{key} ({path}) does not exist; name a file, a glob, a directory, {places}")
     return [_input_file(Path(name), key, in_directory=names != [expanded]) for name in sorted(names)]
 
 
@@ -85,6 +86,20 @@ def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
         others = "; a glob such as DIRECTORY/**/*.jsonl leaves others out" if in_directory else ""
         raise UserError(f"{key}: {path} is of an unknown format; known are {KNOWN}{others}")
     return InputFile(path, format, compression, path.stat().st_size)
+
+
+def hash_files(paths: list[Path]) -> str:
+    """sha256 over the files' sizes and bytes, in this order; whatever they are called."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
+                while block := stream.read(BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def stamps(files: list[InputFile]) -> list[list[str | int]]:

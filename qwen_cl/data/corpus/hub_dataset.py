@@ -5,13 +5,14 @@ No torch: ``datasets`` imports none by itself.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.corpus.documents import Document, TextSource, take_text
+from qwen_cl.data.corpus.documents import Document, Record, TextSource, to_document
 
 SCHEME = "hf://datasets/"
 REFERENCE = re.compile(rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
@@ -33,10 +34,15 @@ def pin(source: TextSource) -> str:
 
 
 def read_hub_dataset(source: TextSource, commit: str) -> Iterator[Document]:
+    """The texts of its rows; raises UserError also where a row has none."""
+    return map(functools.partial(to_document, field=source.text_field), read_hub_records(source, commit))
+
+
+def read_hub_records(source: TextSource, commit: str) -> Iterator[Record]:
     """Its rows in order, as they come.
 
     Raises:
-        UserError: it cannot be read to the end, off-line the cache holds another commit, or a row has no text.
+        UserError: it cannot be read to the end, or off-line the cache holds another commit.
     """
     with _explained(source):
         builder = _builder(source, commit)
@@ -49,12 +55,11 @@ def read_hub_dataset(source: TextSource, commit: str) -> Iterator[Document]:
     number = 0
     while True:
         number += 1
-        where = f"{source.path}: row {number}"
         with _explained(source):
             row = next(rows, None)
         if row is None:
             return
-        yield Document(take_text(row, source.text_field, where), where, number)
+        yield Record(row, f"{source.path}: row {number}", number)
 
 
 def _builder(source: TextSource, commit: str | None) -> Any:
@@ -86,8 +91,10 @@ def _explained(source: TextSource) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason or "multiple" in reason:
             fix = "set data.subset to one of them"
-        elif "Bad split" in reason:
+        elif "Bad split" in reason and source.key.endswith("path"):
             fix = f"set {source.key.removesuffix('path')}split to one of them"
+        elif "Bad split" in reason:
+            fix = f"name one of them after a #, as in {source.path}#test"
         else:
             fix = "see to its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
         raise UserError(f"{source.key} ({source.path}) cannot be read: {reason.rstrip('.')}; {fix}") from error

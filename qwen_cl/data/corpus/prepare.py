@@ -6,21 +6,22 @@ Called by the launcher, which has no torch; the builder has Megatron.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.data.corpus.cache import FORMAT_VERSION, Corpus, cache_directory, read_entry
-from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.data.corpus.files import find_files, stamps
+from qwen_cl.data.corpus.documents import TextSource, read_files
+from qwen_cl.data.corpus.files import find_files, hash_files, stamps
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin
 from qwen_cl.data.corpus.references import recall, remember
 
@@ -31,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[3]
 BUILDER = "qwen_cl.tokenise"
 STOP_GRACE = 30
 """Seconds the builder has to clear up once it is asked to stop."""
-BLOCK = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,17 @@ def source_content(source: TextSource, *, cache: str | None) -> str:
     return _identify(source, cache_directory(cache)).content
 
 
+def locate_document(source: TextSource, number: int) -> str:
+    """FILE:LINE of a document of the corpus, by its index there, as far as its source has such a thing. Reads the
+    source again."""
+    if indexed_prefix(source.path) is None and not is_hub_dataset(source.path):
+        documents = read_files(find_files(source.path, source.key), source.text_field)
+        with_text = (document.where for document in documents if document.text)
+        if (where := next(itertools.islice(with_text, number, None), None)) is not None:
+            return where
+    return f"{source.path}, document {number + 1}"
+
+
 def make_order(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, *, workers: int | None, cache: str | None
 ) -> Order:
@@ -113,7 +124,7 @@ def make_order(
 def _identify(source: TextSource, root: Path) -> Identity:
     prefix = indexed_prefix(source.path)
     if prefix is not None:
-        content = _hash_files([Path(f"{prefix}.bin"), Path(f"{prefix}.idx")])
+        content = hash_files([Path(f"{prefix}.bin"), Path(f"{prefix}.idx")])
         return Identity(content=content, prefix=prefix, commit=None, stamps=[])
     if is_hub_dataset(source.path):
         commit = recall(root, source) or pin(source)
@@ -123,7 +134,7 @@ def _identify(source: TextSource, root: Path) -> Identity:
     files = find_files(source.path, source.key)
     before = stamps(files)
     kinds = [f"{file.format.value} {file.compression}" for file in files]
-    content = _hash(*kinds, _hash_files([file.path for file in files]))
+    content = _hash(*kinds, hash_files([file.path for file in files]))
     return Identity(content=content, prefix=None, commit=None, stamps=before)
 
 
@@ -149,19 +160,6 @@ def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _hash(*values: object) -> str:
     return hashlib.sha256(json.dumps([str(value) for value in values]).encode()).hexdigest()
-
-
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with path.open("rb") as stream:
-                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
-                while block := stream.read(BLOCK):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _build(order: Order) -> None:
@@ -207,3 +205,7 @@ def _stopped_with_us(process: subprocess.Popen[str]) -> Iterator[subprocess.Pope
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # of what it never read
+                pipe.close()

@@ -1,0 +1,111 @@
+"""What stands for a text where texts are compared: the whole of it, and its pieces. No torch.
+
+Rows are compared by what they say: normalised, and without tokens that are whitespace alone. A corpus is compared as
+it is tokenised, without the latter too; whatever is compared with it must be read the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_cl.data.normalisation import normalise, text_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GRAM = 13
+"""Tokens in a row that two texts do not share by chance (arXiv 2005.14165, appendix C)."""
+CHUNK = 1000
+
+Hashes = npt.NDArray[np.uint64]
+Ids = npt.NDArray[np.integer[Any]]
+Encode = Callable[[list[str]], list[list[int]]]
+"""Token ids of each text, without special tokens and without tokens that are whitespace alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    key: bytes
+    """Stands for the whole text; empty where there is nothing to compare."""
+    grams: Hashes
+    """Of its 13-token pieces: distinct, in rising order."""
+
+
+Fingerprints = Callable[[Iterable[str]], Iterator[Fingerprint]]
+
+
+def row_fingerprints(texts: Iterable[str], encode: Encode) -> Iterator[Fingerprint]:
+    """Lazily, some texts at a time."""
+    normalised = map(normalise, texts)
+    while chunk := list(itertools.islice(normalised, CHUNK)):
+        for text, ids in zip(chunk, encode(chunk)):
+            yield Fingerprint(text_key(text), gram_hashes(ids))
+
+
+def of_rows(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    return functools.partial(row_fingerprints, encode=content_encoder(tokenizer))
+
+
+def of_tokens(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> Iterator[Fingerprint]:
+    """Of documents of a corpus, without their end-of-text."""
+    is_blank = _blank_tokens(tokenizer)
+    for ids in documents:
+        kept = ids[~is_blank[np.minimum(ids, len(is_blank) - 1)]]
+        key = hashlib.sha256(kept.astype("<i8").tobytes()).digest()[:16] if len(kept) else b""
+        yield Fingerprint(key, gram_hashes(kept))
+
+
+def as_corpora(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    """Of texts, as ``of_tokens`` has them once they are tokenised for a corpus."""
+
+    def fingerprints(texts: Iterable[str]) -> Iterator[Fingerprint]:
+        def encode(text: str) -> Ids:
+            return np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
+
+        return of_tokens(map(encode, texts), tokenizer)
+
+    return fingerprints
+
+
+def content_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    blank: dict[int, bool] = {}
+
+    def is_blank(token: int) -> bool:
+        if token not in blank:
+            blank[token] = not tokenizer.decode([token]).strip()
+        return blank[token]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[token for token in of_text if not is_blank(token)] for of_text in ids]
+
+    return encode
+
+
+def gram_hashes(ids: npt.ArrayLike) -> Hashes:
+    """64 bits stand for a gram: two different ones meet less often than once in 10^13."""
+    tokens = np.asarray(ids).astype(np.uint64)
+    count = len(tokens) - GRAM + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    hashes = np.zeros(count, np.uint64)
+    for offset, factor in enumerate(_FACTORS):  # rather than a window of 13 columns: a long document fits in memory
+        hashes += tokens[offset : offset + count] * factor
+    return np.unique(hashes)
+
+
+_FACTORS = np.random.default_rng(13).integers(0, 2**63, size=GRAM, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def _blank_tokens(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.bool_]:
+    """By id; one more at the end, for the ids that a model has and its tokenizer does not."""
+    texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+    return np.array([*(not text.strip() for text in texts), False])

@@ -1,0 +1,134 @@
+"""What is in the files of a named set: its rows, each with its place, and a hash of it all. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock
+
+from qwen_cl.config.cache import cache_home
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.conversations import FORMS, check_text, parse_conversation
+from qwen_cl.data.corpus.documents import Record, TextSource, read_records
+from qwen_cl.data.corpus.files import Format, find_files, hash_files
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin, read_hub_records
+from qwen_cl.data.corpus.references import recall, remember
+from qwen_cl.data.rows import Row, Text, missing_field
+
+TEXT = "text"
+PAIR = ("prompt", "completion")
+FIELDS = (TEXT, *PAIR, *FORMS, "input", "output")
+"""What a row of a dataset on the Hub is kept with."""
+SPLIT = "train"
+"""Of a dataset on the Hub, where none is named."""
+PLACES = "or hf://datasets/ORG/NAME"
+
+
+def local_path(path: str, key: str) -> str:
+    """The absolute path of files, perhaps with a glob in it; of a dataset on the Hub, that of a copy in the cache, by
+    its commit. ``key`` is how messages call the set.
+
+    Raises:
+        UserError: the dataset cannot be read, or the cache not be written to.
+    """
+    if is_hub_dataset(path):
+        return str(_fetched(path, key))
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - Path's raises on an unknown user
+
+
+def read_set_rows(path: str, key: str) -> tuple[list[Row], list[str]]:
+    """Rows, all of the kind of the first, and where each is.
+
+    Raises:
+        UserError: names file and line of the first that is not as it must be.
+    """
+    files = find_files(local_path(path, key), key, PLACES)
+    whole_files = {str(file.path) for file in files if file.format is Format.text}
+    records = read_records(files, TEXT)
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"{path} is empty; it must hold one JSON object a line, or a text (or set {key} to another)")
+    rows, places = [], []
+    for record in itertools.chain([first], records):
+        rows.append(_text(record, record.where in whole_files) if TEXT in first.fields else _conversation(record))
+        places.append(record.where)
+    return rows, places
+
+
+def set_hash(path: str, key: str) -> str:
+    """sha256 of the set's file; of several, over all of them in the order of their names.
+
+    Raises:
+        UserError: they are not there.
+    """
+    paths = [file.path for file in find_files(local_path(path, key), key, PLACES)]
+    if len(paths) > 1:
+        return hash_files(paths)
+    digest = hashlib.sha256()
+    with paths[0].open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]]) -> str:
+    """What a run's data is known again by: ``target`` itself where nothing is replayed and nothing retained, so that
+    it is the hash of the data's own files; otherwise sha256 over all of it.
+
+    ``sets``: by key (``replay.sets``), the path of each by name. What they hold counts, and their names; where they
+    are does not.
+    """
+    found = {
+        key: {name: set_hash(path, f"{key}.{name}") for name, path in files.items()}
+        for key, files in sets.items()
+        if files
+    }
+    if not found:
+        return target
+    return hashlib.sha256(json.dumps({"target": target, **found}, sort_keys=True).encode()).hexdigest()
+
+
+def _text(record: Record, whole_file: bool) -> Text:
+    if TEXT not in record.fields:
+        fix = "every row of a set must have it where the first has"
+        raise missing_field(record.fields, TEXT, record.where, fix)
+    name = "the text" if whole_file else f"field {TEXT!r}"
+    return Text(check_text(record.fields[TEXT], name, record.where))
+
+
+def _conversation(record: Record) -> Row:
+    return parse_conversation(dict(record.fields), PAIR, record.where)
+
+
+def _fetched(path: str, key: str) -> Path:
+    reference, _, split = path.partition("#")
+    source = TextSource(key=key, path=reference, text_field=TEXT, split=split or SPLIT, subset=None)
+    root = cache_home() / "sets"
+    commit = recall(root, source) or pin(source)
+    name = hashlib.sha256(json.dumps([reference.partition("@")[0], commit, source.split]).encode()).hexdigest()
+    file = root / f"{name}.jsonl"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # another run may be fetching the same
+            if not file.exists():
+                unfinished = file.with_suffix(".unfinished")
+                with unfinished.open("w", encoding="utf-8") as stream:
+                    stream.writelines(_lines(read_hub_records(source, commit)))
+                unfinished.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{key}: {root} cannot be written to: {error.strerror or error}; set QWEN_CL_CACHE to another place"
+        ) from error
+    remember(root, source, commit)
+    return file
+
+
+def _lines(records: Iterable[Record]) -> Iterator[str]:
+    for record in records:
+        kept = {name: value for name, value in record.fields.items() if name in FIELDS}
+        yield json.dumps(kept) + "\n"

@@ -1,0 +1,87 @@
+"""Runs a probe in processes of its own, because Megatron on a CPU changes torch for good.
+
+They are forked from one process that has imported NeMo (Python's own ``forkserver``): the import takes ten seconds, and
+would otherwise be paid by every rank of every probe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preloaded"])
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    returncode: int
+    """0, or that of the first rank that failed."""
+    log: str
+    """What all ranks said, on both streams."""
+
+
+def run_ranks(
+    target: Callable[..., Any], *arguments: Any, ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> Ended:
+    """Calls ``target``, a function of a module, in each rank of a group as torchrun would start it.
+
+    What ``target`` returns is its exit code. When one rank fails, the others are killed.
+    """
+    with tempfile.NamedTemporaryFile() as log, socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+        probe.close()
+        said = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
+        said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        if ranks > 1:
+            said |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
+        processes = [_start(target, arguments, rank, ranks, said, log.name) for rank in range(ranks)]
+        failed = 0
+        running = {process.sentinel: process for process in processes}
+        while running and not failed:
+            for sentinel in wait(list(running)):
+                process = running.pop(sentinel)
+                process.join()
+                failed = failed or process.exitcode
+        for process in running.values():
+            process.kill()
+            process.join()
+        return Ended(failed, Path(log.name).read_text(encoding="utf-8", errors="replace"))
+
+
+def _start(
+    target: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, said: dict[str, str], log: str
+) -> Any:
+    own = {**said, "RANK": str(rank)} | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
+    process = _context.Process(target=_run, args=(target, arguments, own, log))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the server's own import of what it preloads
+    try:
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return process
+
+
+def _run(target: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    stream = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(stream, descriptor)
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    sys.exit(target(*arguments))

@@ -1,0 +1,42 @@
+"""Ctrl-C at whatever moment of the launcher's life: exit code 130, and no traceback."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_cl.config.errors import RunPreempted
+from tests.conftest import ROOT
+
+MOMENTS = {
+    "its libraries are imported": r"\| +hydra\.types$",
+    "its own modules are imported": r"\| +qwen_cl\.config\.errors$",
+    "the task is imported": r"\| +qwen_cl\.run_folder$",
+    "the model is looked at": r"\| +tokenizers$",
+    "another process works for it": r"^recipe$",
+}
+"""A line of what Python says of its imports, or of what is printed."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_launcher_says_nothing_of_its_own(moment: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "launch.py", "dry_run=true", "cluster.accelerator=cpu"]
+    with subprocess.Popen(
+        [*command, f"hydra.run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert any(re.search(MOMENTS[moment], line.rstrip("\n")) for line in launcher.stdout)
+        launcher.send_signal(signal.SIGINT)
+        said = launcher.stdout.read()
+    assert launcher.returncode == RunPreempted.exit_code, said
+    assert "Traceback" not in said
+    assert "KeyboardInterrupt" not in said
