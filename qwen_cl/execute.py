@@ -22,6 +22,8 @@ from qwen_cl.source.settings import HubSettings
 ROOT = Path(__file__).resolve().parents[1]
 STOP_GRACE = 120
 """Seconds a run has to save and end once it is asked to stop; then it is killed."""
+SAME_STOP = 0.5
+"""Seconds in which more signals are the same wish: Linux sends one for each thread of a parent that is killed."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -99,7 +101,8 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float
 
     def forward(number: int, frame: Any) -> None:
         if asked_at:
-            kill_group(process)
+            if time.monotonic() - asked_at[0] > SAME_STOP:
+                _signal_group(process)
             return
         asked_at.append(time.monotonic())
         print("\nStopping: the run saves a checkpoint first. Again to kill it.", file=sys.stderr)
@@ -107,7 +110,7 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: kill_group(process))
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: _signal_group(process))
     try:
         yield asked_at
     finally:
@@ -118,9 +121,14 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Whatever the run left behind goes with it."""
+    _signal_group(process)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes]) -> None:
+    """All that a handler may do: to wait in one would wait for the very code that it interrupted."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _out_of_memory_kills() -> int:
