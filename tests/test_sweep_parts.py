@@ -131,6 +131,12 @@ def test_one_bad_trial_refuses_the_sweep(said: list[str], message: str, tmp_path
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"^hydra.sweep.dir \(.*/file/sweep\) cannot be made: Not a directory; choose"):
+        multirun(tmp_path / "file/sweep", "lr=1e-4,2e-4")
+
+
 def test_a_search_shows_the_ends_of_its_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = ["peft=lora,none", "peft.rank=int(interval(4,64))", "lr=tag(log,interval(1e-5,1e-2))"]
     lines = dry_run(tmp_path / "sweep", capsys, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", *space)

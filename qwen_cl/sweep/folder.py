@@ -21,9 +21,14 @@ def claim(directory: Path) -> Iterator[None]:
     """Hold the folder against other sweeps; the system lets go of it if this process dies.
 
     Raises:
-        UserError: another sweep is using it.
+        UserError: another sweep is using it, or it cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"hydra.sweep.dir ({directory}) cannot be made: {error.strerror}; choose another folder"
+        ) from error
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(blocking=False)
