@@ -81,8 +81,8 @@ class ProgressView:
 
 def _describe(latest: dict[str, Any]) -> str:
     parts = [f"loss {latest['train/loss']:.3f}"]
-    if "val/loss" in latest:
-        parts.append(f"val {latest['val/loss']:.3f}")
+    if (validation := f"{TARGET}/loss") in latest:
+        parts.append(f"val {latest[validation]:.3f}")
     parts.append(f"{latest['throughput/tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)
 
