@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,9 @@ from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.adapter import AdapterShape, save_adapter
 from qwen_cl.stop import StopRequest
+
+if TYPE_CHECKING:
+    from qwen_cl.dashboard.connection import Dashboard
 
 
 class Seed(pl.Callback):
@@ -53,6 +56,7 @@ class RunRecorder(pl.Callback):
         self.log_interval = log_interval
         self.val_check_interval = val_check_interval
         self.stop: StopRequest | None = None
+        self.dashboard: Dashboard | None = None
         self.tokens = 0
         self._since = (0.0, 0)
         self._lr = 0.0
@@ -125,8 +129,8 @@ class RunRecorder(pl.Callback):
             return
         self.folder.append_metrics({"step": step, "time": time.time(), **record})
         self.folder.update_status(step=step, phase="training")
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(record, step=step)
+        if self.dashboard is not None:
+            self.dashboard.log({"tokens": self.tokens, **record}, step)
 
 
 def require_finite(trainer: pl.Trainer) -> None:

@@ -98,7 +98,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         log_every_n_steps=task.max_steps + 1,  # never: RunRecorder logs, under one set of names
         enable_progress_bar=False,
         use_distributed_sampler=False,
-        logger=False,  # NeMoLogger brings the one there is
+        logger=False,  # RunRecorder logs
         callbacks=callbacks,
         plugins=run.Config(nl.MegatronMixedPrecision, precision=_lightning_precision(config)),
         strategy=run.Config(

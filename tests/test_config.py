@@ -228,6 +228,8 @@ def test_every_key_says_what_it_does(path: Path) -> None:
         ("task.warmup_steps=100", "task.warmup_steps (100) must be less than task.max_steps (60); lower it"),
         ("task.sequence_length=1", "task.sequence_length (1) must be at least 2"),
         ("cluster.devices=0", "cluster.devices (0) must be at least 1"),
+        ("wandb.tags=['']", "wandb.tags ('') must have 1 to 64 characters"),
+        (f"wandb.tags=[{'a' * 65}]", f"wandb.tags ('{'a' * 65}') must have 1 to 64 characters; shorten it"),
         ("model.source=' '", "model.source is empty; write hf://ORG/NAME"),
         ("model.cache=' '", "model.cache is empty; name a directory, or null"),
         ("model.endpoint=hub.example.org", "model.endpoint (hub.example.org) must be a URL such as https://"),
