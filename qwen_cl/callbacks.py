@@ -77,6 +77,7 @@ class RunRecorder(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
             self._evaluate(trainer)
+            self._since = (time.monotonic(), self.tokens)  # what other callbacks did before is no training either
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(

@@ -67,8 +67,13 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     trainer = task.keywords["trainer"]
     recorder = next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
     recorder.stop = stop
-    with _dashboard(config, folder) as recorder.dashboard:
+    with _dashboard(config, folder) as dashboard:
+        for callback in trainer.callbacks:
+            if hasattr(callback, "dashboard"):
+                callback.dashboard = dashboard
         task()
+        if dashboard is not None:
+            dashboard.log_adapter(config.wandb.log_adapter)
     if _rank() == 0:
         folder.update_status(peak_memory_gib=peak_memory_gib())
 

@@ -36,6 +36,12 @@ class WandbMode(str, Enum):
     disabled = "disabled"
 
 
+class LogAdapter(str, Enum):
+    none = "none"
+    reference = "reference"
+    upload = "upload"
+
+
 class VerifyMode(str, Enum):
     auto = "auto"
     none = "none"
@@ -177,6 +183,8 @@ class WandbConfig:
     entity: str | None
     tags: list[str]
     """Beside the model's, the adapter's and the data's name."""
+    log_adapter: LogAdapter
+    """Make the trained adapter an artifact: its place alone, or its files too."""
 
     def __post_init__(self) -> None:
         for tag in self.tags:

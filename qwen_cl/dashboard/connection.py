@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from qwen_cl.config.schema import LogAdapter
+from qwen_cl.dashboard.artifacts import log_adapter
 from qwen_cl.dashboard.metrics import define
 from qwen_cl.run_folder import RunFolder
 
@@ -44,9 +46,11 @@ class Dashboard:
         """``record`` has the tokens seen as ``tokens``, its x axis; ``step`` is the optimizer's."""
         self._put(lambda: self._log(dict(record), step))
 
-    def call(self, action: Callable[[Any], None]) -> None:
-        """Do ``action`` with the W&B run, after what was logged before."""
-        self._put(lambda: action(self._run))
+    def log_table(self, name: str, columns: list[str], rows: list[list[str]], step: int) -> None:
+        self._put(lambda: self._log_table(name, columns, rows, step))
+
+    def log_adapter(self, mode: LogAdapter) -> None:
+        self._put(lambda: log_adapter(self._run, self.folder, mode))
 
     def finish(self, exit_code: int) -> None:
         """Returns within the timeout and a little, whatever W&B does."""
@@ -81,6 +85,11 @@ class Dashboard:
             define(self._run, name)
         self._defined |= record.keys()
         self._run.log(record, step=step)
+
+    def _log_table(self, name: str, columns: list[str], rows: list[list[str]], step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
 
     def _refused(self) -> str | None:
         """W&B's client tells nobody but its log when a server takes no more records, for example of a key that was

@@ -104,6 +104,7 @@ def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> 
             markersize=3,
             label=trial.name if place < MOST_IN_LEGEND else None,
         )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
     axes.legend(fontsize=7)
