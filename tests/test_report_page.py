@@ -17,13 +17,16 @@ from omegaconf import OmegaConf
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
+from qwen_cl.config.report import ReportConfig
 from qwen_cl.report.figures import pareto_front, pictures
 from qwen_cl.report.importance import importances
 from qwen_cl.report.page import render_page
+from qwen_cl.report.report import report
 from qwen_cl.report.trials import read_trials
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import Launched, launch
 from tests.test_config import compose_run
+from tests.wandb_server import wandb_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TRIALS: list[tuple[str, str, str, float, float]] = [
@@ -204,15 +207,73 @@ def test_one_run_is_a_page_too(trained: Launched, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (["task.sweep=null"], "task.sweep or task.run must be given, and not both"),
+        ([], "task.sweep or task.run must be given, and not both"),
         (["task.sweep=a", "task.run=b"], "task.sweep or task.run must be given, and not both"),
+        (["task.sweep=a", "lr=1"], "lr=1 would change nothing: the report is of what the folder holds; remove it"),
+        (["task.sweep=/nowhere"], "task.sweep (/nowhere) is no folder; name one like outputs/sweeps/TIME"),
+        (["task.sweep=conf"], "conf) holds no runs: none of its folders has config.yaml and status.json"),
+        (["task.run=conf"], "conf) is not the folder of a run that trained; of a folder of runs write task.sweep="),
         (["task.sweep=' '"], "task.sweep is empty; name a path, or null"),
         (["task.run=b", "task.publish=true"], "task.publish=true makes a workspace of a sweep's runs"),
     ],
 )
 def test_a_report_of_nothing_is_refused(said: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        compose_run("task=report", *said)
+        make(*said)
+
+
+def make(*said: str) -> None:
+    config = compose_run("task=report", *said)
+    assert isinstance(config.task, ReportConfig)
+    report(config, config.task, said)
+
+
+def test_a_page_that_cannot_be_written_is_refused(sweep: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone/page.html cannot be written: No such file .*; choose another"):
+        make(f"task.sweep={sweep}", f"task.output={tmp_path}/gone/page.html")
+
+
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    folder = write_trial(tmp_path / "00", [], [])
+    folder.status_file.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"00 cannot be read as a run: Expecting property name"):
+        make(f"task.sweep={tmp_path}")
+
+
+def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: Path) -> None:
+    """What W&B is sent, by its own client."""
+    said = ["task=report", f"task.sweep={sweep}", f"task.output={tmp_path}/page.html", "task.publish=true"]
+    with wandb_server() as server:
+        key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "NO_PROXY": "127.0.0.1"}
+        done = launch(*said, directory=tmp_path / "x", environment=key)
+        assert done.returncode == 0, done.stderr
+        for address in (f"{server.url}/me/qwen_cl?nw=view", f"{server.url}/me/qwen_cl/reports/Sweep-20260101--"):
+            assert address in done.stdout
+        workspace, page = (json.loads(view["spec"]) for view in server.views)
+    assert '"20260101"' in json.dumps(workspace["section"]["runSets"])
+    panels = {
+        panel["viewType"]: panel["config"]
+        for section in workspace["section"]["panelBankConfig"]["sections"]
+        for panel in section["panels"]
+    }
+    assert panels["Parameter Importance"]["targetKey"] == "val/target/loss.last"
+    assert [column["accessor"] for column in panels["Parallel Coordinates Plot"]["columns"]] == [
+        "config:lr.value",
+        "config:peft.value.rank",
+        "config:data.value.type",
+        "summary:val/target/loss.last",
+        "summary:retention/english/loss.last",
+    ]
+    text = json.dumps(page)
+    for panel in ("Parallel coordinates", "lr x rank: target loss", "Target against english", "Retention: english"):
+        assert panel in text
+
+
+def test_without_a_key_nothing_is_published(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"task.publish=true needs a W&B key; run `wandb login`, or set WANDB_API_KEY"):
+        make(f"task.sweep={sweep}", f"task.output={tmp_path}/page.html", "task.publish=true")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page was not looked at in a browser")

@@ -21,6 +21,8 @@ class WandbServer:
         self.started: list[dict[str, Any]] = []
         """Variables of the requests that started or changed a run."""
         self.streamed: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
+        """Variables of the requests that saved a workspace or a report."""
         self.closing = threading.Event()
         owner = self
 
@@ -69,12 +71,29 @@ class WandbServer:
             project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "b", "name": variables["name"], "displayName": variables["displayName"], "config": None}
             return {"data": {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}}
+        if view := self.answer_of_a_view(query, variables):
+            return {"data": view}
         if "viewer" in query:
             return {"data": {"viewer": {"id": "u", "entity": "me", "username": "me", "teams": {"edges": []}}}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
         return {"data": {}}
+
+    def answer_of_a_view(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """What workspaces and reports ask for."""
+        if "upsertView" in query:
+            self.views.append(variables)
+            project = {"id": "p", "name": "qwen_cl", "entityName": "me"}
+            view = {"id": "dmlldw==", "name": "view", "displayName": "view", "project": project, "spec": "{}"}
+            return {"upsertView": {"view": view, "inserted": True}}
+        if "ProjectInternalId" in query:
+            return {"project": {"id": "p", "internalId": "1"}}
+        if "GetProjects" in query:
+            project = {"id": "p", "name": "qwen_cl", "entityName": "me", "createdAt": "", "isBenchmark": False}
+            page = {"endCursor": None, "hasNextPage": False}
+            return {"models": {"pageInfo": page, "edges": [{"node": {**project, "user": None}}]}}
+        return {}
 
 
 @contextmanager

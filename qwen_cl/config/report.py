@@ -20,11 +20,9 @@ class ReportConfig(TaskConfig):
     """Make a W&B workspace and report too."""
 
     def __post_init__(self) -> None:
-        if (self.sweep is None) == (self.run is None):
-            raise UserError("task.sweep or task.run must be given, and not both: a folder of runs, or of one run")
         for key in ("sweep", "run", "output"):
             value = getattr(self, key)
             if value is not None and not value.strip():
                 raise UserError(f"task.{key} is empty; name a path, or null")
-        if self.publish and self.sweep is None:
+        if self.publish and self.run is not None:
             raise UserError("task.publish=true makes a workspace of a sweep's runs; write task.sweep=FOLDER")

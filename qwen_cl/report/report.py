@@ -15,6 +15,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.report.page import render_page
 from qwen_cl.report.trials import Trial, read_trial, read_trials
+from qwen_cl.report.workspace import publish
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import print_facts
 
@@ -28,11 +29,15 @@ def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> N
         UserError: there are no runs, or the page cannot be written.
     """
     refuse_ignored(overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
+    if (task.sweep is None) == (task.run is None):
+        raise UserError("task.sweep or task.run must be given, and not both: a folder of runs, or of one run")
     directory, trials = _find(task)
     output = _expanded(task.output) if task.output is not None else directory / PAGE
     facts = [("runs", str(len(trials))), ("page", str(output))]
     if not config.dry_run:
         _write(output, render_page(trials, f"{directory.parent.name}/{directory.name}"))
+        if task.publish:
+            facts += publish(config.wandb, directory.name, trials)
     if command := sync_command(directory):
         facts += [("to the dashboard", command), ("look at it here", f"wandb leet {directory / 'wandb'}")]
     print_facts(facts, Console())
