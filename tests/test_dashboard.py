@@ -251,7 +251,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
         figures = {name: value for name, value in line.items() if name not in ("step", "time")}
         assert {name: logged[line["step"]][name] for name in figures} == pytest.approx(figures)
     assert logged[0]["tokens"] == 0
-    table = Path(status["wandb"]["directory"]) / "files" / logged[60]["samples"]["path"]
+    table = Path(status["wandb"]["directory"]) / "files" / logged[60]["samples.path"]
     asked = [json.loads(line) for line in trained.folder.samples.read_text().splitlines()]
     assert json.loads(table.read_text()) == {
         "columns": ["prompt", "expected", "step 0", "step 60"],
@@ -261,8 +261,9 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
         ],
     }
 
-    (adapter,) = [line["artifact"] for line in records["artifact"]]
-    assert (adapter["name"], adapter["type"]) == (f"adapter-{status['wandb']['id']}", "model")
+    artifacts = {line["artifact"]["name"]: line["artifact"] for line in records["artifact"]}
+    adapter = artifacts[f"adapter-{status['wandb']['id']}"]
+    assert adapter["type"] == "model"
     assert {entry["ref"] for entry in adapter["manifest"]["contents"]} == {
         path.as_uri() for path in trained.folder.adapter.iterdir()
     }
@@ -272,7 +273,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
 
     defined = {line["metric"]["name"]: line["metric"] for line in records["metric"]}
     assert {name.split("/")[0] for name in defined} == {
-        "train", "val", "retention", "throughput", "memory", "optim", "tokens", "samples",
+        "train", "val", "retention", "throughput", "memory", "optim", "tokens",
     }  # fmt: skip
     for name in ("train/loss", "val/target/loss", "retention/english/bits_per_byte"):
         assert defined[name]["step_metric"] == "tokens"

@@ -58,7 +58,12 @@ def _greedy(model: Any, prompt: str) -> str:
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     produced = model.generate(
-        **ids, max_new_tokens=32, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id
+        input_ids=ids["input_ids"],
+        attention_mask=ids["attention_mask"],
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.eos_token_id,
     )
     answer = produced[0, ids["input_ids"].shape[1] :].tolist()
     kept = answer[: next((index for index, token in enumerate(answer) if token in stops), len(answer))]
