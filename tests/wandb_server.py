@@ -90,9 +90,10 @@ class WandbServer:
         if "ProjectInternalId" in query:
             return {"project": {"id": "p", "internalId": "1"}}
         if "GetProjects" in query:
-            project = {"id": "p", "name": "qwen_cl", "entityName": "me", "createdAt": "", "isBenchmark": False}
+            project = {"id": "p", "name": "qwen_cl", "entityName": "me", "createdAt": ""}
             page = {"endCursor": None, "hasNextPage": False}
-            return {"models": {"pageInfo": page, "edges": [{"node": {**project, "user": None}}]}}
+            node = {**project, "isBenchmark": False, "user": None}
+            return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
         return {}
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_cl.report.importance import importances
 from qwen_cl.report.trials import Trial, differing, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 RATE, RANK = "lr", "peft.rank"
 MOST_IN_LEGEND = 20
@@ -67,7 +64,11 @@ def _loss_curves(trials: Sequence[Trial]) -> Picture | None:
 
 
 def _training_curves(trials: Sequence[Trial]) -> Picture | None:
-    lines = [(trial, *map(list, zip(*trial.training))) for trial in trials if trial.training]
+    lines = [
+        (trial, [step for step, _ in trial.training], [loss for _, loss in trial.training])
+        for trial in trials
+        if trial.training
+    ]
     if not lines:
         return None
     says = "; ".join(f"{trial.name} ends at {values[-1]:.4f}" for trial, _, values in lines[:MOST_IN_LEGEND])
@@ -89,7 +90,7 @@ def _retention_curves(trials: Sequence[Trial]) -> Picture | None:
     return _picture(f"Forgetting: {sets}", axes, "Above 0 the model is worse at what it knew before.")
 
 
-def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> Axes:
+def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> Any:
     axes = _axes()
     trials = list(dict.fromkeys(trial.name for trial, _, _ in lines))
     for trial, steps, values in lines:
@@ -134,7 +135,7 @@ def _parallel_coordinates(trials: Sequence[Trial]) -> Picture | None:
     return _picture("Parallel coordinates", axes, says)
 
 
-def _placed(axes: Axes, column: int, values: Sequence[Any]) -> list[float]:
+def _placed(axes: Any, column: int, values: Sequence[Any]) -> list[float]:
     """Heights from 0 to 1, with the values written beside: settings evenly apart, results to scale."""
     if all(isinstance(value, float) for value in values):
         low, high = min(values), max(values)
@@ -210,10 +211,10 @@ def _pareto(trials: Sequence[Trial]) -> Picture | None:
     return _picture("Learning against forgetting (left and low is better)", axes, says)
 
 
-def _axes() -> Axes:
+def _axes() -> Any:
     from matplotlib.figure import Figure  # no pyplot: no display is looked for, and no state is kept
 
-    axes: Axes = Figure(figsize=(7.5, 4.2), layout="constrained").subplots()
+    axes: Any = Figure(figsize=(7.5, 4.2), layout="constrained").subplots()
     axes.grid(alpha=0.3)
     return axes
 
@@ -224,7 +225,7 @@ def _colour(share: float) -> Any:
     return colormaps["viridis"](0.9 * share)
 
 
-def _picture(title: str, axes: Axes, says: str) -> Picture:
+def _picture(title: str, axes: Any, says: str) -> Picture:
     stream = BytesIO()
     axes.figure.savefig(stream, format="png", dpi=110)
     return Picture(title, stream.getvalue(), says)
