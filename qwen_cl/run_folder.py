@@ -42,7 +42,6 @@ class RunFolder:
         self.text_target = self.directory / "text_target.json"
         self.report = self.directory / "report.png"
         self.samples = self.directory / "samples.jsonl"
-        self.wandb = self.directory / "wandb"
         self.data_report = self.directory / "data_report.txt"
         self.data_report_json = self.directory / "data_report.json"
 

@@ -81,6 +81,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reason="it <broke>",
         step=0,
     )
+    shutil.copytree(place / "06", place / "06.cut-off-1")
     (place / "07").mkdir()  # a trial that has not started
     return place
 

@@ -19,6 +19,8 @@ from qwen_cl.run_folder import RunFolder, State
 
 WARM_UP = 5
 """Steps that throughput does not count."""
+CUT_OFF = ".cut-off-"
+"""In the name of a folder that was moved aside, because its run was started again."""
 NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
 """Keys whose values change no result."""
 
@@ -68,9 +70,8 @@ def read_trials(sweep: Path) -> list[Trial]:
     Raises:
         UserError: it holds none.
     """
-    folders = [
-        RunFolder(path.parent) for path in sweep.glob("*/status.json") if (path.parent / "config.yaml").is_file()
-    ]
+    folders = [RunFolder(path.parent) for path in sweep.glob("*/status.json") if CUT_OFF not in path.parent.name]
+    folders = [folder for folder in folders if folder.config.is_file()]
     trials = [trial for folder in folders if (trial := read_trial(folder)) is not None]
     if not trials:
         raise UserError(f"task.sweep ({sweep}) holds no runs: none of its folders has config.yaml and status.json")
