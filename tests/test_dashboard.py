@@ -192,6 +192,13 @@ def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, dict[str, Any]
     assert status["id"]
 
 
+def test_a_run_without_any_w_and_b_says_where_its_figures_are() -> None:
+    status = {"wandb": {"mode": "disabled", "reason": "OSError: No space left on device"}}
+    told = "W&B: OSError: No space left on device; nothing is logged there, everything is in metrics.jsonl"
+    assert wandb_notice(status) == told
+    assert wandb_notice({"wandb": {"mode": "online", "reason": None, "url": "https://…"}}) is None
+
+
 def losses_of(record: Path) -> list[float]:
     return [line["history"]["item"]["train/loss"] for line in read_back(record)["history"]]
 
