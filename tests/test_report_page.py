@@ -71,7 +71,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data_hash="abc" if data == "demo" else "def",
             device="CPU",
         )
-    samples = [{"step": step, "prompt": "<b>何?</b>", "answer": f"answer & of step {step}"} for step in (0, 2)]
+    samples = [
+        {"step": step, "prompt": "<b>何?</b>", "expected": "right", "answer": f"answer & of step {step}"}
+        for step in (0, 2)
+    ]
     (place / "04/samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples), encoding="utf-8")
     write_trial(
         place / "06",
@@ -133,8 +136,8 @@ def test_the_table_has_every_trial_with_its_figures(sweep: Path) -> None:
     assert rows[-1] == ["06", "FAILED", "1", "8", "demo", "0", *[""] * 8, "it <broke>"]
     (samples,) = [table for table in page.tables if table[0][0] == "prompt"]
     assert samples == [
-        ["prompt", "step 0", "step 2"],
-        ["<b>何?</b>", "answer & of step 0", "answer & of step 2"],
+        ["prompt", "expected", "step 0", "step 2"],
+        ["<b>何?</b>", "right", "answer & of step 0", "answer & of step 2"],
     ]
     facts = page.tables[-1]
     assert ["data hash", "abc", "02, 01, 00"] in facts

@@ -123,13 +123,17 @@ def _samples(trial: Trial) -> Table:
     if path.is_file():
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = sorted({line["step"] for line in lines})
-    prompts = dict.fromkeys(line["prompt"] for line in lines)
+    prompts = {line["prompt"]: line["expected"] for line in lines}
     answers = {(line["prompt"], line["step"]): line["answer"] for line in lines}
     rows = [
-        [Cell(prompt, kind="text"), *(Cell(answers.get((prompt, step), ""), kind="text") for step in steps)]
-        for prompt in prompts
+        [
+            Cell(prompt, kind="text"),
+            Cell(expected, kind="text"),
+            *(Cell(answers.get((prompt, step), ""), kind="text") for step in steps),
+        ]
+        for prompt, expected in prompts.items()
     ]
-    return Table(["prompt", *(f"step {step}" for step in steps)], rows)
+    return Table(["prompt", "expected", *(f"step {step}" for step in steps)], rows)
 
 
 def _facts(trials: Sequence[Trial]) -> Table:
