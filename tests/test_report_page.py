@@ -24,7 +24,7 @@ from qwen_cl.report.page import render_page
 from qwen_cl.report.report import report
 from qwen_cl.report.trials import read_trials
 from qwen_cl.run_folder import RunFolder
-from tests.conftest import Launched, launch
+from tests.conftest import ROOT, Launched, launch
 from tests.test_config import compose_run
 from tests.wandb_server import wandb_server
 
@@ -244,12 +244,16 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
         make(f"task.sweep={tmp_path}")
 
 
+def publish(sweep: Path, directory: Path, *said: str, **environment: str) -> Launched:
+    """In a process of its own: W&B remembers a key for as long as its process lives."""
+    asked = ["task=report", f"task.sweep={sweep}", f"task.output={directory}/page.html", "task.publish=true", *said]
+    return launch(*asked, directory=directory / "x", environment={"WANDB_API_KEY": "0" * 40, **environment})
+
+
 def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: Path) -> None:
     """What W&B is sent, by its own client."""
-    said = ["task=report", f"task.sweep={sweep}", f"task.output={tmp_path}/page.html", "task.publish=true"]
     with wandb_server() as server:
-        key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "NO_PROXY": "127.0.0.1"}
-        done = launch(*said, directory=tmp_path / "x", environment=key)
+        done = publish(sweep, tmp_path, WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
         assert done.returncode == 0, done.stderr
         for address in (f"{server.url}/me/qwen_cl?nw=view", f"{server.url}/me/qwen_cl/reports/Sweep-20260101--"):
             assert address in done.stdout
@@ -273,11 +277,25 @@ def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: P
         assert panel in text
 
 
-def test_without_a_key_nothing_is_published(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"task.publish=true needs a W&B key; run `wandb login`, or set WANDB_API_KEY"):
-        make(f"task.sweep={sweep}", f"task.output={tmp_path}/page.html", "task.publish=true")
+def test_a_workspace_that_w_and_b_refuses_is_told(sweep: Path, tmp_path: Path) -> None:
+    with wandb_server(init=401) as server:
+        done = publish(sweep, tmp_path, "wandb.entity=me", WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
+    assert done.returncode == 1
+    assert "W&B did not take the workspace or the report: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_without_the_extra_or_a_key_nothing_is_published(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "wandb_workspaces.py").write_text("raise ImportError", encoding="utf-8")
+    done = publish(sweep, tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "task.publish=true needs wandb-workspaces: pip install 'qwen_cl[workspaces]'"
+    )
+    done = publish(sweep, tmp_path, WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "task.publish=true needs a W&B key; run `wandb login`, or set WANDB_API_KEY"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page was not looked at in a browser")

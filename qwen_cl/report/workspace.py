@@ -30,14 +30,14 @@ def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tu
         UserError: the extra is not installed, or there is no key.
         RunFailed: W&B did not take them.
     """
-    try:
-        import wandb_workspaces.reports.v2 as reports  # noqa: F401
-    except ImportError as error:
-        raise UserError("task.publish=true needs wandb-workspaces: pip install 'qwen_cl[workspaces]'") from error
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
         raise UserError("task.publish=true needs a W&B key; run `wandb login`, or set WANDB_API_KEY")
+    try:
+        import wandb_workspaces.reports.v2  # noqa: F401
+    except ImportError as error:
+        raise UserError("task.publish=true needs wandb-workspaces: pip install 'qwen_cl[workspaces]'") from error
     try:
         entity = config.entity or wandb.Api().default_entity
         workspace = build_workspace(entity, config.project, group, trials).save()
