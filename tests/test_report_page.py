@@ -89,6 +89,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def rendered(sweep: Path) -> str:
+    return render_page(read_trials(sweep), "a sweep")
+
+
 class Page(html.parser.HTMLParser):
     """Rows of the tables, and whatever a browser would fetch."""
 
@@ -121,8 +126,8 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def test_the_table_has_every_trial_with_its_figures(sweep: Path) -> None:
-    page = Page(render_page(read_trials(sweep), "a sweep"))
+def test_the_table_has_every_trial_with_its_figures(rendered: str) -> None:
+    page = Page(rendered)
     columns, *rows = page.tables[0]
     assert columns == [
         "run", "state", "lr", "peft.rank", "data", "step", "target loss", "at step 0", "forgotten",
@@ -144,12 +149,11 @@ def test_the_table_has_every_trial_with_its_figures(sweep: Path) -> None:
     assert ["device", "CPU", "04, 03, 05, 02, 01, 00"] in facts
 
 
-def test_a_page_asks_for_nothing(sweep: Path) -> None:
-    text = render_page(read_trials(sweep), "a sweep")
-    page = Page(text)
+def test_a_page_asks_for_nothing(rendered: str) -> None:
+    page = Page(rendered)
     assert [what[:22] for what in page.fetched] == ["data:image/png;base64,"] * len(page.images)
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|http-equiv", text)
-    assert len(text) < 1_000_000
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|http-equiv", rendered)
+    assert len(rendered) < 1_000_000
 
 
 def test_the_pictures_say_in_words_what_they_show(sweep: Path) -> None:
@@ -232,15 +236,20 @@ def make(*said: str) -> None:
     report(config, config.task, said)
 
 
-def test_a_page_that_cannot_be_written_is_refused(sweep: Path, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    write_trial(tmp_path / "00", [], [])
     with pytest.raises(UserError, match=r"gone/page.html cannot be written: No such file .*; choose another"):
-        make(f"task.sweep={sweep}", f"task.output={tmp_path}/gone/page.html")
+        make(f"task.sweep={tmp_path}", f"task.output={tmp_path}/gone/page.html")
 
 
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     folder = write_trial(tmp_path / "00", [], [])
     folder.status_file.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"00 cannot be read as a run: Expecting property name"):
+    with pytest.raises(UserError, match=r"00 cannot be read as a run: JSONDecodeError\('Expecting property name"):
+        make(f"task.sweep={tmp_path}")
+    write_trial(tmp_path / "01", [], []).samples.write_text('{"step": 0}\n', encoding="utf-8")
+    shutil.rmtree(folder.directory)
+    with pytest.raises(UserError, match=r"01 cannot be read as a run: TypeError.*'prompt', 'expected', and 'answer'"):
         make(f"task.sweep={tmp_path}")
 
 
@@ -277,9 +286,10 @@ def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: P
         assert panel in text
 
 
-def test_a_workspace_that_w_and_b_refuses_is_told(sweep: Path, tmp_path: Path) -> None:
+def test_a_workspace_that_w_and_b_refuses_is_told(tmp_path: Path) -> None:
+    write_trial(tmp_path / "00", [], [])
     with wandb_server(init=401) as server:
-        done = publish(sweep, tmp_path, "wandb.entity=me", WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
+        done = publish(tmp_path, tmp_path, "wandb.entity=me", WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
     assert done.returncode == 1
     assert "W&B did not take the workspace or the report: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -299,7 +309,7 @@ def test_without_the_extra_or_a_key_nothing_is_published(sweep: Path, tmp_path: 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page was not looked at in a browser")
-def test_a_real_browser_shows_it_and_sorts(sweep: Path, tmp_path: Path) -> None:
+def test_a_real_browser_shows_it_and_sorts(rendered: str, tmp_path: Path) -> None:
     """The order of the first table's rows after two clicks on "target loss" is worst first, and empty cells last."""
     script = """<script>
     var head = Array.from(document.querySelectorAll("th")).find(th => th.textContent === "target loss");
@@ -309,7 +319,7 @@ def test_a_real_browser_shows_it_and_sorts(sweep: Path, tmp_path: Path) -> None:
     document.title = names + " images " + loaded;
     </script></body>"""
     page = tmp_path / "page.html"
-    page.write_text(render_page(read_trials(sweep), "a sweep").replace("</body>", script), encoding="utf-8")
+    page.write_text(rendered.replace("</body>", script), encoding="utf-8")
     shown = subprocess.run(
         [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()],
         capture_output=True,

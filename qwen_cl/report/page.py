@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,22 +117,12 @@ def _trial_row(trial: Trial, keys: Iterable[str], sets: Iterable[str]) -> list[C
 
 
 def _samples(trial: Trial) -> Table:
-    path = trial.folder.samples
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = sorted({line["step"] for line in lines})
-    prompts = {line["prompt"]: line["expected"] for line in lines}
-    answers = {(line["prompt"], line["step"]): line["answer"] for line in lines}
-    rows = [
-        [
-            Cell(prompt, kind="text"),
-            Cell(expected, kind="text"),
-            *(Cell(answers.get((prompt, step), ""), kind="text") for step in steps),
-        ]
-        for prompt, expected in prompts.items()
-    ]
-    return Table(["prompt", "expected", *(f"step {step}" for step in steps)], rows)
+    steps = sorted({sample.step for sample in trial.samples})
+    expected = {sample.prompt: sample.expected for sample in trial.samples}
+    answers = {(sample.prompt, sample.step): sample.answer for sample in trial.samples}
+    rows = [[prompt, expected[prompt], *(answers.get((prompt, step), "") for step in steps)] for prompt in expected]
+    columns = ["prompt", "expected", *(f"step {step}" for step in steps)]
+    return Table(columns, [[Cell(text, kind="text") for text in row] for row in rows])
 
 
 def _facts(trials: Sequence[Trial]) -> Table:

@@ -15,7 +15,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.report.page import render_page
 from qwen_cl.report.trials import Trial, read_trial, read_trials
-from qwen_cl.report.workspace import publish
+from qwen_cl.report.workspace import publish, require_publishable
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import print_facts
 
@@ -34,6 +34,8 @@ def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> N
     directory, trials = _find(task)
     output = _expanded(task.output) if task.output is not None else directory / PAGE
     facts = [("runs", str(len(trials))), ("page", str(output))]
+    if task.publish:
+        require_publishable()
     if not config.dry_run:
         _write(output, render_page(trials, f"{directory.parent.name}/{directory.name}"))
         if task.publish:

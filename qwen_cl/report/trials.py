@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import override_key
@@ -26,9 +27,18 @@ NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl."""
+
+    step: int
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     name: str
-    folder: RunFolder
     status: dict[str, Any]
     overrides: dict[str, str]
     """As the user said them, by key or group."""
@@ -40,6 +50,7 @@ class Trial:
     tokens_per_second: float | None
     """Of the median step."""
     devices: int
+    samples: list[Sample]
 
     @property
     def completed(self) -> bool:
@@ -89,25 +100,29 @@ def read_trial(folder: RunFolder) -> Trial | None:
         UserError: a file of it is damaged.
     """
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(folder.config))
-        status, records = folder.status(), _records(folder.metrics_file)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.directory} cannot be read as a run: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(plain, dict) or "max_steps" not in plain.get("task", {}):
+        return _read(folder)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
+        raise UserError(f"{folder.directory} cannot be read as a run: {' '.join(repr(error).split())[:200]}") from error
+
+
+def _read(folder: RunFolder) -> Trial | None:
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
+    if "max_steps" not in plain["task"]:
         return None
+    records = _lines(folder.metrics_file)
     curves = {curve.name: curve for curve in read_curves(records, LOSS)}
     training = [record for record in records if "train/loss" in record]
     rates = [record["throughput/tokens_per_second"] for record in training]
     return Trial(
         name=folder.directory.name,
-        folder=folder,
-        status=status,
+        status=folder.status(),
         overrides=_overrides(folder),
         training=[(record["step"], record["train/loss"]) for record in training],
         target=curves.pop(TARGET, None),
         retention=list(curves.values()),
         tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
         devices=int(plain["cluster"]["devices"]),
+        samples=[Sample(**line) for line in _lines(folder.samples)],
     )
 
 
@@ -132,7 +147,7 @@ def _overrides(folder: RunFolder) -> dict[str, str]:
     return {key: value for key, value in pairs.items() if key.partition(".")[0] not in NEVER_MATTERS}
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     """Without a last line that is not whole: the run may be writing it."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     return [json.loads(line) for line in whole.splitlines()]

@@ -23,13 +23,8 @@ TITLES = {
 }
 
 
-def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tuple[str, str]]:
-    """What was made, with its address.
-
-    Raises:
-        UserError: the extra is not installed, or there is no key.
-        RunFailed: W&B did not take them.
-    """
+def require_publishable() -> None:
+    """Raises UserError where there is no key, or the extra is not installed."""
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
@@ -38,6 +33,16 @@ def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tu
         import wandb_workspaces.reports.v2  # noqa: F401
     except ImportError as error:
         raise UserError("task.publish=true needs wandb-workspaces: pip install 'qwen_cl[workspaces]'") from error
+
+
+def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tuple[str, str]]:
+    """What was made, with its address.
+
+    Raises:
+        RunFailed: W&B did not take them.
+    """
+    import wandb
+
     try:
         entity = config.entity or wandb.Api().default_entity
         workspace = build_workspace(entity, config.project, group, trials).save()
