@@ -42,8 +42,7 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
     if config.wandb.mode is WandbMode.disabled:
         folder.update_status(wandb={"mode": WandbMode.disabled.value})
         return None
-    # W&B's reports of its own faults are tried again when this process ends, whatever else there is to wait for.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    without_fault_reports()
     identity = identify(config, folder)
     try:
         started, reason = _online(config, identity) if config.wandb.mode is WandbMode.online else (None, None)
@@ -57,6 +56,11 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
     status |= {"sync": f"wandb sync {place}"} if mode is WandbMode.offline else {"url": started.url}
     folder.update_status(wandb=status)
     return Dashboard(started, folder)
+
+
+def without_fault_reports() -> None:
+    """W&B sends its own faults to its makers, and a process waits for that at its end where the server hangs."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _online(config: RunConfig, identity: Identity) -> tuple[Any, str | None]:

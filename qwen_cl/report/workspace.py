@@ -8,6 +8,7 @@ from typing import Any
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.schema import WandbConfig
 from qwen_cl.config.store import GROUPS
+from qwen_cl.dashboard.start import without_fault_reports
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.report.figures import RANK, RATE
 from qwen_cl.report.trials import Trial, differing
@@ -25,6 +26,7 @@ TITLES = {
 
 def require_publishable() -> None:
     """Raises UserError where there is no key, or the extra is not installed."""
+    without_fault_reports()
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
