@@ -145,3 +145,5 @@ def _train(model: Path, case: Case, folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert RunFolder(folder).samples.exists() == (processes == 1)  # no rank has the whole model
+    assert ("no samples: they need the whole model on one rank" in done.stdout) == (processes > 1)

@@ -140,6 +140,15 @@ def test_learning_and_forgetting_are_measured_at_the_same_steps(forgetting: Forg
     assert last < first - 0.05
 
 
+def test_of_two_ranks_one_writes_what_both_answer(forgetting: Forgetting) -> None:
+    """Of raw text: it is gone on with from its first half, or its first 32 tokens."""
+    tokenizer = forgetting.reference.tokenizer
+    lines = [json.loads(line) for line in forgetting.run.folder.samples.read_text(encoding="utf-8").splitlines()]
+    asked = [ids[: min(32, len(ids) // 2)] for ids in forgetting.sequences("validation")[:3]]
+    assert [line["step"] for line in lines] == [0] * len(asked) + [STEPS] * len(asked)
+    assert [line["prompt"] for line in lines] == [tokenizer.decode(ids) for ids in [*asked, *asked]]
+
+
 def test_the_first_step_is_of_the_mixture(forgetting: Forgetting) -> None:
     mixture = forgetting.mixture()
     seen = [mixture[index] for index in range(BATCH)]
