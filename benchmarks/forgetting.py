@@ -122,12 +122,12 @@ def _run(arm: str, seed: int, arguments: Any, replay: Path, japanese: list[Path]
 def _figures(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    measured = [record for record in records if "val/loss" in record]
+    measured = [record for record in records if "val/target/loss" in record]
     rates = [record["throughput/tokens_per_second"] for record in records if "train/loss" in record]
     first, last = measured[0], measured[-1]
     return {
-        "japanese": [first["val/bits_per_byte"], last["val/bits_per_byte"]],
-        "japanese_loss": last["val/loss"],
+        "japanese": [first["val/target/bits_per_byte"], last["val/target/bits_per_byte"]],
+        "japanese_loss": last["val/target/loss"],
         "english": [first["retention/english/bits_per_byte"], last["retention/english/bits_per_byte"]],
         "english_loss": [first["retention/english/loss"], last["retention/english/loss"]],
         "parameters": status["trainable_parameters"],

@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,9 @@ from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.adapter import AdapterShape, save_adapter
 from qwen_cl.stop import StopRequest
+
+if TYPE_CHECKING:
+    from qwen_cl.dashboard.connection import Dashboard
 
 
 class Seed(pl.Callback):
@@ -53,6 +56,7 @@ class RunRecorder(pl.Callback):
         self.log_interval = log_interval
         self.val_check_interval = val_check_interval
         self.stop: StopRequest | None = None
+        self.dashboard: Dashboard | None = None
         self.tokens = 0
         self._since = (0.0, 0)
         self._lr = 0.0
@@ -73,6 +77,7 @@ class RunRecorder(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
             self._evaluate(trainer)
+            self._since = (time.monotonic(), self.tokens)  # what other callbacks did before is no training either
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(
@@ -125,8 +130,8 @@ class RunRecorder(pl.Callback):
             return
         self.folder.append_metrics({"step": step, "time": time.time(), **record})
         self.folder.update_status(step=step, phase="training")
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(record, step=step)
+        if self.dashboard is not None:
+            self.dashboard.log({"tokens": self.tokens, **record}, step)
 
 
 def require_finite(trainer: pl.Trainer) -> None:

@@ -30,6 +30,7 @@ from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.samples import RecordSamples
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes
 from qwen_cl.source.nemo_context import is_nemo_checkpoint
@@ -67,6 +68,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         run.Config(Seed, seed=config.seed),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
+        *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
         run.Config(
             RunRecorder,
             output_dir=str(output_dir),
@@ -98,7 +100,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         log_every_n_steps=task.max_steps + 1,  # never: RunRecorder logs, under one set of names
         enable_progress_bar=False,
         use_distributed_sampler=False,
-        logger=False,  # NeMoLogger brings the one there is
+        logger=False,  # RunRecorder logs
         callbacks=callbacks,
         plugins=run.Config(nl.MegatronMixedPrecision, precision=_lightning_precision(config)),
         strategy=run.Config(
@@ -111,6 +113,14 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             ckpt_optim_fully_reshardable=True,
         ),
     )
+
+
+def _samples(config: RunConfig, output_dir: Path) -> list[run.Config]:
+    task = config.training
+    if not task.sample_prompts or isinstance(config.data, MockDataConfig):  # nobody reads random tokens
+        return []
+    prompts, new_tokens = task.sample_prompts, task.sample_tokens
+    return [run.Config(RecordSamples, output_dir=str(output_dir), prompts=prompts, new_tokens=new_tokens)]
 
 
 def _verification(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:

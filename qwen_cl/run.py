@@ -18,6 +18,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.forgetting import GeneratedReplayConfig
+from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.schema import RunConfig, SlurmConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
@@ -85,6 +86,10 @@ def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
         from qwen_cl.chain.continual import continual
 
         continual(config, task, overrides, Path(HydraConfig.get().runtime.output_dir))
+    elif isinstance(task, ReportConfig):
+        from qwen_cl.report.report import report
+
+        report(config, task, overrides)
     else:
         return False
     return True

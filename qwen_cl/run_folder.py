@@ -42,7 +42,7 @@ class RunFolder:
         self.adapter = self.directory / "adapter"
         self.text_target = self.directory / "text_target.json"
         self.report = self.directory / "report.png"
-        self.wandb = self.directory / "wandb"
+        self.samples = self.directory / "samples.jsonl"
         self.data_report = self.directory / "data_report.txt"
         self.data_report_json = self.directory / "data_report.json"
 

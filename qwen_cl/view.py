@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -89,8 +90,8 @@ class ProgressView:
 
 def _describe(latest: dict[str, Any]) -> str:
     parts = [f"loss {latest['train/loss']:.3f}"]
-    if "val/loss" in latest:
-        parts.append(f"val {latest['val/loss']:.3f}")
+    if (validation := f"{TARGET}/loss") in latest:
+        parts.append(f"val {latest[validation]:.3f}")
     parts.append(f"{latest['throughput/tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)
 
@@ -142,7 +143,7 @@ def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str,
         lines.append(("dashboard", wandb["url"]))
     if wandb.get("sync"):
         lines.append(("to the dashboard", wandb["sync"]))
-        lines.append(("look at it here", f"wandb leet {folder.wandb}"))
+        lines.append(("look at it here", f"wandb leet {Path(wandb['directory']).parent}"))
     return lines
 
 
@@ -151,4 +152,7 @@ def wandb_notice(status: dict[str, Any]) -> str | None:
     wandb = status.get("wandb", {})
     if not wandb.get("reason"):
         return None
-    return f"W&B: {wandb['reason']}, logging offline; later: {wandb['sync']}"
+    if not wandb.get("sync"):
+        return f"W&B: {wandb['reason']}; nothing is logged there, everything is in metrics.jsonl"
+    how = "logging offline" if wandb["mode"] == "offline" else "not all of it is there"
+    return f"W&B: {wandb['reason']}, {how}; later: {wandb['sync']}"

@@ -10,6 +10,8 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
@@ -21,6 +23,8 @@ from qwen_cl.stop import Preempted, StopRequest
 
 if TYPE_CHECKING:
     import nemo_run
+
+    from qwen_cl.dashboard.connection import Dashboard
 
 MEGATRON_NOT_FINITE = re.compile(r"Unexpected result (\w+) \(message='found (?:NaN|Inf) in local grad norm")
 """It looks at every gradient before the step, and names its bucket."""
@@ -66,15 +70,29 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     trainer = task.keywords["trainer"]
     recorder = next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
     recorder.stop = stop
-    if _rank() == 0:
-        from qwen_cl.dashboard import start_dashboard
-
-        folder.update_status(phase="starting W&B")
-        task.keywords["log"].wandb = start_dashboard(config, folder)
-        folder.update_status(phase="loading the model")
-    task()
+    with _dashboard(config, folder) as dashboard:
+        for callback in trainer.callbacks:
+            if hasattr(callback, "dashboard"):
+                callback.dashboard = dashboard
+        task()
+        if dashboard is not None:
+            dashboard.log_adapter(config.wandb.log_adapter)
     if _rank() == 0:
         folder.update_status(peak_memory_gib=peak_memory_gib())
+
+
+@contextmanager
+def _dashboard(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | None]:
+    """Of the first rank, which speaks for all."""
+    if _rank() != 0:
+        yield None
+        return
+    from qwen_cl.dashboard.start import dashboard_of
+
+    folder.update_status(phase="starting W&B")
+    with dashboard_of(config, folder) as dashboard:
+        folder.update_status(phase="loading the model")
+        yield dashboard
 
 
 def prepare(config: RunConfig) -> None:

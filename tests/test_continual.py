@@ -105,7 +105,7 @@ def test_a_stage_starts_from_what_the_one_before_became(chain: tuple[Path, list[
     before = read(directory / "00-before/evaluation.json")["sets"]["chat"]["loss"]
     after = read(directory / "01-japanese/evaluation.json")["sets"]["chat"]["loss"]
     records = [json.loads(line) for line in (directory / "02-chat/metrics.jsonl").read_text().splitlines()]
-    validation = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    validation = {record["step"]: record["val/target/loss"] for record in records if "val/target/loss" in record}
     assert validation[0] == pytest.approx(after, abs=1e-4)
     assert abs(before - after) > 1e-3
     assert validation[2] == pytest.approx(read(directory / "02-chat/evaluation.json")["sets"]["chat"]["loss"], abs=1e-4)

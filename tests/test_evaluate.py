@@ -56,11 +56,11 @@ def told(trained: Launched, tmp_path_factory: pytest.TempPathFactory) -> tuple[L
 def test_the_validation_loss_of_the_run_is_reproduced(trained: Launched, told: tuple[Launched, Any]) -> None:
     done, record = told
     metrics = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
-    last = [line for line in metrics if "val/loss" in line][-1]
+    last = [line for line in metrics if "val/target/loss" in line][-1]
     assert record["step"] == last["step"] == 60
-    assert record["sets"]["japanese"]["loss"] == pytest.approx(last["val/loss"], abs=1e-4)
-    assert record["sets"]["japanese"]["tokens"] == last["val/tokens"]
-    assert f"japanese: loss {last['val/loss']:.4f}" in done.stdout
+    assert record["sets"]["japanese"]["loss"] == pytest.approx(last["val/target/loss"], abs=1e-4)
+    assert record["sets"]["japanese"]["tokens"] == last["val/target/tokens"]
+    assert f"japanese: loss {last['val/target/loss']:.4f}" in done.stdout
 
 
 def test_a_set_of_instructions_is_what_peft_computes(trained: Launched, told: tuple[Launched, Any]) -> None:

@@ -40,7 +40,7 @@ ROWS: dict[str, list[dict[str, str]]] = {
     "english": demo_rows("retention-english.jsonl", 5),
     "chat": demo_rows("instructions.validation.jsonl", 7),
 }
-EVALUATED = {"val": "validation", "retention/english": "english", "retention/chat": "chat"}
+EVALUATED = {"val/target": "validation", "retention/english": "english", "retention/chat": "chat"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,17 @@ def test_learning_and_forgetting_are_measured_at_the_same_steps(forgetting: Forg
         for unit in ("loss", "bits_per_byte"):
             measured = [record["step"] for record in forgetting.records if f"{metric}/{unit}" in record]
             assert measured == [0, 4, 8, 10]
-    first, last = (forgetting.at(step, "val/loss") for step in (0, 10))
+    first, last = (forgetting.at(step, "val/target/loss") for step in (0, 10))
     assert last < first - 0.05
+
+
+def test_of_two_ranks_one_writes_what_both_answer(forgetting: Forgetting) -> None:
+    """Of raw text: it is gone on with from its first half, or its first 32 tokens."""
+    tokenizer = forgetting.reference.tokenizer
+    lines = [json.loads(line) for line in forgetting.run.folder.samples.read_text(encoding="utf-8").splitlines()]
+    asked = [ids[: min(32, len(ids) // 2)] for ids in forgetting.sequences("validation")[:3]]
+    assert [line["step"] for line in lines] == [0] * len(asked) + [STEPS] * len(asked)
+    assert [line["prompt"] for line in lines] == [tokenizer.decode(ids) for ids in [*asked, *asked]]
 
 
 def test_the_first_step_is_of_the_mixture(forgetting: Forgetting) -> None:
@@ -170,7 +179,7 @@ def test_each_step_has_the_learning_rate_of_the_schedule(forgetting: Forgetting)
 
 def test_the_block_at_the_end_names_the_sets_and_the_picture(forgetting: Forgetting) -> None:
     for label, metric in (
-        ("validation", "val"),
+        ("validation", "val/target"),
         ("retention english", "retention/english"),
         ("retention chat", "retention/chat"),
     ):

@@ -67,8 +67,8 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
     assert (max(len(example.starts) for example in seen) > 1) == packed
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     first = next(record for record in records if record["step"] == 0)
-    assert first["val/tokens"] == sum(example.num_labels for example in validation)
-    assert first["val/loss"] == pytest.approx(_loss(reference, validation), abs=1e-4)
+    assert first["val/target/tokens"] == sum(example.num_labels for example in validation)
+    assert first["val/target/loss"] == pytest.approx(_loss(reference, validation), abs=1e-4)
     step_1 = next(record for record in records if record["step"] == 1 and "train/loss" in record)
     verified = done.folder.status()["verified"]
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)

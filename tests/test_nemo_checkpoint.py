@@ -177,7 +177,7 @@ def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: 
 
 def _initial_loss(run: Launched) -> float:
     records = [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
-    return float(next(record["val/loss"] for record in records if record["step"] == 0))
+    return float(next(record["val/target/loss"] for record in records if record["step"] == 0))
 
 
 def _expected_loss(model: Path) -> float:

@@ -28,8 +28,8 @@ RECORDS: list[dict[str, Any]] = [
         "step": 0,
         "retention/english/loss": 1.0,
         "retention/english/bits_per_byte": 0.5,
-        "val/loss": 4.0,
-        "val/bits_per_byte": 2.0,
+        "val/target/loss": 4.0,
+        "val/target/bits_per_byte": 2.0,
         "retention/code/loss": 3.0,
     },
     {"step": 1, "train/loss": 9.0, "optim/lr": 0.1},
@@ -37,12 +37,12 @@ RECORDS: list[dict[str, Any]] = [
         "step": 5,
         "retention/english/loss": 1.5,
         "retention/english/bits_per_byte": 0.75,
-        "val/loss": 3.0,
-        "val/bits_per_byte": 1.5,
+        "val/target/loss": 3.0,
+        "val/target/bits_per_byte": 1.5,
         "retention/code/loss": 2.5,
     },
 ]
-TARGET_ALONE = [{"step": step, "val/loss": loss} for step, loss in ((0, 4.0), (5, 3.0))]
+TARGET_ALONE = [{"step": step, "val/target/loss": loss} for step, loss in ((0, 4.0), (5, 3.0))]
 
 
 def size_of(picture: Path) -> tuple[int, int]:
@@ -54,13 +54,13 @@ def size_of(picture: Path) -> tuple[int, int]:
 
 def test_curves_have_the_target_first_and_each_its_unit() -> None:
     assert read_curves(RECORDS) == [
-        Curve("val", [0, 5], [2.0, 1.5], "bits_per_byte"),
+        Curve("val/target", [0, 5], [2.0, 1.5], "bits_per_byte"),
         Curve("english", [0, 5], [0.5, 0.75], "bits_per_byte"),
         Curve("code", [0, 5], [3.0, 2.5], "loss"),  # of no bytes
     ]
     assert [curve.change for curve in read_curves(RECORDS)] == [-0.5, 0.25, -0.5]
     assert read_curves(RECORDS, "loss") == [
-        Curve("val", [0, 5], [4.0, 3.0], "loss"),
+        Curve("val/target", [0, 5], [4.0, 3.0], "loss"),
         Curve("english", [0, 5], [1.0, 1.5], "loss"),
         Curve("code", [0, 5], [3.0, 2.5], "loss"),
     ]

@@ -29,7 +29,7 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
     assert status["versions"]["megatron-core"] == "0.15.3"
     assert re.fullmatch(r"[0-9a-f]{64}", status["data_hash"])
     records = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
-    validation = {record["step"]: record["val/loss"] for record in records if "val/loss" in record}
+    validation = {record["step"]: record["val/target/loss"] for record in records if "val/target/loss" in record}
     training = [record["train/loss"] for record in records if "train/loss" in record]
     assert list(validation) == [0, 30, 60]
     assert validation[60] < validation[30] < validation[0] - 0.5
@@ -62,15 +62,6 @@ def test_without_a_key_the_dashboard_is_offline_and_says_so(trained: Launched) -
     notices = [line for line in trained.stdout.splitlines() if line.startswith("W&B:")]
     assert len(notices) == 1
     assert "no API key, logging offline; later: wandb sync" in notices[0]
-    record = next(trained.folder.wandb.glob("offline-run-*/*.wandb"))
-    shown = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "default_lr" in shown.stdout
-    assert "train/loss" in shown.stdout
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(trained: Launched) -> None:

@@ -124,7 +124,7 @@ def test_a_folder_that_holds_a_run_is_refused(state: State, tmp_path: Path) -> N
 def test_metrics_are_lines_one_for_each_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     records: list[dict[str, Any]] = [
-        {"step": 0, "val/loss": 7.5},
+        {"step": 0, "val/target/loss": 7.5},
         {"step": 1, "train/loss": 0.1 + 0.2, "note": "損失\n高い"},
     ]
     for number, record in enumerate(records, start=1):

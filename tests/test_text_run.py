@@ -128,11 +128,11 @@ def test_it_is_measured_on_the_documents_held_out(text_run: TextRun) -> None:
     assert len(measured) == 5
     sequences = text_run.reference.text_sequences(measured, LENGTH)
     (first,) = (record for record in text_run.records if record["step"] == 0)
-    assert first["val/tokens"] == sum(len(ids) - 1 for ids in sequences)
-    assert first["val/loss"] == pytest.approx(text_run.reference.loss(sequences), abs=1e-4)
+    assert first["val/target/tokens"] == sum(len(ids) - 1 for ids in sequences)
+    assert first["val/target/loss"] == pytest.approx(text_run.reference.loss(sequences), abs=1e-4)
     num_bytes = sum(len(text.encode()) for text in measured)
     expected = text_run.reference.bits_per_byte(sequences, num_bytes)
-    assert first["val/bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+    assert first["val/target/bits_per_byte"] == pytest.approx(expected, abs=1e-4)
     assert not any(key.startswith("retention/") for record in text_run.records for key in record)
 
 

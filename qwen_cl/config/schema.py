@@ -36,12 +36,20 @@ class WandbMode(str, Enum):
     disabled = "disabled"
 
 
+class LogAdapter(str, Enum):
+    none = "none"
+    reference = "reference"
+    upload = "upload"
+
+
 class VerifyMode(str, Enum):
     auto = "auto"
     none = "none"
     logits = "logits"
 
 
+TAG_LENGTH = 64
+"""Characters: W&B takes no longer tags."""
 COMMIT_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -174,6 +182,14 @@ class WandbConfig:
     project: str
     entity: str | None
     tags: list[str]
+    """Beside the model's, the adapter's and the data's name."""
+    log_adapter: LogAdapter
+    """Make the trained adapter an artifact: its place alone, or its files too."""
+
+    def __post_init__(self) -> None:
+        for tag in self.tags:
+            if not 1 <= len(tag) <= TAG_LENGTH:
+                raise UserError(f"wandb.tags ({tag!r}) must have 1 to {TAG_LENGTH} characters; shorten it")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, data, forgetting, schema, stages, sweep, tasks
+from qwen_cl.config import answers, data, forgetting, report, schema, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "continual_schema": stages.ContinualConfig,
         "evaluate_schema": answers.EvaluateConfig,
         "generate_schema": answers.GenerateConfig,
+        "report_schema": report.ReportConfig,
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {

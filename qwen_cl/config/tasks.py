@@ -71,6 +71,10 @@ class TrainingConfig(TaskConfig):
     """How many of the newest checkpoints stay on disk."""
     log_interval: int
     """Optimizer steps between lines of metrics.jsonl."""
+    sample_prompts: int
+    """How many of the validation set's are answered before and after; 0 for none."""
+    sample_tokens: int
+    """At most, of each answer."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -84,6 +88,8 @@ class TrainingConfig(TaskConfig):
         ):
             require(f"task.{name}", getattr(self, name), at_least=1)
         require("task.sequence_length", self.sequence_length, at_least=2)
+        require("task.sample_prompts", self.sample_prompts, at_least=0)
+        require("task.sample_tokens", self.sample_tokens, at_least=1)
         require("task.warmup_steps", self.warmup_steps, at_least=0)
         require("task.weight_decay", self.weight_decay, at_least=0)
         require("task.clip_grad", self.clip_grad, at_least=0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-TARGET = "val"
+TARGET = "val/target"
 """What the metrics of the target's own validation set start with."""
 
 

@@ -1,0 +1,1 @@
+"""``task=report``: a page of a run, or of all the trials of a sweep, from what their folders hold."""

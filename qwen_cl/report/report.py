@@ -1,0 +1,77 @@
+"""``task=report``: find the runs, write the page, say where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.report import ReportConfig
+from qwen_cl.config.rules import refuse_ignored
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.dashboard.identity import sync_command
+from qwen_cl.report.page import render_page
+from qwen_cl.report.trials import Trial, read_trial, read_trials
+from qwen_cl.report.workspace import publish, require_publishable
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.view import print_facts
+
+PAGE = "report.html"
+
+
+def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> None:
+    """``overrides`` are the user's own words.
+
+    Raises:
+        UserError: there are no runs, or the page cannot be written.
+    """
+    refuse_ignored(overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
+    if (task.sweep is None) == (task.run is None):
+        raise UserError("task.sweep or task.run must be given, and not both: a folder of runs, or of one run")
+    directory, trials = _find(task)
+    output = _expanded(task.output) if task.output is not None else directory / PAGE
+    facts = [("runs", str(len(trials))), ("page", str(output))]
+    if task.publish:
+        require_publishable()
+    if not config.dry_run:
+        _write(output, render_page(trials, f"{directory.parent.name}/{directory.name}"))
+        if task.publish:
+            facts += publish(config.wandb, directory.name, trials)
+    if command := sync_command(directory):
+        facts += [("to the dashboard", command), ("look at it here", f"wandb leet {directory / 'wandb'}")]
+    print_facts(facts, Console())
+
+
+def _find(task: ReportConfig) -> tuple[Path, list[Trial]]:
+    if task.sweep is not None:
+        directory = _expanded(task.sweep)
+        if not directory.is_dir():
+            raise UserError(f"task.sweep ({directory}) is no folder; name one like outputs/sweeps/TIME")
+        return directory, read_trials(directory)
+    assert task.run is not None
+    folder = RunFolder(_expanded(task.run))
+    trial = read_trial(folder) if folder.config.is_file() and folder.status_file.is_file() else None
+    if trial is None:
+        raise UserError(
+            f"task.run ({folder.directory}) is not the folder of a run that trained; of a folder of runs write "
+            "task.sweep=FOLDER"
+        )
+    return folder.directory, [trial]
+
+
+def _write(output: Path, page: str) -> None:
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written: {error.strerror}; choose another with task.output=FILE"
+        ) from error
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - Path's raises on an unknown user

@@ -1,0 +1,153 @@
+"""The runs of a folder as their own files tell them. No torch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import override_key
+from qwen_cl.continual.report import LOSS, Curve, read_curves
+from qwen_cl.data.named_sets import TARGET
+from qwen_cl.run_folder import RunFolder, State
+
+WARM_UP = 5
+"""Steps that throughput does not count."""
+CUT_OFF = ".cut-off-"
+"""In the name of a folder that was moved aside, because its run was started again."""
+NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
+"""Keys whose values change no result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A line of samples.jsonl."""
+
+    step: int
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    name: str
+    status: dict[str, Any]
+    overrides: dict[str, str]
+    """As the user said them, by key or group."""
+    training: list[tuple[int, float]]
+    """Step and loss of every line of training."""
+    target: Curve | None
+    """Loss in nats per token; None before the first measurement."""
+    retention: list[Curve]
+    tokens_per_second: float | None
+    """Of the median step."""
+    devices: int
+    samples: list[Sample]
+
+    @property
+    def completed(self) -> bool:
+        return self.status.get("state") == State.COMPLETED and self.target is not None
+
+    @property
+    def loss(self) -> float | None:
+        """Of the target, at its last measurement."""
+        return self.target.values[-1] if self.target else None
+
+    @property
+    def forgotten(self) -> float | None:
+        """How much the losses of the retention sets rose since step 0, on average; None where none was measured."""
+        return statistics.fmean(curve.change for curve in self.retention) if self.retention else None
+
+    @property
+    def seconds(self) -> float | None:
+        """From start to end; None while it runs."""
+        start, end = self.status.get("start"), self.status.get("end")
+        if not start or not end:
+            return None
+        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+
+
+def read_trials(sweep: Path) -> list[Trial]:
+    """Of every run in a folder of runs; the completed first, and the lower the target's loss the earlier.
+
+    Raises:
+        UserError: it holds none.
+    """
+    folders = [RunFolder(path.parent) for path in sweep.glob("*/status.json") if CUT_OFF not in path.parent.name]
+    folders = [folder for folder in folders if folder.config.is_file()]
+    trials = [trial for folder in folders if (trial := read_trial(folder)) is not None]
+    if not trials:
+        raise UserError(f"task.sweep ({sweep}) holds no runs: none of its folders has config.yaml and status.json")
+    return sorted(trials, key=_place)
+
+
+def _place(trial: Trial) -> tuple[bool, float, str]:
+    return not trial.completed, float("inf") if trial.loss is None else trial.loss, trial.name
+
+
+def read_trial(folder: RunFolder) -> Trial | None:
+    """None for a folder of another kind: a chain has a status too, and trains nothing itself.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    try:
+        return _read(folder)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, YAMLError) as error:
+        raise UserError(f"{folder.directory} cannot be read as a run: {' '.join(repr(error).split())[:200]}") from error
+
+
+def _read(folder: RunFolder) -> Trial | None:
+    plain: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
+    if "max_steps" not in plain["task"]:
+        return None
+    records = _lines(folder.metrics_file)
+    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
+    training = [record for record in records if "train/loss" in record]
+    rates = [record["throughput/tokens_per_second"] for record in training]
+    return Trial(
+        name=folder.directory.name,
+        status=folder.status(),
+        overrides=_overrides(folder),
+        training=[(record["step"], record["train/loss"]) for record in training],
+        target=curves.pop(TARGET, None),
+        retention=list(curves.values()),
+        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
+        devices=int(plain["cluster"]["devices"]),
+        samples=[Sample(**line) for line in _lines(folder.samples)],
+    )
+
+
+def differing(trials: list[Trial]) -> list[str]:
+    """Keys whose values are not the same in all trials, in the order they were said."""
+    keys = dict.fromkeys(key for trial in trials for key in trial.overrides)
+    return [key for key in keys if len({trial.overrides.get(key) for trial in trials}) > 1]
+
+
+def number(text: str | None) -> float | None:
+    """An override's value where it is one."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+def _overrides(folder: RunFolder) -> dict[str, str]:
+    path = folder.directory / ".hydra" / "overrides.yaml"
+    said = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []
+    pairs = {override_key(text): text.partition("=")[2] for text in map(str, said or [])}
+    return {key: value for key, value in pairs.items() if key.partition(".")[0] not in NEVER_MATTERS}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Without a last line that is not whole: the run may be writing it."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in whole.splitlines()]

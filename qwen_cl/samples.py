@@ -1,0 +1,101 @@
+"""Answers before and after training: ``samples.jsonl``, and a table on the dashboard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from qwen_cl.data.examples import Example
+from qwen_cl.megatron.sampling import can_sample, continue_greedily
+from qwen_cl.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qwen_cl.dashboard.connection import Dashboard
+
+TEXT_PROMPT = 32
+"""Tokens of a raw text that are given; the model goes on from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    prompt: list[int]
+    expected: list[int]
+    stops: frozenset[int]
+
+
+class RecordSamples(pl.Callback):
+    """The first prompts of the target's validation set, answered greedily at step 0 and when training ends."""
+
+    def __init__(self, output_dir: str, prompts: int, new_tokens: int) -> None:
+        self.folder = RunFolder(output_dir)
+        self.prompts = prompts
+        self.new_tokens = new_tokens
+        self.dashboard: Dashboard | None = None
+        self._taken: dict[int, list[str]] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
+            if not can_sample():
+                print("no samples: they need the whole model on one rank (tensor_parallel=1, pipeline_parallel=1)")
+            self._take(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > 0:
+            self._take(trainer)
+        if self.dashboard is not None and self._taken:
+            columns = ["prompt", "expected", *(f"step {step}" for step in self._taken)]
+            questions = self._decoded(trainer)
+            rows = [[*texts, *answers] for texts, answers in zip(questions, zip(*self._taken.values()))]
+            self.dashboard.log_table("samples", columns, rows, trainer.global_step)
+
+    def _take(self, trainer: pl.Trainer) -> None:
+        if not can_sample():
+            return
+        asked = self._questions(trainer)
+        ids = continue_greedily(
+            trainer.strategy.megatron_parallel,
+            [question.prompt for question in asked],
+            self.new_tokens,
+            [question.stops for question in asked],
+        )
+        if not trainer.is_global_zero:
+            return
+        tokenizer, step = trainer.datamodule.tokenizer.tokenizer, trainer.global_step
+        self._taken[step] = [_decode(tokenizer, answer) for answer in ids]
+        with self.folder.samples.open("a", encoding="utf-8") as stream:
+            for (prompt, expected), answer in zip(self._decoded(trainer), self._taken[step]):
+                line = {"step": step, "prompt": prompt, "expected": expected, "answer": answer}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _questions(self, trainer: pl.Trainer) -> list[Question]:
+        eos = trainer.datamodule.tokenizer.tokenizer.eos_token_id
+        examples = trainer.datamodule.evaluation_sets[0].examples
+        return [question_of(examples[index], eos, self.new_tokens) for index in _first(examples, self.prompts)]
+
+    def _decoded(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
+        tokenizer = trainer.datamodule.tokenizer.tokenizer
+        return [
+            (_decode(tokenizer, asked.prompt), _decode(tokenizer, asked.expected)) for asked in self._questions(trainer)
+        ]
+
+
+def question_of(example: Example, eos: int, new_tokens: int) -> Question:
+    """Of a conversation all before its first answer, of a text its beginning. An answer ends where the set's ends."""
+    start, stop = example.counted[0]
+    if start == 1:
+        start = max(1, min(TEXT_PROMPT, len(example.ids) // 2))
+        return Question(example.ids[:start], example.ids[start : start + new_tokens], frozenset({eos}))
+    return Question(example.ids[:start], example.ids[start : stop - 1], frozenset({eos, example.ids[stop - 1]}))
+
+
+def _first(examples: Sequence[Example], count: int) -> range:
+    return range(min(count, len(examples)))
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """With special tokens where there are any: a prompt is what the model was given."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
