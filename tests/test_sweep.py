@@ -114,7 +114,7 @@ def check_results(directory: Path, stdout: str) -> None:
         if number == "02":
             assert results[number]["reason"].startswith("FloatingPointError: the gradient is")
             continue
-        losses[number] = [line["val/loss"] for line in records if "val/loss" in line]
+        losses[number] = [line["val/target/loss"] for line in records if "val/target/loss" in line]
         assert results[number]["val_loss"] == losses[number][-1]
         old = [line["retention/old/loss"] for line in records if "retention/old/loss" in line]
         assert results[number]["forgotten"] == pytest.approx(old[-1] - old[0])
@@ -183,5 +183,9 @@ def test_a_search_stops_who_falls_behind_and_repeats_nothing(tmp_path: Path) -> 
         ("8", "COMPLETE"),
     ]
     records = [json.loads(line) for line in trial_folders(directory)["00"].metrics_file.read_text().splitlines()]
-    assert found[0].value == found[2].value == [line["val/loss"] for line in records if "val/loss" in line][-1]
+    assert (
+        found[0].value
+        == found[2].value
+        == [line["val/target/loss"] for line in records if "val/target/loss" in line][-1]
+    )
     assert "best  00-alpha_8, validation loss" in stdout

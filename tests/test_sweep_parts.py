@@ -25,11 +25,11 @@ from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
 from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.plan import Plan
+from qwen_cl.report.report import write_report
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep import slots
 from qwen_cl.sweep.folder import settled
 from qwen_cl.sweep.grid import plan_trials
-from qwen_cl.sweep.pictures import draw_sweep, pareto_front
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.results import best_of, print_results, read_results, write_results
 from qwen_cl.sweep.trial import Trial, trial_name, write_json
@@ -223,9 +223,14 @@ def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: t
         {**record, **costs, "differing": said, "max_steps": 8, "config_hash": str(number)},
         folder.directory / "trial.json",
     )
+    folder.config.write_text("task: {max_steps: 8}\ncluster: {devices: 1}\n", encoding="utf-8")
+    (folder.directory / ".hydra").mkdir()
+    (folder.directory / ".hydra/overrides.yaml").write_text(json.dumps(record["overrides"]), encoding="utf-8")
     folder.update_status(state="COMPLETED" if losses else "FAILED", reason=None if losses else "it broke", step=8)
     for step, (loss, old) in enumerate(zip(losses, kept)):
-        folder.append_metrics({"step": 4 * step, "time": float(step), "val/loss": loss, "retention/old/loss": old})
+        folder.append_metrics(
+            {"step": 4 * step, "time": float(step), "val/target/loss": loss, "retention/old/loss": old}
+        )
         rate = {"throughput/tokens_per_second": 100.0 * (step + 1)}
         folder.append_metrics({"step": 4 * step, "time": step + 0.5, "train/loss": loss + 0.5, **rate})
 
@@ -273,18 +278,17 @@ def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> N
     assert rows[0]["retention/old/loss"] == "2.4"
 
 
-def test_the_front_is_what_nothing_beats(finished: Path) -> None:
-    # 4 learnt less than 1 and forgot more.
-    assert [result.number for result in pareto_front(read_results(finished))] == [2, 1, 0]
-
-
-def test_pictures_are_drawn_where_there_is_something_to_draw(finished: Path, tmp_path: Path) -> None:
-    drawn = draw_sweep(finished, read_results(finished))
+def test_the_page_and_its_pictures_show_the_same_trials(finished: Path, tmp_path: Path) -> None:
+    best = best_of(read_results(finished))
+    assert best is not None
+    page, *drawn = write_report(finished)
     assert [path.name for path in drawn] == ["loss-curves.png", "lr-rank.png", "pareto.png"]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
+    assert f"Best: {best.name}, target loss 2.5000" in page.read_text(encoding="utf-8")
     (tmp_path / "none").mkdir()
-    assert draw_sweep(tmp_path / "none", []) == []
+    with pytest.raises(UserError, match="holds no runs"):
+        write_report(tmp_path / "none")
     assert best_of([]) is None
 
 

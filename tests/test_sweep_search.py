@@ -56,7 +56,9 @@ def start(trial: Trial) -> Trial:
 
 
 def measure(trial: Trial, step: int, loss: float) -> None:
-    trial.folder.append_metrics({"step": step, "time": 0.0, "val/loss": loss, "retention/old/loss": 1 + step / 100})
+    trial.folder.append_metrics(
+        {"step": step, "time": 0.0, "val/target/loss": loss, "retention/old/loss": 1 + step / 100}
+    )
 
 
 def finish(source: Proposals, trial: Trial, state: State, reason: str | None = None) -> None:

@@ -16,6 +16,8 @@ MOST_IN_LEGEND = 20
 
 @dataclass(frozen=True, slots=True)
 class Picture:
+    name: str
+    """Of its file, where it is written as one."""
     title: str
     png: bytes
     says: str
@@ -60,7 +62,7 @@ def _loss_curves(trials: Sequence[Trial]) -> Picture | None:
     axes = _lines(lines, "nats per token")
     best, _, values = lines[0]
     says = f"Best at the end: {best.name}, {values[0]:.4f} at the start and {values[-1]:.4f} at the end."
-    return _picture("Validation loss of the target", axes, says)
+    return _picture("loss-curves", "Validation loss of the target", axes, says)
 
 
 def _training_curves(trials: Sequence[Trial]) -> Picture | None:
@@ -72,7 +74,7 @@ def _training_curves(trials: Sequence[Trial]) -> Picture | None:
     if not lines:
         return None
     says = "; ".join(f"{trial.name} ends at {values[-1]:.4f}" for trial, _, values in lines[:MOST_IN_LEGEND])
-    return _picture("Training loss", _lines(lines, "nats per token"), says)
+    return _picture("training-curves", "Training loss", _lines(lines, "nats per token"), says)
 
 
 def _retention_curves(trials: Sequence[Trial]) -> Picture | None:
@@ -87,7 +89,7 @@ def _retention_curves(trials: Sequence[Trial]) -> Picture | None:
     sets = ", ".join(dict.fromkeys(curve.name for trial in trials for curve in trial.retention))
     axes = _lines(lines, "rise of the loss since step 0")
     axes.axhline(0, color="grey", linewidth=0.8)
-    return _picture(f"Forgetting: {sets}", axes, "Above 0 the model is worse at what it knew before.")
+    return _picture("forgetting", f"Forgetting: {sets}", axes, "Above 0 the model is worse at what it knew before.")
 
 
 def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> Any:
@@ -132,7 +134,7 @@ def _parallel_coordinates(trials: Sequence[Trial]) -> Picture | None:
     for column in range(len(columns)):
         axes.axvline(column, color="grey", linewidth=0.8)
     says = "A line is a trial, the darker the lower its target loss; the table has the values."
-    return _picture("Parallel coordinates", axes, says)
+    return _picture("parallel-coordinates", "Parallel coordinates", axes, says)
 
 
 def _placed(axes: Any, column: int, values: Sequence[Any]) -> list[float]:
@@ -161,7 +163,7 @@ def _importance(trials: Sequence[Trial]) -> Picture | None:
     axes.set_xlabel("rank correlation with the target loss (1: decides it)")
     says = "; ".join(f"{each.key} {each.strength:.2f} ({each.direction})" for each in found)
     few = f" Of {len(done)} trials: chance alone gives large values to few." if len(done) < 10 else ""
-    return _picture("Importance of what was varied", axes, f"{says}.{few}")
+    return _picture("importance", "Importance of what was varied", axes, f"{says}.{few}")
 
 
 def _heat_map(trials: Sequence[Trial]) -> Picture | None:
@@ -191,7 +193,8 @@ def _heat_map(trials: Sequence[Trial]) -> Picture | None:
     axes.set_ylabel(RATE)
     axes.figure.colorbar(image, ax=axes)
     (rate, rank), loss = min(cells.items(), key=lambda cell: cell[1])
-    return _picture("Target loss by learning rate and rank", axes, f"Lowest: {loss:.4f} at lr {rate:g}, rank {rank:g}.")
+    says = f"Lowest: {loss:.4f} at lr {rate:g}, rank {rank:g}."
+    return _picture("lr-rank", "Target loss by learning rate and rank", axes, says)
 
 
 def _pareto(trials: Sequence[Trial]) -> Picture | None:
@@ -208,7 +211,7 @@ def _pareto(trials: Sequence[Trial]) -> Picture | None:
     axes.set_ylabel("forgotten: mean rise of the retention sets' loss")
     axes.legend(fontsize=8)
     says = "On the front, from least target loss to least forgetting: " + ", ".join(trial.name for trial in front) + "."
-    return _picture("Learning against forgetting (left and low is better)", axes, says)
+    return _picture("pareto", "Learning against forgetting (left and low is better)", axes, says)
 
 
 def _axes() -> Any:
@@ -225,7 +228,7 @@ def _colour(share: float) -> Any:
     return colormaps["viridis"](0.9 * share)
 
 
-def _picture(title: str, axes: Any, says: str) -> Picture:
+def _picture(name: str, title: str, axes: Any, says: str) -> Picture:
     stream = BytesIO()
     axes.figure.savefig(stream, format="png", dpi=110)
-    return Picture(title, stream.getvalue(), says)
+    return Picture(name, title, stream.getvalue(), says)

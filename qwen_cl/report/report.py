@@ -13,6 +13,7 @@ from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.dashboard.identity import sync_command
+from qwen_cl.report.figures import pictures
 from qwen_cl.report.page import render_page
 from qwen_cl.report.trials import Trial, read_trial, read_trials
 from qwen_cl.report.workspace import publish, require_publishable
@@ -20,6 +21,8 @@ from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import print_facts
 
 PAGE = "report.html"
+FILES = ("loss-curves", "lr-rank", "pareto")
+"""Pictures that a sweep's folder has as files too."""
 
 
 def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> None:
@@ -45,6 +48,22 @@ def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> N
     print_facts(facts, Console())
 
 
+def write_report(directory: Path) -> list[Path]:
+    """The page of a folder of runs, and the pictures that are wanted by themselves; returns their files.
+
+    Raises:
+        UserError: there are no runs, or something cannot be written.
+    """
+    trials = read_trials(directory)
+    written = [directory / PAGE]
+    _write(written[0], render_page(trials, f"{directory.parent.name}/{directory.name}"))
+    for picture in pictures(trials):
+        if picture.name in FILES:
+            written.append(directory / f"{picture.name}.png")
+            _write(written[-1], picture.png)
+    return written
+
+
 def _find(task: ReportConfig) -> tuple[Path, list[Trial]]:
     if task.sweep is not None:
         directory = _expanded(task.sweep)
@@ -62,10 +81,10 @@ def _find(task: ReportConfig) -> tuple[Path, list[Trial]]:
     return folder.directory, [trial]
 
 
-def _write(output: Path, page: str) -> None:
+def _write(output: Path, content: str | bytes) -> None:
     temporary = output.with_name(f".{output.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(output)
     except OSError as error:
         raise UserError(

@@ -16,12 +16,10 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import override_key
 from qwen_cl.continual.report import LOSS, Curve, read_curves
 from qwen_cl.data.named_sets import TARGET
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import CUT_OFF, RunFolder, State
 
 WARM_UP = 5
 """Steps that throughput does not count."""
-CUT_OFF = ".cut-off-"
-"""In the name of a folder that was moved aside, because its run was started again."""
 NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
 """Keys whose values change no result."""
 

@@ -15,6 +15,7 @@ import psutil
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import quoted
+from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
 from qwen_cl.execute import ROOT, STOP_GRACE, die_with_parent
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
@@ -23,8 +24,6 @@ LOG = "launch.log"
 """In a trial's folder: what a run alone prints on the terminal."""
 MARK = "QWEN_CL_TRIAL"
 """Environment of every process of a trial: its folder. They are found by it when their parents are gone."""
-SWEEP, TRIAL_NAME = "QWEN_CL_SWEEP", "QWEN_CL_TRIAL_NAME"
-"""For the dashboard: the sweep's folder, and the trial's name in it."""
 
 
 class TrialProcess:

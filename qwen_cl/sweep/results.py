@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwen_cl.continual.report import LOSS, Curve, read_curves
+from qwen_cl.continual.report import LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
@@ -88,10 +88,6 @@ def read_result(directory: Path) -> Result:
         tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
         peak_memory_gib=status.get("peak_memory_gib"),
     )
-
-
-def curves_of(directory: Path, result: Result) -> list[Curve]:
-    return read_curves(_records(RunFolder(directory / result.name)), LOSS)
 
 
 def write_results(directory: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:

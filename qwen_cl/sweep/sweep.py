@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.errors import RunFailed, RunPreempted, UserError
 from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.dashboard.identity import sync_command
+from qwen_cl.report.report import write_report
 from qwen_cl.run_folder import State, now
-from qwen_cl.sweep.pictures import draw_sweep
 from qwen_cl.sweep.results import print_results, read_results, write_results
 from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
@@ -68,15 +69,25 @@ def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
     """Files, pictures and the table, of all that the folder has; however the sweep ended."""
     results = read_results(directory)
     write_results(directory, results, facts)
-    pictures = draw_sweep(directory, results)
     used = sum(result.seconds for result in results), sum(result.gpu_seconds for result in results)
     cost = f"{facts['seconds']:.0f} s; all trials together {used[0]:.0f} s"
     lines = [
         ("time", cost + (f", {used[1]:.0f} GPU-seconds" if used[1] else "")),
         ("results", str(directory / "sweep.csv")),
-        *(("picture", str(path)) for path in pictures),
+        *_page_facts(directory),
     ]
+    if command := sync_command(directory):
+        lines.append(("to the dashboard", command))
     print_results(results, lines, console)
+
+
+def _page_facts(directory: Path) -> list[tuple[str, str]]:
+    """What it cannot show must not hide how the sweep ended."""
+    try:
+        page, *pictures = write_report(directory)
+    except UserError as error:
+        return [("no page", str(error))]
+    return [("page", str(page)), *(("picture", str(path)) for path in pictures)]
 
 
 def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
