@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from nemo import lightning as nl
 
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
+from qwen_cl.flops import TrainingFlops, peak_flops
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
@@ -51,14 +52,19 @@ class RunRecorder(pl.Callback):
     Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
     """
 
-    def __init__(self, output_dir: str, log_interval: int, val_check_interval: int) -> None:
+    def __init__(
+        self, output_dir: str, log_interval: int, val_check_interval: int, flops_per_token: float, flops_per_pair: float
+    ) -> None:
         self.folder = RunFolder(output_dir)
+        self.flops = TrainingFlops(flops_per_token, flops_per_pair)
         self.log_interval = log_interval
         self.val_check_interval = val_check_interval
         self.stop: StopRequest | None = None
         self.dashboard: Dashboard | None = None
         self.tokens = 0
-        self._since = (0.0, 0)
+        self.pairs = 0
+        """Of tokens that attend."""
+        self._since = (0.0, 0, 0)
         self._lr = 0.0
 
     def on_weights_read(self, done: int, total: int) -> None:
@@ -72,19 +78,25 @@ class RunRecorder(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stop is not None:
             self.stop.begin_training()
-        self._since = (time.monotonic(), self.tokens)
+        self._since = (time.monotonic(), self.tokens, self.pairs)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
             self._evaluate(trainer)
-            self._since = (time.monotonic(), self.tokens)  # what other callbacks did before is no training either
+            self._since = (
+                time.monotonic(),
+                self.tokens,
+                self.pairs,
+            )  # what other callbacks did before is no training either
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self.tokens += _tokens_of_step(trainer, step - 1)
+        tokens, pairs = _work_of_step(trainer, step - 1)
+        self.tokens += tokens
+        self.pairs += pairs
         if step % self.log_interval == 0 or step == trainer.max_steps:
             self._record_step(trainer, step)
         if step % self.val_check_interval == 0 or step == trainer.max_steps:
@@ -104,15 +116,15 @@ class RunRecorder(pl.Callback):
                 record[f"{scored.name}/bits_per_byte"] = total / math.log(2) / scored.num_bytes
             record[f"{scored.name}/tokens"] = tokens
         self._write(trainer, trainer.global_step, record)
-        since, tokens_before = self._since
-        self._since = (since + time.monotonic() - paused, tokens_before)
+        since, tokens_before, pairs_before = self._since
+        self._since = (since + time.monotonic() - paused, tokens_before, pairs_before)
 
     def _record_step(self, trainer: pl.Trainer, step: int) -> None:
         metrics = trainer.callback_metrics
         loss = float(metrics["reduced_train_loss"])
-        since, tokens = self._since
+        since, tokens, pairs = self._since
         elapsed = max(time.monotonic() - since, 1e-9)
-        self._since = (time.monotonic(), self.tokens)
+        self._since = (time.monotonic(), self.tokens, self.pairs)
         record = {
             "train/loss": loss,
             "optim/lr": self._lr,
@@ -120,10 +132,20 @@ class RunRecorder(pl.Callback):
             "tokens": self.tokens,
             "memory/peak_gib": peak_memory_gib(),
         }
+        if peak := self._peak_flops(trainer):
+            done = self.flops.of(self.tokens - tokens, self.pairs - pairs)
+            record["throughput/mfu"] = done / elapsed / peak
         if "grad_norm" in metrics:
             record["optim/grad_norm"] = float(metrics["grad_norm"])
         self._write(trainer, step, record)
         require_finite(trainer)
+
+    def _peak_flops(self, trainer: pl.Trainer) -> float | None:
+        """Of all devices; None on a CPU, in fp32, and on a GPU that qwen_cl/flops.py does not know."""
+        if not torch.cuda.is_available() or not str(trainer.precision).startswith("bf16"):
+            return None
+        peak = peak_flops(torch.cuda.get_device_name())
+        return None if peak is None else peak * trainer.world_size
 
     def _write(self, trainer: pl.Trainer, step: int, record: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
@@ -153,11 +175,14 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _tokens_of_step(trainer: pl.Trainer, step: int) -> int:
-    """The order of the rows is a function of seed and index, so any rank can count for all."""
+def _work_of_step(trainer: pl.Trainer, step: int) -> tuple[int, int]:
+    """Tokens, and pairs of tokens that attend. The order of the rows is a function of seed and index, so any rank can
+    count for all."""
     data = trainer.datamodule
     rows = range(step * data.global_batch_size, (step + 1) * data.global_batch_size)
-    return sum(data.train_dataset[index].num_positions for index in rows)
+    examples = [data.train_dataset[index] for index in rows]
+    lengths = [stop - start - 1 for example in examples for start, stop in example.segments()]
+    return sum(example.num_positions for example in examples), sum(n * (n + 1) // 2 for n in lengths)
 
 
 class StepCheckpoint(nl.ModelCheckpoint):

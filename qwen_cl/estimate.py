@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_cl.config.schema import ClusterConfig, LoraConfig, PeftConfig, Precision, RunConfig
+from qwen_cl.config.schema import ClusterConfig, PeftConfig, Precision, RunConfig
+from qwen_cl.flops import adapter_parameters
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
@@ -65,21 +66,6 @@ def estimate_memory(
         activations=int(_activations(batch, cluster, architecture, value_bytes)),
         trainable_parameters=trainable,
     )
-
-
-def adapter_parameters(peft: PeftConfig, architecture: Architecture) -> int | None:
-    """Trainable parameters of the adapters; None where every weight is trained."""
-    if not isinstance(peft, LoraConfig):
-        return None
-    query = architecture.query_size
-    shapes = {  # inputs and outputs of Megatron's fused layers
-        "linear_qkv": (architecture.hidden_size, query + 2 * architecture.key_value_size),
-        "linear_proj": (query, architecture.hidden_size),
-        "linear_fc1": (architecture.hidden_size, 2 * architecture.ffn_hidden_size),
-        "linear_fc2": (architecture.ffn_hidden_size, architecture.hidden_size),
-    }
-    per_layer = sum(peft.rank * sum(shapes[name]) for name in peft.target_modules)
-    return architecture.num_layers * per_layer
 
 
 def _activations(batch: Batch, cluster: ClusterConfig, architecture: Architecture, value_bytes: int) -> float:

@@ -15,30 +15,17 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnnealScheduler
 
-from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed, StepCheckpoint
+from qwen_cl.callbacks import StepCheckpoint
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
-from qwen_cl.config.schema import (
-    DoraConfig,
-    LoraConfig,
-    Precision,
-    RunConfig,
-    VerifyMode,
-)
+from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
-from qwen_cl.samples import RecordSamples
 from qwen_cl.source.architecture import Architecture
-from qwen_cl.source.families import count_parameters, expected_shapes
-from qwen_cl.source.nemo_context import is_nemo_checkpoint
-from qwen_cl.source.reference import local_directory
-from qwen_cl.verification import RefuseChance, VerifyLogits
-
-VERIFIED_PARAMETERS = 10**9
-"""Up to so many, model.verify=auto compares with transformers: a few seconds, and 4 GB of memory at most."""
+from qwen_cl.watchers import build_callbacks
 
 
 def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolder) -> run.Partial:
@@ -64,31 +51,6 @@ def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolde
 
 def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) -> run.Config:
     cluster, task = config.cluster, config.training
-    callbacks = [
-        run.Config(Seed, seed=config.seed),
-        run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
-        *_verification(config, architecture, output_dir),
-        *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
-        run.Config(
-            RunRecorder,
-            output_dir=str(output_dir),
-            log_interval=task.log_interval,
-            val_check_interval=task.val_check_interval,
-        ),
-    ]
-    if isinstance(config.peft, LoraConfig):
-        callbacks.append(
-            run.Config(
-                SaveAdapter,
-                directory=str(output_dir / "adapter"),
-                source=config.model.source,
-                rank=config.peft.rank,
-                alpha=config.peft.alpha,
-                dropout=config.peft.dropout,
-                target_modules=list(config.peft.target_modules),
-                dora=isinstance(config.peft, DoraConfig),
-            )
-        )
     return run.Config(
         nl.Trainer,
         accelerator=config.cluster.accelerator.value,
@@ -101,7 +63,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
         enable_progress_bar=False,
         use_distributed_sampler=False,
         logger=False,  # RunRecorder logs
-        callbacks=callbacks,
+        callbacks=build_callbacks(config, architecture, output_dir),
         plugins=run.Config(nl.MegatronMixedPrecision, precision=_lightning_precision(config)),
         strategy=run.Config(
             nl.MegatronStrategy,
@@ -113,26 +75,6 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             ckpt_optim_fully_reshardable=True,
         ),
     )
-
-
-def _samples(config: RunConfig, output_dir: Path) -> list[run.Config]:
-    task = config.training
-    if not task.sample_prompts or isinstance(config.data, MockDataConfig):  # nobody reads random tokens
-        return []
-    prompts, new_tokens = task.sample_prompts, task.sample_tokens
-    return [run.Config(RecordSamples, output_dir=str(output_dir), prompts=prompts, new_tokens=new_tokens)]
-
-
-def _verification(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
-    mode = config.model.verify
-    if mode is VerifyMode.none or isinstance(config.data, MockDataConfig):  # random tokens tell nothing
-        return []
-    small = count_parameters(expected_shapes(architecture)) <= VERIFIED_PARAMETERS
-    readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers
-    if mode is VerifyMode.logits or (small and readable):
-        precision = config.cluster.precision.value
-        return [run.Config(VerifyLogits, config.model.source, str(output_dir), precision)]
-    return [] if small else [run.Config(RefuseChance, vocab_size=architecture.vocab_size)]
 
 
 def _lightning_precision(config: RunConfig) -> str:

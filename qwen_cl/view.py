@@ -100,6 +100,15 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
 
 
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _utilisation(training: list[dict[str, Any]]) -> str:
+    found = [record["throughput/mfu"] for record in training if "throughput/mfu" in record]
+    return f", {_median(found):.0%} of the device's peak" if found else ""
+
+
 def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
     """The last block of a completed run."""
     status, records = folder.status(), read_metrics(folder)
@@ -110,7 +119,7 @@ def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
         ("state", f"{status['state']} at step {status['step']}"),
         *_measured(records),
         ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
-        ("time", f"{seconds:.0f} s, {sorted(rates)[len(rates) // 2]:,.0f} tokens/s (median step)"),
+        ("time", f"{seconds:.0f} s, {_median(rates):,.0f} tokens/s (median step){_utilisation(training)}"),
         ("peak memory", f"{status['peak_memory_gib']:.2f} GiB"),
         ("folder", str(folder.directory)),
     ]

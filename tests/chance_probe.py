@@ -18,9 +18,9 @@ def main(directory: str) -> int:
         import nemo_run as run
         from megatron.core.distributed import DistributedDataParallelConfig
 
-        from qwen_cl import recipe
+        from qwen_cl import watchers
 
-        vars(recipe)["VERIFIED_PARAMETERS"] = 0
+        vars(watchers)["VERIFIED_PARAMETERS"] = 0
         built = build(*arguments)
         unwatched = run.Config(
             DistributedDataParallelConfig, check_for_nan_in_grad=False, use_distributed_optimizer=True

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.store import register_schemas
-from qwen_cl.estimate import MemoryEstimate, adapter_parameters, batch_of, estimate_memory
+from qwen_cl.estimate import MemoryEstimate, batch_of, estimate_memory
+from qwen_cl.flops import adapter_parameters
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 

@@ -127,7 +127,8 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_the_progress_of_loading_is_shown_and_a_pipe_has_one_line_of_it(tmp_path: Path) -> None:
-    recorder, out = RunRecorder(str(tmp_path), log_interval=1, val_check_interval=1), io.StringIO()
+    out = io.StringIO()
+    recorder = RunRecorder(str(tmp_path), log_interval=1, val_check_interval=1, flops_per_token=1.0, flops_per_pair=1.0)
     with ProgressView(recorder.folder, max_steps=1, console=Console(file=out)) as view:
         for done in (1e9, 3.14e9, 15.2e9):
             recorder.on_weights_read(int(done), int(15.2e9))

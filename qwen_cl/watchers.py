@@ -1,0 +1,79 @@
+"""The callbacks of a run's recipe, in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nemo_run as run
+
+from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed
+from qwen_cl.config.data import MockDataConfig
+from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
+from qwen_cl.flops import adapter_parameters, training_flops
+from qwen_cl.samples import RecordSamples
+from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.families import count_parameters, expected_shapes
+from qwen_cl.source.nemo_context import is_nemo_checkpoint
+from qwen_cl.source.reference import local_directory
+from qwen_cl.verification import RefuseChance, VerifyLogits
+
+VERIFIED_PARAMETERS = 10**9
+"""Up to so many, model.verify=auto compares with transformers: a few seconds, and 4 GB of memory at most."""
+
+
+def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
+    task = config.training
+    flops = training_flops(architecture, adapter_parameters(config.peft, architecture))
+    return [
+        run.Config(Seed, seed=config.seed),
+        run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
+        *_verification(config, architecture, output_dir),
+        *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
+        run.Config(
+            RunRecorder,
+            output_dir=str(output_dir),
+            log_interval=task.log_interval,
+            val_check_interval=task.val_check_interval,
+            flops_per_token=flops.per_token,
+            flops_per_pair=flops.per_pair,
+        ),
+        *_adapter(config, output_dir),
+    ]
+
+
+def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
+    peft = config.peft
+    if not isinstance(peft, LoraConfig):
+        return []
+    return [
+        run.Config(
+            SaveAdapter,
+            directory=str(output_dir / "adapter"),
+            source=config.model.source,
+            rank=peft.rank,
+            alpha=peft.alpha,
+            dropout=peft.dropout,
+            target_modules=list(peft.target_modules),
+            dora=isinstance(peft, DoraConfig),
+        )
+    ]
+
+
+def _samples(config: RunConfig, output_dir: Path) -> list[run.Config]:
+    task = config.training
+    if not task.sample_prompts or isinstance(config.data, MockDataConfig):  # nobody reads random tokens
+        return []
+    prompts, new_tokens = task.sample_prompts, task.sample_tokens
+    return [run.Config(RecordSamples, output_dir=str(output_dir), prompts=prompts, new_tokens=new_tokens)]
+
+
+def _verification(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
+    mode = config.model.verify
+    if mode is VerifyMode.none or isinstance(config.data, MockDataConfig):  # random tokens tell nothing
+        return []
+    small = count_parameters(expected_shapes(architecture)) <= VERIFIED_PARAMETERS
+    readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers
+    if mode is VerifyMode.logits or (small and readable):
+        precision = config.cluster.precision.value
+        return [run.Config(VerifyLogits, config.model.source, str(output_dir), precision)]
+    return [] if small else [run.Config(RefuseChance, vocab_size=architecture.vocab_size)]
