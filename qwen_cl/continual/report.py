@@ -116,6 +116,7 @@ def _draw_against(axes: Any, runs: dict[str, list[Curve]]) -> None:
         axes.text(0.5, 0.5, "no retention sets: forgetting was not measured", ha="center", va="center")
         return
     unit = _unit([curve for curves in runs.values() for curve in curves])
+    axes.margins(x=0.15)  # for the annotations
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel(f"learnt: fall of the target's {unit}")
     axes.set_ylabel(f"forgotten: rise of {unit}")
