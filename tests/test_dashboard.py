@@ -128,7 +128,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
             "wrong key": {"server": wrong_key.url},
             "hanging": {"server": hanging.url},
             "fails later": {"server": fails_later.url, **slow},
-            "withdrawn key": {"server": withdrawn_key.url, **slow},
+            "withdrawn key": {"server": withdrawn_key.url, **slow, "WANDB_FINISH_TIMEOUT": "30"},
             "killed": {"server": whole.url, "fault": "SIGKILL", **slow},
             "stopped": {"server": whole.url, "fault": "SIGSTOP", **slow},
             "full disk": {"largest_file": 2000},
@@ -167,9 +167,9 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("fails later", "TimeoutError: Timed out finishing run."),
+        ("fails later", r"TimeoutError: Timed out finishing run\."),
         ("withdrawn key", "failed to upload: 401 Unauthorized"),
-        ("killed", "ConnectionResetError"),
+        ("killed", "ConnectionResetError|HandleAbandonedError"),  # whichever call notices
         ("stopped", "its service did not end within 12 s"),
     ],
 )
@@ -178,7 +178,7 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
 ) -> None:
     _, status = failures[case]
     assert status["mode"] == "online"
-    assert status["reason"].startswith(reason)
+    assert re.match(reason, status["reason"])
     assert status["sync"] == f"wandb sync --include-online {status['directory']}"
     notice = wandb_notice({"wandb": status})
     assert notice == f"W&B: {status['reason']}, not all of it is there; later: {status['sync']}"
@@ -188,7 +188,8 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
 
 def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     folder, status = failures["full disk"]
-    assert max(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 2000
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]  # to a log of all runs
+    assert max(path.stat().st_size for path in files) <= 2000
     assert status["id"]
 
 
@@ -258,10 +259,10 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
         figures = {name: value for name, value in line.items() if name not in ("step", "time")}
         assert {name: logged[line["step"]][name] for name in figures} == pytest.approx(figures)
     assert logged[0]["tokens"] == 0
-    table = Path(status["wandb"]["directory"]) / "files" / logged[60]["samples.path"]
+    table = Path(status["wandb"]["directory"]) / "files" / logged[40]["samples.path"]
     asked = [json.loads(line) for line in trained.folder.samples.read_text().splitlines()]
     assert json.loads(table.read_text()) == {
-        "columns": ["prompt", "expected", "step 0", "step 60"],
+        "columns": ["prompt", "expected", "step 0", "step 40"],
         "data": [
             [before["prompt"], before["expected"], before["answer"], after["answer"]]
             for before, after in zip(asked[:3], asked[3:])
@@ -276,7 +277,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
     }
     origin = json.loads(adapter["metadata"])
     assert origin["model_fingerprint"] == status["model_fingerprint"]
-    assert (origin["data_hash"], origin["step"]) == (status["data_hash"], 60)
+    assert (origin["data_hash"], origin["step"]) == (status["data_hash"], 40)
 
     defined = {line["metric"]["name"]: line["metric"] for line in records["metric"]}
     assert {name.split("/")[0] for name in defined} == {

@@ -59,8 +59,8 @@ class Dashboard:
         self._thread.join(finish_timeout() + 10)
         if self._thread.is_alive():
             self._failed = f"its service did not end within {finish_timeout() + 10:.0f} s"
-        elif self._failed is None:
-            self._failed = self._refused()
+        else:
+            self._failed = self._refused() or self._failed  # why it was late, where the client knows
         if self._failed is not None:
             self._record_failure(self._failed)
             _kill_service()
