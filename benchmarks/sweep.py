@@ -1,0 +1,141 @@
+"""A sweep with several trials at a time against the same sweep one after another, in one command.
+
+``python benchmarks/sweep.py [--device cuda|cpu] [--at-once N] [--steps N]``: six trials, two learning rates by three
+ranks. On a GPU, LoRA on a Qwen2.5-0.5B of random weights and random tokens; on a CPU, the embedded model on its own
+data. Prints a table in Markdown: seconds of the whole sweep, tokens per second of all trials together, over the sweep
+and while anything trained, and the memory of the device at its fullest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+GRID = ["lr=1e-4,3e-4", "peft.rank=8,16,32"]
+TRIALS = 6
+ON_GPU = ["task.sequence_length=2048", "task.global_batch_size=8", "task.micro_batch_size=2", "data.rows=64"]
+SAMPLE_SECONDS = 0.2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    parser.add_argument("--at-once", type=int, help="trials that share the device; default 3 on a GPU, 2 on a CPU")
+    parser.add_argument("--steps", type=int, default=20, help="of each trial")
+    arguments = parser.parse_args()
+    from benchmarks.load import SHAPES, _default_device, write_model
+
+    device = arguments.device or _default_device()
+    at_once = arguments.at_once or (3 if device == "cuda" else 2)
+    with tempfile.TemporaryDirectory(prefix="sweep-") as temporary:
+        base = Path(temporary)
+        said = ["model=tiny"]
+        if device == "cuda":
+            write_model(base / "model", SHAPES["0.5b"])
+            said = ["model=local", f"model.source='{base / 'model'}'", "data=mock", "retention=none", *ON_GPU]
+        sides = {
+            count: _sweep(base / f"at-once-{count}", count, device, arguments.steps, said) for count in (1, at_once)
+        }
+    _print(sides, device)
+    return 0
+
+
+def _sweep(directory: Path, at_once: int, device: str, steps: int, said: list[str]) -> dict[str, Any]:
+    print(f"{TRIALS} trials, {at_once} at a time …", file=sys.stderr, flush=True)
+    slots = f"hydra.launcher.trials_per_gpu={at_once}" if device == "cuda" else f"hydra.launcher.cpu_slots={at_once}"
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", *GRID, *said, slots, f"hydra.sweep.dir='{directory}'"]
+    command += [f"cluster.accelerator={accelerator}", "wandb.mode=disabled", "task.sample_prompts=0"]
+    command += [f"task.max_steps={steps}", "task.warmup_steps=1", "task.log_interval=1"]
+    command += [f"task.val_check_interval={steps}", f"task.checkpoint_interval={steps}"]
+    peak = PeakMemory(device)
+    started = time.monotonic()
+    with peak:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    return {"seconds": seconds, "memory": peak.bytes, **_figures(directory)}
+
+
+def _figures(directory: Path) -> dict[str, Any]:
+    records = [
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in directory.glob("*/metrics.jsonl")
+    ]
+    assert len(records) == TRIALS, f"{len(records)} of {TRIALS} trials"
+    training = [[line for line in lines if "train/loss" in line] for lines in records]
+    tokens = [lines[-1]["tokens"] for lines in training]
+    # Each line is written when its step has ended: the first step, which pays for warming up, is left out of the rate.
+    rates = [statistics.median(line["throughput/tokens_per_second"] for line in lines[1:]) for lines in training]
+    spans = [(lines[0]["time"], lines[-1]["time"]) for lines in training]
+    trained = [all_ - lines[0]["tokens"] for all_, lines in zip(tokens, training)]
+    return {"tokens": sum(tokens), "trained": sum(trained), "busy": _covered(spans), "rate": statistics.median(rates)}
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds that at least one of them covers."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+class PeakMemory:
+    """Of the first visible GPU, all processes together, as the driver sees it; nothing on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.bytes = 0
+        self._device = device
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        if self._device != "cuda":
+            return
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.bytes = max(self.bytes, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def _print(sides: dict[int, dict[str, Any]], device: str) -> None:
+    from benchmarks.load import _machine
+
+    print(f"{TRIALS} trials of LoRA on {_machine(device)}\n")
+    print("| trials at a time | seconds | tokens/s, whole sweep | tokens/s, while training | of one trial | GiB |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for at_once, side in sides.items():
+        memory = f"{side['memory'] / 2**30:.1f}" if side["memory"] else "-"
+        print(
+            f"| {at_once} | {side['seconds']:.0f} | {side['tokens'] / side['seconds']:,.0f} "
+            f"| {side['trained'] / side['busy']:,.0f} | {side['rate']:,.0f} | {memory} |"
+        )
+    first, last = sides.values()
+    print(f"\n{last['seconds'] / first['seconds']:.2f} times the seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
