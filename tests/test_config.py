@@ -225,7 +225,7 @@ def test_every_key_says_what_it_does(path: Path) -> None:
         ("seed=2147483648", "seed (2147483648) must be at most 2147483647"),
         ("task.max_steps=0", "task.max_steps (0) must be at least 1"),
         ("task.min_lr_ratio=1.5", "task.min_lr_ratio (1.5) must be at most 1"),
-        ("task.warmup_steps=100", "task.warmup_steps (100) must be less than task.max_steps (60); lower it"),
+        ("task.warmup_steps=100", "task.warmup_steps (100) must be less than task.max_steps (40); lower it"),
         ("task.sample_prompts=-1", "task.sample_prompts (-1) must be at least 0"),
         ("task.sample_tokens=0", "task.sample_tokens (0) must be at least 1"),
         ("task.sequence_length=1", "task.sequence_length (1) must be at least 2"),

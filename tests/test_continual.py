@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "bad value": (
         [stages("name: two", "overrides: [task.warmup_steps=1000]")],
-        r"task\.stages\[1\] \(two\): task\.warmup_steps \(1000\) must be less than task\.max_steps \(60\)",
+        r"task\.stages\[1\] \(two\): task\.warmup_steps \(1000\) must be less than task\.max_steps \(40\)",
     ),
     "no data": (
         [stages("name: two", "overrides: [data=jsonl, data.path=/no/such.jsonl]")],

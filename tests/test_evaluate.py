@@ -57,7 +57,7 @@ def test_the_validation_loss_of_the_run_is_reproduced(trained: Launched, told: t
     done, record = told
     metrics = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
     last = [line for line in metrics if "val/target/loss" in line][-1]
-    assert record["step"] == last["step"] == 60
+    assert record["step"] == last["step"] == 40
     assert record["sets"]["japanese"]["loss"] == pytest.approx(last["val/target/loss"], abs=1e-4)
     assert record["sets"]["japanese"]["tokens"] == last["val/target/tokens"]
     assert f"japanese: loss {last['val/target/loss']:.4f}" in done.stdout

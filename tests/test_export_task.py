@@ -36,7 +36,7 @@ def run(trained: Launched, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def weights(run: Path) -> Path:
-    return run / "checkpoints/step=60/weights"
+    return run / "checkpoints/step=40/weights"
 
 
 def test_the_command_writes_the_whole_model_and_nothing_else(trained: Launched, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_card_says_what_it_is(trained: Launched, run: Path, tmp_path: Path) 
             "my\\|base",
             status["data_hash"],
             "instructions.train.jsonl",
-            "| optimizer steps | 60 |",
+            "| optimizer steps | 40 |",
             "rank 32",
         ):
             assert fact in card.text
@@ -133,7 +133,7 @@ def _full(run: Path) -> None:
 
 
 def _unfinished(run: Path) -> None:
-    (run / "checkpoints/step=60-unfinished").touch()
+    (run / "checkpoints/step=40-unfinished").touch()
 
 
 SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
@@ -151,7 +151,7 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     ),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), [], "has no whole checkpoint in checkpoints/"),
     "unfinished": (_unfinished, [], "has no whole checkpoint in checkpoints/"),
-    "unknown step": (lambda run: None, ["task.step=50"], r"task\.step \(50\) has no whole .*; there are 60"),
+    "unknown step": (lambda run: None, ["task.step=50"], r"task\.step \(50\) has no whole .*; there are 40"),
     "full run": (
         _full,
         ["task.format=adapter"],
@@ -189,22 +189,22 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         "has changed since: run and base no longer fit each other; put it back",
     ),
     "no metadata": (
-        lambda run: (run / "checkpoints/step=60/weights/.metadata").unlink(),
+        lambda run: (run / "checkpoints/step=40/weights/.metadata").unlink(),
         [],
         r"\.metadata cannot be read: no distributed checkpoint is there",
     ),
     "metadata of zeros": (
-        lambda run: (run / "checkpoints/step=60/weights/.metadata").write_bytes(bytes(100)),
+        lambda run: (run / "checkpoints/step=40/weights/.metadata").write_bytes(bytes(100)),
         [],
         r"\.metadata is not the metadata of a checkpoint",
     ),
     "shard gone": (
-        lambda run: (run / "checkpoints/step=60/weights/__0_0.distcp").unlink(),
+        lambda run: (run / "checkpoints/step=40/weights/__0_0.distcp").unlink(),
         [],
         r"(cannot be read|is missing).*checkpoint is",
     ),
     "shard cut": (
-        lambda run: os.truncate(run / "checkpoints/step=60/weights/__0_0.distcp", 1000),
+        lambda run: os.truncate(run / "checkpoints/step=40/weights/__0_0.distcp", 1000),
         [],
         r"(cannot be read|is shorter).*checkpoint is",
     ),
@@ -272,10 +272,10 @@ def test_a_run_that_goes_on_gives_its_newest_whole_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _edit_status(run, state="RUNNING")
-    shutil.copytree(run / "checkpoints/step=60", run / "checkpoints/step=150")
+    shutil.copytree(run / "checkpoints/step=40", run / "checkpoints/step=150")
     (run / "checkpoints/step=150-unfinished").touch()
     run_export(f"task.run={run}", "task.format=adapter", f"task.output={tmp_path / 'deep/adapter'}")
-    assert "step 60 of a run that is RUNNING" in capsys.readouterr().out
+    assert "step 40 of a run that is RUNNING" in capsys.readouterr().out
     saved, live = (
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "deep/adapter", run / "adapter")
     )

@@ -193,7 +193,7 @@ def test_without_a_chat_template_raw_is_proposed(tmp_path: Path) -> None:
 
 def test_a_mistake_the_child_meets_reads_like_any_other(trained: Launched, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained.folder.directory, tmp_path / "run", ignore=shutil.ignore_patterns("wandb")))
-    next((run / "checkpoints/step=60/weights").glob("*.distcp")).unlink()
+    next((run / "checkpoints/step=40/weights").glob("*.distcp")).unlink()
     done = launch("task=generate", f"task.run={run}", "task.prompt=a", directory=tmp_path / "o")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

@@ -23,7 +23,7 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
     assert trained.returncode == 0, trained.stderr
     status = trained.folder.status()
     assert status["state"] == "COMPLETED"
-    assert status["step"] == 60
+    assert status["step"] == 40
     assert status["reason"] is None
     assert status["start"] <= status["end"]
     assert status["versions"]["megatron-core"] == "0.15.3"
@@ -31,15 +31,15 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
     records = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
     validation = {record["step"]: record["val/target/loss"] for record in records if "val/target/loss" in record}
     training = [record["train/loss"] for record in records if "train/loss" in record]
-    assert list(validation) == [0, 30, 60]
-    assert validation[60] < validation[30] < validation[0] - 0.5
-    assert len(training) == 60
+    assert list(validation) == [0, 20, 40]
+    assert validation[40] < validation[20] < validation[0] - 0.5
+    assert len(training) == 40
     assert sum(training[-10:]) / 10 < training[0] - 0.5
-    for text in (f"{validation[0]:.4f} at step 0 -> {validation[60]:.4f} at step 60", str(trained.folder.directory)):
+    for text in (f"{validation[0]:.4f} at step 0 -> {validation[40]:.4f} at step 40", str(trained.folder.directory)):
         assert text in trained.stdout
     for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "adapter/adapter_config.json", "run.log"):
         assert (trained.folder.directory / name).is_file()
-    assert [path.name for path in trained.folder.checkpoints.iterdir()] == ["step=60"]
+    assert [path.name for path in trained.folder.checkpoints.iterdir()] == ["step=40"]
     assert not (trained.folder.directory.parent / "lightning_logs").exists()
 
 

@@ -33,7 +33,7 @@ def test_what_is_asked_of_an_example(example: Example, question: Question) -> No
 
 def test_samples_are_the_greedy_answers_of_base_and_adapter(trained: Launched) -> None:
     lines = [json.loads(line) for line in trained.folder.samples.read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [0, 0, 0, 60, 60, 60]
+    assert [line["step"] for line in lines] == [0, 0, 0, 40, 40, 40]
     rows = [
         json.loads(line)
         for line in (ROOT / "qwen_cl/demo/data/instructions.validation.jsonl").read_text(encoding="utf-8").splitlines()
