@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from qwen_cl.continual.report import BITS, LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder
+
+WARM_UP = 5
+"""Logged steps that throughput does not count."""
 
 
 class MetricsTail:
@@ -100,26 +104,26 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
 
 
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def median_rate(training: list[dict[str, Any]]) -> float | None:
+    """Tokens per second of the median step; ``training`` are the lines of metrics.jsonl with a training loss."""
+    rates = [record["throughput/tokens_per_second"] for record in training]
+    return statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None
 
 
 def _utilisation(training: list[dict[str, Any]]) -> str:
     found = [record["throughput/mfu"] for record in training if "throughput/mfu" in record]
-    return f", {_median(found):.0%} of the device's peak" if found else ""
+    return f", {statistics.median(found):.0%} of the device's peak" if found else ""
 
 
 def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
     """The last block of a completed run."""
     status, records = folder.status(), read_metrics(folder)
     training = [record for record in records if "train/loss" in record]
-    # The first steps pay for warming up.
-    rates = [record["throughput/tokens_per_second"] for record in training[min(5, len(training) - 1) :]]
     lines = [
         ("state", f"{status['state']} at step {status['step']}"),
         *_measured(records),
         ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
-        ("time", f"{seconds:.0f} s, {_median(rates):,.0f} tokens/s (median step){_utilisation(training)}"),
+        ("time", f"{seconds:.0f} s, {median_rate(training):,.0f} tokens/s (median step){_utilisation(training)}"),
         ("peak memory", f"{status['peak_memory_gib']:.2f} GiB"),
         ("folder", str(folder.directory)),
     ]

@@ -16,7 +16,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import Corpus, read_entry
 from qwen_cl.data.corpus.prepare import make_order
-from tests.corpora import TEXTS, source
+from tests.corpora import TEXTS, json_lines, source
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "qwen_cl/demo/model"
@@ -41,6 +41,12 @@ def built(path: Path | str, cache: Path) -> Corpus:
     corpus = read_entry(Path(order.entry), order.known.prefix)
     assert corpus is not None
     return corpus
+
+
+def corpus_with_blanks(directory: Path) -> Corpus:
+    """Of ``WITH_BLANKS``, as JSON lines."""
+    (directory / "a.jsonl").write_bytes(json_lines(WITH_BLANKS))
+    return built(directory / "a.jsonl", directory / "cache")
 
 
 def refusal(path: Path | str, cache: Path) -> str:

@@ -10,8 +10,8 @@ import pytest
 
 from qwen_cl.data.corpus.cache import Corpus
 from tests.building import (
-    WITH_BLANKS,
     built,
+    corpus_with_blanks,
     documents_of,
     expected_ids,
     tokenizer,
@@ -21,9 +21,7 @@ from tests.corpora import FORMS, TEXTS, json_lines
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    directory = tmp_path_factory.mktemp("corpus")
-    (directory / "a.jsonl").write_bytes(json_lines(WITH_BLANKS))
-    return built(directory / "a.jsonl", directory / "cache")
+    return corpus_with_blanks(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("form", FORMS)

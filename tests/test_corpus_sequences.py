@@ -12,19 +12,16 @@ from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.split import held_out
 from tests.building import (
-    WITH_BLANKS,
-    built,
+    corpus_with_blanks,
     expected_ids,
     tokenizer,
 )
-from tests.corpora import TEXTS, json_lines
+from tests.corpora import TEXTS
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    directory = tmp_path_factory.mktemp("corpus")
-    (directory / "a.jsonl").write_bytes(json_lines(WITH_BLANKS))
-    return built(directory / "a.jsonl", directory / "cache")
+    return corpus_with_blanks(tmp_path_factory.mktemp("corpus"))
 
 
 def test_sequences_make_every_token_of_every_document_a_label_once(corpus: Corpus) -> None:

@@ -17,9 +17,8 @@ from qwen_cl.config.rules import override_key
 from qwen_cl.continual.report import LOSS, Curve, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import CUT_OFF, RunFolder, State
+from qwen_cl.view import median_rate
 
-WARM_UP = 5
-"""Steps that throughput does not count."""
 NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
 """Keys whose values change no result."""
 
@@ -110,7 +109,6 @@ def _read(folder: RunFolder) -> Trial | None:
     records = _lines(folder.metrics_file)
     curves = {curve.name: curve for curve in read_curves(records, LOSS)}
     training = [record for record in records if "train/loss" in record]
-    rates = [record["throughput/tokens_per_second"] for record in training]
     return Trial(
         name=folder.directory.name,
         status=folder.status(),
@@ -118,7 +116,7 @@ def _read(folder: RunFolder) -> Trial | None:
         training=[(record["step"], record["train/loss"]) for record in training],
         target=curves.pop(TARGET, None),
         retention=list(curves.values()),
-        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
+        tokens_per_second=median_rate(training),
         devices=int(plain["cluster"]["devices"]),
         samples=[Sample(**line) for line in _lines(folder.samples)],
     )

@@ -17,12 +17,10 @@ from qwen_cl.continual.report import LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
-from qwen_cl.view import print_facts, read_metrics
+from qwen_cl.view import median_rate, print_facts, read_metrics
 
 WIDTH_OF_A_FILE = 160
 """Columns of the table where no terminal bounds it."""
-WARM_UP = 5
-"""Steps that throughput does not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,6 @@ def read_result(directory: Path) -> Result:
     curves = {curve.name: curve for curve in read_curves(records, LOSS)}
     target = curves.pop(TARGET, None)
     training = [line for line in records if "train/loss" in line]
-    rates = [line["throughput/tokens_per_second"] for line in training]
     never = f"it never started; {directory / 'launch.log'} says why"
     return Result(
         **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
@@ -85,7 +82,7 @@ def read_result(directory: Path) -> Result:
         train_loss=_finite(training[-1]["train/loss"]) if training else None,
         retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
         forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
-        tokens_per_second=statistics.median(rates[min(WARM_UP, len(rates) - 1) :]) if rates else None,
+        tokens_per_second=median_rate(training),
         peak_memory_gib=status.get("peak_memory_gib"),
     )
 
