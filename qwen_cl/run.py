@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
@@ -28,10 +29,14 @@ from qwen_cl.data.report_text import report_page, summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, execute
 from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
+from qwen_cl.resume import Resumption, resume
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.view import ProgressView, print_facts, print_result, read_metrics, wandb_notice
+
+SLOW_TO_READ = 5e9
+"""Bytes."""
 
 
 def run(config: object) -> None:
@@ -98,8 +103,8 @@ def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
 def _start(plan: Plan, folder: RunFolder) -> None:
     started = time.monotonic()
     console = Console()
-    with folder.claim():
-        _write_inputs(plan, folder)
+    with folder.lock():
+        resumption = open_run(plan, folder, _checking(console))
         device = plan.device
         console.print(
             f"{plan.model.source} on {device.name} ({device.precision.value}), {folder.directory}",
@@ -107,6 +112,7 @@ def _start(plan: Plan, folder: RunFolder) -> None:
             soft_wrap=True,
             markup=False,
         )
+        print_facts([("resume", note) for note in resumption.notes], console)
         if plan.data_report is not None:
             print_facts(summary(plan.data_report), console)
         if plan.text is not None:
@@ -128,14 +134,43 @@ def _draw(plan: Plan, folder: RunFolder) -> None:
         draw_report(read_metrics(folder), title, folder.report)
 
 
-def _write_inputs(plan: Plan, folder: RunFolder) -> None:
-    """Everything that says what this run is, before it starts."""
-    hydra = folder.directory / ".hydra"
-    hydra.mkdir(exist_ok=True)
-    OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
+def _facts(plan: Plan) -> dict[str, str | None]:
+    """What the config alone does not tell of what a run is."""
+    return {
+        "data.hash": plan.data_hash,
+        "model.fingerprint": _fingerprint(plan),
+        "model.tokenizer": plan.tokenizer_hash,
+    }
+
+
+def _fingerprint(plan: Plan) -> str | None:
+    """Of a directory; a commit needs none."""
+    return fingerprint(plan.model.directory) if plan.model.commit is None else None
+
+
+def _checking(console: Console) -> Progress:
+    """Says so once where reading a checkpoint takes a while."""
+    said: list[int] = []
+
+    def show(done: int, total: int) -> None:
+        if total > SLOW_TO_READ and not said:
+            said.append(total)
+            console.print(f"comparing a checkpoint of {total / 1e9:.1f} GB with its manifest …", highlight=False)
+
+    return show
+
+
+def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) -> Resumption:
+    """Everything that says what this run is, before it starts.
+
+    Raises:
+        UserError: the folder holds another run, or one that cannot be gone on with. Nothing was changed.
+    """
+    resumption = resume(folder, plan.config, _facts(plan), progress)
+    folder.keep_reserve()
     write_worker_inputs(plan, folder)
-    shutil.copyfile(folder.config, hydra / "config.yaml")
+    if HydraConfig.initialized():
+        _write_hydra(folder)
     if plan.data_report is not None:
         folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
         record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
@@ -144,12 +179,13 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         state=State.RUNNING,
         reason=None,
         phase="starting",
-        start=now(),
+        start=folder.status().get("start") or now(),
         end=None,
-        step=0,
+        step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
+        worker_lost=None,
         model_source=plan.model.source,
         model_commit=plan.model.commit,
-        model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
+        model_fingerprint=_fingerprint(plan),
         data_hash=plan.data_hash,
         trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
@@ -157,6 +193,15 @@ def _write_inputs(plan: Plan, folder: RunFolder) -> None:
         versions=versions(),
         device=plan.device.name,
     )
+    return resumption
+
+
+def _write_hydra(folder: RunFolder) -> None:
+    hydra = folder.directory / ".hydra"
+    hydra.mkdir(exist_ok=True)
+    OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
+    shutil.copyfile(folder.config, hydra / "config.yaml")
 
 
 def _trainable_parameters(plan: Plan) -> int:

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, data, forgetting, report, schema, stages, sweep, tasks
+from qwen_cl.config import answers, data, forgetting, report, resume, schema, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "generated_replay_schema": forgetting.GeneratedReplayConfig,
     },
     "retention": {"retention_schema": forgetting.RetentionConfig},
+    "resume": {"auto_resume_schema": resume.AutoResumeConfig, "never_resume_schema": resume.ResumeConfig},
     "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
 }
 

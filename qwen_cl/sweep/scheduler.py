@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.run_folder import State
 from qwen_cl.sweep.outcome import Outcome, judge
@@ -92,7 +93,8 @@ class Scheduler:
 
     def _start(self, trial: Trial) -> None:
         before, slot = trial.record(), self.free.pop(0)
-        trial.folder.move_aside()
+        if not isinstance(trial.plan.config.resume, AutoResumeConfig):  # else it goes on in its folder
+            trial.folder.move_aside()
         trial.begin(before, slot.cost)
         self.running.append(TrialProcess(trial, slot, self.hydra_arguments))
 
