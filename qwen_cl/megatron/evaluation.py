@@ -28,9 +28,10 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
         some = [collate(batch) for batch in batches[start : start + BATCHES_AT_ONCE]]
         for loss in _losses(model, some):  # nothing but on the last pipeline stage
             sums[0] += loss
-        sums[1] += sum(float(batch["loss_mask"].sum()) for batch in some)
+        if parallel_state.get_context_parallel_rank() == 0:  # the others have the same rows
+            sums[1] += sum(float(batch["loss_mask"].sum()) for batch in some)
     model.train(training)
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)  # from the last stage to the others
     return float(sums[0]), int(sums[1])
 
