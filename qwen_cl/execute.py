@@ -28,12 +28,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
-    """One process, or one per device under torchrun."""
-    worker = ["-m", "qwen_cl.worker", str(folder.directory)]
-    if cluster.world_size == 1:
-        return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.devices}"]
-    return [*torchrun, *worker]
+    """One process, or the parent of one per device."""
+    module = "qwen_cl.worker" if cluster.world_size == 1 else "qwen_cl.ranks"
+    return [sys.executable, "-m", module, str(folder.directory)]
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
@@ -61,7 +58,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         RunPreempted: the run was asked to stop and did.
         RunFailed: it ended in any other way but COMPLETED, by its own record.
     """
-    killed_before = _out_of_memory_kills()
+    killed_before = out_of_memory_kills()
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
             worker_command(config.cluster, folder),
@@ -81,7 +78,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         kill_group(process)
     watch()
     if folder.status().get("state") == State.RUNNING:
-        _settle(folder, process.returncode, bool(asked_at), out_of_memory=_out_of_memory_kills() > killed_before)
+        _settle(folder, process.returncode, bool(asked_at), out_of_memory=out_of_memory_kills() > killed_before)
     _judge(folder)
 
 
@@ -131,7 +128,7 @@ def _signal_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _out_of_memory_kills() -> int:
+def out_of_memory_kills() -> int:
     """How many processes the kernel has killed for want of memory; 0 where it does not say."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():

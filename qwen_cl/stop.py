@@ -16,6 +16,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.training = False
+        self._group: Any = None
         self.listen()
 
     def begin_training(self) -> None:
@@ -23,6 +24,22 @@ class StopRequest:
         would raise from wherever training is."""
         self.training = True
         self.listen()
+        import torch
+
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            self._group = torch.distributed.new_group(backend="gloo")  # a wish is on the host, and waits for no GPU
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked. Every rank calls this after each step, for a signal reaches them at different
+        ones, and all must stop at the same."""
+        if self._group is None:
+            return self.requested
+        import torch
+
+        asked = torch.tensor(int(self.requested))
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        self.requested = bool(asked)
+        return self.requested
 
     @property
     def came_before_training(self) -> bool:

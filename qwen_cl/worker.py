@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from qwen_cl import member
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
@@ -35,6 +36,7 @@ def main(directory: str) -> int:
     folder = RunFolder(directory)
     config = load_config(folder.config)
     stop = StopRequest()
+    member.join()
     try:
         _train(config, folder, stop)
     except Preempted as error:
@@ -44,7 +46,8 @@ def main(directory: str) -> int:
         if stop.came_before_training:
             _finish(folder, State.PREEMPTED, "stopped before training began")
             return 0
-        _finish(folder, State.FAILED, _reason(error))
+        if not member.report_failure(reason := _reason(error)):
+            _finish(folder, State.FAILED, reason)
         return 1
     else:
         stopped = stop.requested and folder.status().get("step", 0) < config.training.max_steps

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from qwen_cl import member
 from qwen_cl.data.batches import longest_first
 from qwen_cl.data.examples import Example
 from qwen_cl.data.module import collate
@@ -25,6 +26,7 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     batches = _own_share(list(longest_first(examples, micro_batch_size)))
     for start in range(0, len(batches), BATCHES_AT_ONCE):
+        member.progress()
         some = [collate(batch) for batch in batches[start : start + BATCHES_AT_ONCE]]
         for loss in _losses(model, some):  # nothing but on the last pipeline stage
             sums[0] += loss

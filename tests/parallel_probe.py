@@ -1,0 +1,82 @@
+"""Trains run folders one after another in one group of ranks, each in the layout its config says.
+
+Run by ``tests.ranks``. A folder's mode is ``whole``, ``stopped=STEP`` or ``resumed=STEP``, which goes on from where
+the folder's newest checkpoint is and stops at that step. What a run recorded is in its own metrics.jsonl.
+
+Adapters start with values of their own, the same in every layout: Megatron draws each stage's anew.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.file import load_config
+from qwen_cl.config.store import register_schemas
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.worker import load_recipe, prepare
+from tests.resume_probe import forget_training
+
+
+def main(arguments: list[tuple[Path, str]]) -> None:
+    register_schemas()
+    prepare(load_config(arguments[0][0] / "config.yaml"))
+    store = _keep_store()
+    for number, (directory, mode) in enumerate(arguments):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # what keeps one group's keys apart from the next one's
+        _train(RunFolder(directory), *mode.partition("=")[::2])
+        forget_training()
+    del store
+
+
+def _keep_store() -> Any:
+    """As torchrun does, for every group that these ranks form: each would else open the same port again."""
+    import torch
+
+    if os.environ["WORLD_SIZE"] == "1":
+        return None
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch.distributed.TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
+
+
+def _train(folder: RunFolder, mode: str, last_step: str) -> None:
+    import fiddle
+    import lightning.pytorch as pl
+
+    class Probe(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 0:
+                _fill_adapters(trainer.strategy.megatron_parallel)
+                for optimizer in trainer.strategy.optimizers:
+                    optimizer.reload_model_params()
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.should_stop or str(trainer.global_step) == last_step
+
+    recipe = load_recipe(load_config(folder.config), folder)
+    recipe.log.ckpt.save_last = True
+    recipe.resume.resume_if_exists = mode == "resumed"
+    recipe.resume.resume_from_directory = str(folder.checkpoints)
+    task = fiddle.build(recipe)
+    task.keywords["trainer"].callbacks.insert(0, Probe())
+    task()
+
+
+def _fill_adapters(model: Any) -> None:
+    """Each shard is cut out of the same whole tensor."""
+    import torch
+
+    from qwen_cl.source.shards import layer_of, local_shards
+
+    for shard in local_shards(model.sharded_state_dict()):
+        if ".adapter." not in shard.key or "magnitude" in shard.key:
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{shard.key} {layer_of(shard)}".encode()))
+        skipped = shard.prepend_axis_num
+        whole = torch.randn(shard.global_shape[skipped:], generator=generator) * 0.02
+        offset = shard.global_offset[skipped:]
+        part = tuple(slice(start, start + size) for start, size in zip(offset, shard.data.shape))
+        shard.data.detach().copy_(whole[part])
