@@ -23,26 +23,29 @@ from tests.resume_probe import forget_training
 def main(arguments: list[tuple[Path, str]]) -> None:
     register_schemas()
     prepare(load_config(arguments[0][0] / "config.yaml"))
-    store = _keep_store()
+    store = _open_store()
     for number, (directory, mode) in enumerate(arguments):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # what keeps one group's keys apart from the next one's
-        _train(RunFolder(directory), *mode.partition("=")[::2])
+        _train(RunFolder(directory), *mode.partition("="), _of_one_group(store, number))
         forget_training()
-    del store
 
 
-def _keep_store() -> Any:
-    """As torchrun does, for every group that these ranks form: each would else open the same port again."""
+def _open_store() -> Any:
+    """For every group that these ranks form one after another: each would else open the same port again."""
     import torch
 
     if os.environ["WORLD_SIZE"] == "1":
         return None
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return torch.distributed.TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
 
 
-def _train(folder: RunFolder, mode: str, last_step: str) -> None:
+def _of_one_group(store: Any, number: int) -> Any:
+    from torch.distributed import PrefixStore
+
+    return None if store is None else PrefixStore(str(number), store)
+
+
+def _train(folder: RunFolder, mode: str, _: str, last_step: str, store: Any) -> None:
     import fiddle
     import lightning.pytorch as pl
 
@@ -61,6 +64,7 @@ def _train(folder: RunFolder, mode: str, last_step: str) -> None:
     recipe.resume.resume_if_exists = mode == "resumed"
     recipe.resume.resume_from_directory = str(folder.checkpoints)
     task = fiddle.build(recipe)
+    task.keywords["trainer"].strategy.store = store
     task.keywords["trainer"].callbacks.insert(0, Probe())
     task()
 

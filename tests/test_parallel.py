@@ -60,8 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def _prepare(folder: Path, method: str, sizes: dict[str, Any]) -> None:
     overrides = [f"peft={method}", "experiment=smoke", "wandb.mode=disabled", "cluster.accelerator=cpu"]
     overrides += [f"cluster.{key}={value}" for key, value in sizes.items()]
-    overrides += [f"task.max_steps={STEPS}", "task.micro_batch_size=1", "task.sample_prompts=0", "lr=2e-3", "retention=none"]
-    overrides += ["task.val_check_interval=3", "task.checkpoint_interval=100", "model.verify=none"]
+    overrides += [f"task.max_steps={STEPS}", "task.micro_batch_size=1", "task.global_batch_size=2", "task.sequence_length=96", "task.sample_prompts=0", "lr=2e-3", "retention=none"]
+    overrides += ["task.val_check_interval=100", "task.checkpoint_interval=100", "model.verify=none"]
     plan = make_plan(composed(*overrides))
     folder.mkdir(exist_ok=True)
     write_worker_inputs(plan, RunFolder(folder))
