@@ -56,7 +56,9 @@ def main(directory: str) -> int:
     def start(environment: Mapping[str, str]) -> Process:
         return subprocess.Popen(command, env=dict(environment), preexec_fn=prepare)
 
-    return Group(folder, config.cluster.devices, config.cluster.timeout_minutes).run(start)
+    group = Group(folder, config.cluster.devices, config.cluster.timeout_minutes)
+    signal.signal(signal.SIGTERM, group.ask_to_stop)
+    return group.run(start)
 
 
 class Group:
@@ -75,10 +77,10 @@ class Group:
         except RuntimeError as error:
             self._fail(" ".join(str(error).split()))
             return 1
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
-        self.processes = [start(_environment(rank, self.size, store.port)) for rank in range(self.size)]
-        if self.asked:
-            self._ask_to_stop()
+        for rank in range(self.size):
+            self.processes.append(start(_environment(rank, self.size, store.port)))
+        if self.asked:  # while they were started
+            self.ask_to_stop()
         hanging = self._follow(_Watch(store, self.size, self.timeout_minutes))
         if hanging is not None:
             self._show_stacks()
@@ -123,7 +125,7 @@ class Group:
     def _returncodes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
-    def _ask_to_stop(self, *args: Any) -> None:
+    def ask_to_stop(self, *args: Any) -> None:
         self.asked = True
         self._signal(signal.SIGTERM)
 
