@@ -65,10 +65,8 @@ def who_hangs(beats: Sequence[Beat], minutes: float) -> str:
     if silent:
         return f"{_ranks(silent)} hanging: {after}, and no sign of life"
     if busy and len(busy) < len(beats):
-        return f"{_ranks(busy)} hanging: {after}, while the others wait for it"
-    if busy:
-        return f"all ranks hang: {after}"
-    return f"all ranks hang: {after}, each waiting for others"
+        return f"{_ranks(busy)} hanging: {after}, while the others wait for {'it' if len(busy) == 1 else 'them'}"
+    return f"all ranks hang: {after}, {'none' if busy else 'each'} waiting for others"
 
 
 def _ranks(some: Sequence[Fallen] | Sequence[Beat]) -> str:

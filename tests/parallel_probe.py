@@ -1,15 +1,14 @@
 """Trains run folders one after another in one group of ranks, each in the layout its config says.
 
-Run by ``tests.ranks``. A folder's mode is ``whole``, ``stopped=STEP`` or ``resumed=STEP``, which goes on from where
-the folder's newest checkpoint is and stops at that step. What a run recorded is in its own metrics.jsonl.
-
-Adapters start with values of their own, the same in every layout: Megatron draws each stage's anew.
+Run by ``tests.ranks``. What a run recorded is in its own metrics.jsonl. Adapters start with values of their own, the
+same in every layout: Megatron draws each stage's anew.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,20 @@ from qwen_cl.worker import load_recipe, prepare
 from tests.resume_probe import forget_training
 
 
-def main(arguments: list[tuple[Path, str]]) -> None:
+@dataclass(frozen=True)
+class Training:
+    directory: Path
+    last_step: int
+    resumed_from: Path | None = None
+    """Another run's directory: from its newest checkpoint."""
+
+
+def main(trainings: list[Training]) -> None:
     register_schemas()
-    prepare(load_config(arguments[0][0] / "config.yaml"))
+    prepare(load_config(trainings[0].directory / "config.yaml"))
     store = _open_store()
-    for number, (directory, mode) in enumerate(arguments):
-        _train(RunFolder(directory), *mode.partition("="), _of_one_group(store, number))
+    for number, training in enumerate(trainings):
+        _train(training, _of_one_group(store, number))
         forget_training()
 
 
@@ -45,7 +52,7 @@ def _of_one_group(store: Any, number: int) -> Any:
     return None if store is None else PrefixStore(str(number), store)
 
 
-def _train(folder: RunFolder, mode: str, _: str, last_step: str, store: Any) -> None:
+def _train(training: Training, store: Any) -> None:
     import fiddle
     import lightning.pytorch as pl
 
@@ -57,12 +64,14 @@ def _train(folder: RunFolder, mode: str, _: str, last_step: str, store: Any) -> 
                     optimizer.reload_model_params()
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            trainer.should_stop = trainer.should_stop or str(trainer.global_step) == last_step
+            trainer.should_stop = trainer.should_stop or trainer.global_step == training.last_step
 
+    folder = RunFolder(training.directory)
     recipe = load_recipe(load_config(folder.config), folder)
-    recipe.log.ckpt.save_last = True
-    recipe.resume.resume_if_exists = mode == "resumed"
-    recipe.resume.resume_from_directory = str(folder.checkpoints)
+    if training.resumed_from is not None:
+        recipe.resume.resume_if_exists = True
+        recipe.resume.resume_from_directory = str(RunFolder(training.resumed_from).checkpoints)
+    recipe.log.ckpt.save_last = True  # which NeMo looks for
     task = fiddle.build(recipe)
     task.keywords["trainer"].strategy.store = store
     task.keywords["trainer"].callbacks.insert(0, Probe())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.layout import check_layout
 from qwen_cl.plan import make_plan
 from tests.exporting import composed
 
@@ -46,25 +49,32 @@ EIGHT = ("cluster.accelerator=cpu", "cluster.devices=8", "task.global_batch_size
             "processes, tensor_parallel x pipeline_parallel may be 1 x 1",
         ),
         (
-            ["cluster.devices=16", "cluster.tensor_parallel=2", "cluster.context_parallel=8"]
-            + ["cluster.sequence_parallel=true", "cluster.accelerator=cpu"],
-            None,
-        ),
-        (
             ["cluster.devices=32", "cluster.tensor_parallel=2", "cluster.context_parallel=16"],
             "cluster.context_parallel (16) must divide half of 16, a multiple of which every row is padded to; it may "
             "be 1, 2, 4, 8",
         ),
     ],
 )
-def test_a_model_that_cannot_be_split_so(overrides: list[str], message: str | None) -> None:
-    config = composed(*EIGHT, *overrides)
-    if message is None:
-        assert make_plan(config).config.cluster.data_parallel == 1
-        return
+def test_a_model_that_cannot_be_split_so(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        make_plan(config)
+        make_plan(composed(*EIGHT, *overrides))
     assert str(refused.value) == message
+
+
+def test_rows_that_cannot_be_dealt_out_so() -> None:
+    sixteen = ("cluster.devices=16", "cluster.context_parallel=8", "cluster.sequence_parallel=true")
+    plan = make_plan(composed(*EIGHT, *sixteen, "cluster.tensor_parallel=2"))
+    assert plan.config.cluster.data_parallel == 1
+    wider = replace(plan.architecture, num_attention_heads=12, num_query_groups=4)
+    cluster = replace(plan.config.cluster, devices=32, tensor_parallel=4)
+    with pytest.raises(UserError) as refused:
+        check_layout(cluster, plan.config.peft, wider)
+    assert str(refused.value) == (
+        "cluster.sequence_parallel splits a row over cluster.tensor_parallel (4) x cluster.context_parallel (8) = 32 "
+        "ranks, which must divide 16, a multiple of which every row is padded to; write "
+        "cluster.sequence_parallel=false, or change the sizes"
+    )
+    check_layout(replace(cluster, sequence_parallel=False), plan.config.peft, wider)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +82,8 @@ def test_a_model_that_cannot_be_split_so(overrides: list[str], message: str | No
     [
         (
             ["cluster.devices=4", "cluster.context_parallel=3"],
-            "cluster.tensor_parallel (1) x cluster.pipeline_parallel (1) x cluster.context_parallel (3) must divide the "
-            "number of processes (4); set cluster.devices to a multiple of 3",
+            "cluster.tensor_parallel (1) x cluster.pipeline_parallel (1) x cluster.context_parallel (3) must divide "
+            "the number of processes (4); set cluster.devices to a multiple of 3",
         ),
         (
             ["cluster.sequence_parallel=true"],

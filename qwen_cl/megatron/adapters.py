@@ -23,7 +23,9 @@ def install() -> None:
     if not hasattr(dora.DoRALinear, "_norm_of_held_columns"):
         dora.DoRALinear._norm_of_held_columns = dora.DoRALinear._get_weight_norm
         dora.DoRALinear._get_weight_norm = _norm_of_whole_rows
-        dora.ParallelLinearDoRAAdapter._plain_init_weight_magnitude = dora.ParallelLinearDoRAAdapter.init_weight_magnitude
+        dora.ParallelLinearDoRAAdapter._plain_init_weight_magnitude = (
+            dora.ParallelLinearDoRAAdapter.init_weight_magnitude
+        )
         dora.ParallelLinearDoRAAdapter.init_weight_magnitude = _init_weight_magnitude
 
 

@@ -48,9 +48,7 @@ def _own_pieces() -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def _overlaps(
-    starts: list[int], length: int, first: int, size: int
-) -> Iterator[tuple[int, slice, slice]]:
+def _overlaps(starts: list[int], length: int, first: int, size: int) -> Iterator[tuple[int, slice, slice]]:
     """Of each segment that reaches into the positions from ``first`` on: its row, the keys that its queries there see,
     and where those queries are, from ``first``."""
     for start, stop in pairwise(starts):
