@@ -39,19 +39,23 @@ class Beat:
     """For other ranks."""
 
 
-def root_cause(fallen: Sequence[Fallen], *, out_of_memory: bool = False) -> tuple[str, bool]:
-    """The reason, and whether the rank was lost to something outside the run (another attempt may succeed)."""
+def root_cause(fallen: Sequence[Fallen], left: Sequence[int] = (), *, out_of_memory: bool = False) -> tuple[str, bool]:
+    """The reason, and whether the rank was lost to something outside the run (another attempt may succeed).
+
+    ``left`` are the ranks that went on while the others fell."""
     killed = [each for each in fallen if each.returncode == -signal.SIGKILL]
     reported = sorted((each for each in fallen if each.reason), key=lambda each: each.number)
     own = [each for each in reported if not BROKEN_BY_OTHERS.search(each.reason or "")]
     crashed = [each for each in fallen if each.returncode < 0 and not each.reason]
     if killed:
         why = "; the kernel was out of memory" if out_of_memory else ""
-        return f"{_ranks(killed)} killed by SIGKILL{why}", not out_of_memory
+        return f"{_were([each.rank for each in killed])} killed by SIGKILL{why}", not out_of_memory
     if own:
         return f"rank {own[0].rank}: {own[0].reason}", False
     if crashed:
         return f"rank {crashed[0].rank} was killed by {signal.Signals(-crashed[0].returncode).name}", True
+    if reported and left:
+        return f"{_were(left)} hanging; what rank {reported[0].rank} says: {reported[0].reason}", True
     if reported:
         return f"rank {reported[0].rank}: {reported[0].reason}", False
     return f"rank {fallen[0].rank} exited with {fallen[0].returncode}", False
@@ -63,12 +67,12 @@ def who_hangs(beats: Sequence[Beat], minutes: float) -> str:
     busy = [beat for beat in beats if not beat.waits]
     after = f"no progress in {minutes:g} minutes (cluster.timeout_minutes)"
     if silent:
-        return f"{_ranks(silent)} hanging: {after}, and no sign of life"
+        return f"{_were([beat.rank for beat in silent])} hanging: {after}, and no sign of life"
     if busy and len(busy) < len(beats):
-        return f"{_ranks(busy)} hanging: {after}, while the others wait for {'it' if len(busy) == 1 else 'them'}"
+        for_whom = "it" if len(busy) == 1 else "them"
+        return f"{_were([beat.rank for beat in busy])} hanging: {after}, while the others wait for {for_whom}"
     return f"all ranks hang: {after}, {'none' if busy else 'each'} waiting for others"
 
 
-def _ranks(some: Sequence[Fallen] | Sequence[Beat]) -> str:
-    numbers = [str(each.rank) for each in some]
-    return f"rank {numbers[0]} was" if len(numbers) == 1 else f"ranks {', '.join(numbers)} were"
+def _were(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]} was" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} were"

@@ -44,6 +44,8 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     environment["HF_HUB_CACHE"] = str(HubSettings.of(config.model).cache_directory)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["PYTHONUNBUFFERED"] = "1"
+    # What NeMo gives the group of all ranks as its timeout. The parent of the ranks, who can name one, speaks first.
+    environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = str(int(config.cluster.timeout_minutes * 60) + 60)
     if config.cluster.accelerator is Accelerator.cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)

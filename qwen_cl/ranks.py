@@ -89,11 +89,12 @@ class Group:
             return 1
         if not any(self._returncodes()):
             return 0
-        fallen = self._fallen(store)
+        left = self._await_the_others()
+        fallen = self._fallen(store, left)
         if self.asked and all(each.returncode == -signal.SIGTERM for each in fallen):  # they did not listen yet
             self._settle(State.PREEMPTED, "stopped before training began")
             return 0
-        reason, lost = root_cause(fallen, out_of_memory=out_of_memory_kills() > killed_before)
+        reason, lost = root_cause(fallen, left, out_of_memory=out_of_memory_kills() > killed_before)
         self._fail(reason + (" when it was asked to stop" if self.asked and lost else ""), worker_lost=lost)
         return 1
 
@@ -107,17 +108,22 @@ class Group:
                 return hanging
             time.sleep(0.1)
 
-    def _fallen(self, store: TCPStore) -> list[Fallen]:
-        """After the others had their time to end by themselves. Whom we killed is no reason."""
+    def _await_the_others(self) -> list[int]:
+        """To end by themselves. Those that do not, which are killed."""
         deadline = time.monotonic() + FAILURE_GRACE
         while None in self._returncodes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        returncodes = self._returncodes()
+        left = [rank for rank, code in enumerate(self._returncodes()) if code is None]
         self._kill()
+        return left
+
+    def _fallen(self, store: TCPStore, left: Sequence[int]) -> list[Fallen]:
+        """Whom we killed is no reason, but what it said may be."""
         fallen = []
-        for rank, code in enumerate(returncodes):
+        for rank, code in enumerate(self._returncodes()):
             key = f"failure/{rank}"
             number, reason = json.loads(store.get(key)) if store.check([key]) else (0, None)
+            code = 0 if rank in left else code
             if code or reason:
                 fallen.append(Fallen(rank, code or 0, reason, number))
         return fallen

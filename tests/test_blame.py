@@ -36,6 +36,12 @@ def test_a_kill_for_want_of_memory_is_no_loss_that_another_attempt_mends() -> No
     )
 
 
+def test_a_rank_that_goes_on_while_all_others_give_up_hangs() -> None:
+    given_up = [Fallen(0, 1, BROKEN[0], 2), Fallen(2, 1, BROKEN[1], 1)]
+    assert root_cause(given_up, [1]) == (f"rank 1 was hanging; what rank 2 says: {BROKEN[1]}", True)
+    assert root_cause([*given_up, Fallen(1, 0, "ValueError: a", 3)], [1]) == ("rank 1: ValueError: a", False)
+
+
 def test_an_exit_without_a_word() -> None:
     assert root_cause([Fallen(2, 3)]) == ("rank 2 exited with 3", False)
 

@@ -81,17 +81,26 @@ def test_a_layout_trains_what_one_process_trains(method: str, layout: str, direc
     assert losses[0] - losses[-1] > 0.1, "training changed nothing, so this test shows nothing"
     assert [list(record) for record in found] == [list(record) for record in expected]
     for one, other in zip(expected, found):
-        assert other == pytest.approx(one, rel=2e-6 if "train/loss" not in one else 1e-5), one["step"]
+        _check(other, one)
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
 def test_a_run_goes_on_in_another_layout(method: str, directory: Path) -> None:
     expected = {record["step"]: record for record in _records(directory / f"{method}-one") if "train/loss" in record}
-    steps = []
-    for layout, _ in MOVES:
-        for record in _records(directory / f"{method}-moved-{layout}"):
-            if "train/loss" in record:
-                steps.append(record["step"])
-                for key in ("train/loss", "optim/grad_norm", "optim/lr"):
-                    assert record[key] == pytest.approx(expected[record["step"]][key], rel=1e-5), (layout, key)
-    assert steps == list(range(1, STEPS + 1))
+    found = [
+        record
+        for layout, _ in MOVES
+        for record in _records(directory / f"{method}-moved-{layout}")
+        if "train/loss" in record
+    ]
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    for record in found:
+        _check({**record, "tokens": expected[record["step"]]["tokens"]}, expected[record["step"]])
+
+
+def _check(found: dict[str, float], expected: dict[str, float]) -> None:
+    """Losses to a few of fp32's last bits. The norm of the gradient of many weights is itself a sum in fp32, which for
+    one process and all weights is 2e-6 from what it is in fp64."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=5e-5 if name == "optim/grad_norm" else 2e-6), name
