@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +42,7 @@ class _Member:
             while True:
                 number += 1
                 self.store.set(f"beat/{self.rank}", json.dumps([number, *self._progress()]))
-                threading.Event().wait(BEAT_SECONDS)
+                time.sleep(BEAT_SECONDS)
 
     def _progress(self) -> tuple[str, bool]:
         """What changes with progress, and whether other ranks are waited for.

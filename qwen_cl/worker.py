@@ -36,8 +36,8 @@ def main(directory: str) -> int:
     folder = RunFolder(directory)
     config = load_config(folder.config)
     stop = StopRequest()
-    member.join()
     try:
+        member.join()
         _train(config, folder, stop)
     except Preempted as error:
         _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")

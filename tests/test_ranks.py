@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,4 +131,4 @@ def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
-        threading.Event().wait(0.2)
+        time.sleep(0.2)
