@@ -25,6 +25,7 @@ class Training:
     last_step: int
     resumed_from: Path | None = None
     """Another run's directory: from its newest checkpoint."""
+    saves: bool = False
 
 
 def main(trainings: list[Training]) -> None:
@@ -71,7 +72,11 @@ def _train(training: Training, store: Any) -> None:
     if training.resumed_from is not None:
         recipe.resume.resume_if_exists = True
         recipe.resume.resume_from_directory = str(RunFolder(training.resumed_from).checkpoints)
-    recipe.log.ckpt.save_last = True  # which NeMo looks for
+    if training.saves:
+        recipe.log.ckpt.save_last = True  # which NeMo looks for
+    else:
+        recipe.log.ckpt = None
+        recipe.trainer.enable_checkpointing = False
     task = fiddle.build(recipe)
     task.keywords["trainer"].strategy.store = store
     task.keywords["trainer"].callbacks.insert(0, Probe())

@@ -79,14 +79,18 @@ def test_the_rank_that_raised_is_the_reason(rank: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"), [("SIGSTOP", ", and no sign of life"), ("spins", ", while the others wait for it")]
 )
-def test_a_rank_that_hangs_is_named_and_says_where_it_is(fault: str, said: str, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_says_where_it_is(
+    fault: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = run_group(tmp_path, {1: fault}, timeout_minutes=0.1)
     status = folder.status()
     assert status["state"] == "FAILED"
     assert status["reason"] == (f"rank 1 was hanging: no progress in 0.1 minutes (cluster.timeout_minutes){said}")
-    _, zero, one = folder.log.read_text(encoding="utf-8", errors="replace").split("is at:")
+    asked = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("is at:")]
+    assert asked == ["Rank 0", "Rank 1"]
+    zero, strikes, _ = folder.log.read_text(encoding="utf-8", errors="replace").partition("in _strike")
+    assert strikes
     assert "distributed_c10d.py" in zero  # where it waits
-    assert "in _strike" in one
 
 
 def test_ranks_asked_at_different_steps_stop_at_the_same(tmp_path: Path) -> None:
