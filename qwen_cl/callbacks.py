@@ -166,7 +166,7 @@ class RunRecorder(pl.Callback):
             self._record_step(trainer, step)
         if step % self.val_check_interval == 0 or step == trainer.max_steps:
             self._evaluate(trainer)
-        if self.stop is not None and self.stop.requested:
+        if self.stop is not None and self.stop.agreed():
             trainer.should_stop = True
 
     def _evaluate(self, trainer: pl.Trainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, ClusterConfig, LocalConfig, Precision
@@ -70,6 +70,13 @@ def pick_device(cluster: ClusterConfig) -> Device:
             + ("" if gpus else ", or set cluster.accelerator=cpu")
         )
     return Device(Accelerator.gpu, _precision(cluster, Precision.bf16), gpus[0].name, gpus[0].memory_bytes)
+
+
+def alone(cluster: ClusterConfig) -> ClusterConfig:
+    """One process of it, which has the whole model."""
+    return replace(
+        cluster, devices=1, tensor_parallel=1, pipeline_parallel=1, context_parallel=1, sequence_parallel=False
+    )
 
 
 def cpu_cores() -> int:

@@ -59,7 +59,7 @@ def estimate_memory(
     trainable = count_parameters(expected_shapes(architecture)) if adapter is None else adapter
     local_trainable = local if adapter is None else adapter / (cluster.tensor_parallel * cluster.pipeline_parallel)
     master_bytes = 4 if precision is Precision.bf16 else 0
-    state = local_trainable * (4 + (master_bytes + 8) / cluster.data_parallel)
+    state = local_trainable * (4 + (master_bytes + 8) / (cluster.data_parallel * cluster.context_parallel))
     return MemoryEstimate(
         weights=int(local * value_bytes),
         gradients_and_optimizer=int(state),
@@ -69,11 +69,12 @@ def estimate_memory(
 
 
 def _activations(batch: Batch, cluster: ClusterConfig, architecture: Architecture, value_bytes: int) -> float:
-    tokens = batch.micro_batch_size * batch.sequence_length
+    tokens = batch.micro_batch_size * batch.sequence_length / cluster.context_parallel
     qkv = architecture.query_size + 2 * architecture.key_value_size
     # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
     # embedding, and the gated MLP (gate and up, their halves, silu, its product).
-    per_token = 8 * architecture.hidden_size + (2 * qkv + 7 * architecture.ffn_hidden_size) / cluster.tensor_parallel
+    per_token = 8 * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
+    per_token += (2 * qkv + 7 * architecture.ffn_hidden_size) / cluster.tensor_parallel
     in_flight = min(cluster.pipeline_parallel, batch.micro_batches)
     layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
     # Logits in the compute type, and their softmax in fp32, kept for the backward pass.

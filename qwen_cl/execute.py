@@ -29,12 +29,9 @@ ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
-    """One process, or one per device under torchrun."""
-    worker = ["-m", "qwen_cl.worker", str(folder.directory)]
-    if cluster.world_size == 1:
-        return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cluster.devices}"]
-    return [*torchrun, *worker]
+    """One process, or the parent of one per device."""
+    module = "qwen_cl.worker" if cluster.world_size == 1 else "qwen_cl.ranks"
+    return [sys.executable, "-m", module, str(folder.directory)]
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
@@ -48,6 +45,8 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     environment["HF_HUB_CACHE"] = str(HubSettings.of(config.model).cache_directory)
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["PYTHONUNBUFFERED"] = "1"
+    # What NeMo gives the group of all ranks as its timeout. The parent of the ranks, who can name one, speaks first.
+    environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = str(int(config.cluster.timeout_minutes * 60) + 60)
     if config.cluster.accelerator is Accelerator.cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
@@ -62,7 +61,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         RunPreempted: the run was asked to stop and did.
         RunFailed: it ended in any other way but COMPLETED, by its own record.
     """
-    killed_before = _out_of_memory_kills()
+    killed_before = out_of_memory_kills()
     with folder.log.open("ab") as log:
         process = subprocess.Popen(
             worker_command(config.cluster, folder),
@@ -82,7 +81,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         kill_group(process)
     watch()
     if folder.status().get("state") == State.RUNNING:
-        _settle(folder, process.returncode, bool(asked), out_of_memory=_out_of_memory_kills() > killed_before)
+        _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)
     _judge(folder, interrupted=signal.SIGINT in asked[:1])
 
 
@@ -134,7 +133,7 @@ def _signal_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _out_of_memory_kills() -> int:
+def out_of_memory_kills() -> int:
     """How many processes the kernel has killed for want of memory; 0 where it does not say."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():

@@ -11,7 +11,7 @@ from rich.table import Table
 from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, ModelConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import InspectConfig
 from qwen_cl.data.examples import load_tokenizer
-from qwen_cl.devices import Device, pick_device
+from qwen_cl.devices import Device, alone, pick_device
 from qwen_cl.estimate import Batch, estimate_memory
 from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
 from qwen_cl.plan import check_weights
@@ -123,7 +123,10 @@ def _layout_table(config: RunConfig, batch: Batch, device: Device, architecture:
         for pipeline_parallel in (size for size in SIZES if size in pipeline_parallel_sizes(architecture)):
             devices = tensor_parallel * pipeline_parallel
             cluster = dataclasses.replace(
-                config.cluster, devices=devices, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
+                alone(config.cluster),
+                devices=devices,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
             )
             row = [tensor_parallel, pipeline_parallel, devices]
             cells = [

@@ -75,7 +75,7 @@ def make_plan(config: RunConfig) -> Plan:
     settings = HubSettings.of(config.model)
     model = resolve(config.model.source, settings, weights=False)
     architecture = read_architecture(model.config, model.directory)
-    check_layout(config.cluster.tensor_parallel, config.cluster.pipeline_parallel, architecture)
+    check_layout(config.cluster, config.peft, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
         check_weights(model, architecture)

@@ -62,7 +62,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         (
             "layout",
             f"tensor_parallel {cluster.tensor_parallel}, pipeline_parallel {cluster.pipeline_parallel}, "
-            f"data_parallel {cluster.data_parallel}",
+            f"context_parallel {cluster.context_parallel}, data_parallel {cluster.data_parallel}"
+            + (", sequence_parallel" if cluster.sequence_parallel else ""),
         ),
         (
             "tokens per step",

@@ -74,6 +74,8 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             tensor_model_parallel_size=cluster.tensor_parallel,
             pipeline_model_parallel_size=cluster.pipeline_parallel,
             pipeline_dtype=_pipeline_dtype(config),
+            context_parallel_size=cluster.context_parallel,
+            sequence_parallel=cluster.sequence_parallel,
             ckpt_async_save=False,
             # torch's Adam keeps a scalar step, which the default format of the distributed optimizer refuses.
             ckpt_optim_fully_reshardable=True,

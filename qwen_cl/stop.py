@@ -9,6 +9,10 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm sends before a job's time is up (``sbatch --signal=USR1@SECONDS``)."""
 
+TIME_IS_UP, ON_REQUEST = "task.max_time is up", "stopped on request"
+REASONS = (None, TIME_IS_UP, ON_REQUEST)
+"""The one that counts where ranks have different ones is the last."""
+
 
 class Preempted(BaseException):
     """The process was asked to stop before training began. No Exception: libraries swallow those while they import."""
@@ -23,12 +27,13 @@ class StopRequest:
         """Why, once there is a request."""
         self.training = False
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._group: Any = None
         self.listen()
 
     @property
     def requested(self) -> bool:
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self.reason = "task.max_time is up"
+            self.reason = TIME_IS_UP
         return self.reason is not None
 
     def begin_training(self) -> None:
@@ -36,6 +41,22 @@ class StopRequest:
         would raise from wherever training is."""
         self.training = True
         self.listen()
+        import torch
+
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            self._group = torch.distributed.new_group(backend="gloo")  # a wish is on the host, and waits for no GPU
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked. Every rank calls this after each step, for a signal reaches them at different
+        ones, and all must stop at the same."""
+        if self._group is None:
+            return self.requested
+        import torch
+
+        asked = torch.tensor(REASONS.index(self.reason) if self.requested else 0)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        self.reason = REASONS[int(asked)]
+        return self.requested
 
     @property
     def came_before_training(self) -> bool:
@@ -47,6 +68,6 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.reason = "stopped on request"
+        self.reason = ON_REQUEST
         if not self.training:
             raise Preempted(signal.Signals(number).name)

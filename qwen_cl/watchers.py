@@ -10,6 +10,7 @@ from qwen_cl.callbacks import ConcludeAnyway, MaskPaddedVocabulary, RunRecorder,
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
 from qwen_cl.flops import adapter_parameters, training_flops
+from qwen_cl.progress import TellProgress
 from qwen_cl.samples import RecordSamples
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes
@@ -28,6 +29,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(Seed, seed=config.seed),
         run.Config(ScheduleFromConfig),
         run.Config(ConcludeAnyway),
+        run.Config(TellProgress),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts

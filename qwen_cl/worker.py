@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from qwen_cl import member
 from qwen_cl.config.errors import EXIT_PREEMPTED, NOT_FINITE_ADVICE, UserError
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
@@ -46,6 +47,7 @@ def main(directory: str) -> int:
 def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
     """Returns the exit code, which says on rank 0 how the run ended."""
     try:
+        member.join()
         _train(config, folder, stop)
     except Preempted as error:
         _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")
@@ -55,7 +57,9 @@ def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
         if stop.came_before_training:
             _finish(folder, State.PREEMPTED, "stopped before training began")
             return EXIT_PREEMPTED
-        _finish(folder, State.FAILED, _reason(error))
+        why = _reason(error)
+        if not member.report_failure(why):
+            _finish(folder, State.FAILED, why)
         return 1
     if _rank() != 0:
         return 0

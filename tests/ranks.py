@@ -62,7 +62,14 @@ def _start(
     target: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, said: dict[str, str], log: str
 ) -> Any:
     own = {**said, "RANK": str(rank)} | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
-    process = _context.Process(target=_run, args=(target, arguments, own, log))
+    return start_rank(target, arguments, own, log)
+
+
+def start_rank(
+    target: Callable[..., Any], arguments: tuple[Any, ...], environment: Mapping[str, str], log: str | Path
+) -> Any:
+    """The process of one rank, a multiprocessing.Process, which says what it says in the file ``log``."""
+    process = _context.Process(target=_run, args=(target, arguments, dict(environment), str(log)))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server's own import of what it preloads
     try:

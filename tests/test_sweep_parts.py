@@ -159,7 +159,14 @@ def launcher(**options: Any) -> LauncherConfig:
 
 def cluster(accelerator: Accelerator, devices: int = 1) -> LocalConfig:
     return LocalConfig(
-        accelerator=accelerator, devices=devices, tensor_parallel=1, pipeline_parallel=1, precision=Precision.auto
+        accelerator=accelerator,
+        devices=devices,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        context_parallel=1,
+        sequence_parallel=False,
+        precision=Precision.auto,
+        timeout_minutes=30,
     )
 
 

@@ -14,14 +14,9 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
 OF_NO_CONSEQUENCE = (
-    "name",
-    "wandb.",
-    "dry_run",
-    "model.endpoint",
-    "model.offline",
-    "model.cache",
-    "resume.",
-    "task.max_time",
+    *("name", "wandb.", "dry_run", "resume.", "task.max_time"),
+    *("model.endpoint", "model.offline", "model.cache"),
+    "cluster.timeout_minutes",
 )
 """What a run's result does not depend on; each is the beginning of a key."""
 

@@ -131,17 +131,26 @@ class ClusterConfig:
     """Processes per node: GPUs, or CPU processes."""
     tensor_parallel: int
     pipeline_parallel: int
+    context_parallel: int
+    sequence_parallel: bool
     precision: Precision
+    timeout_minutes: float
+    """How long no rank may finish a step, or a part of what is measured, before the one that hangs is named."""
 
     def __post_init__(self) -> None:
-        for name in ("devices", "tensor_parallel", "pipeline_parallel"):
+        for name in ("devices", "tensor_parallel", "pipeline_parallel", "context_parallel"):
             require(f"cluster.{name}", getattr(self, name), at_least=1)
-        model_parallel = self.tensor_parallel * self.pipeline_parallel
-        if self.world_size % model_parallel:
+        require("cluster.timeout_minutes", self.timeout_minutes, above=0)
+        if self.world_size % self.model_ranks:
             raise UserError(
                 f"cluster.tensor_parallel ({self.tensor_parallel}) x cluster.pipeline_parallel "
-                f"({self.pipeline_parallel}) must divide the number of processes ({self.world_size}); "
-                f"set cluster.devices to a multiple of {model_parallel}"
+                f"({self.pipeline_parallel}) x cluster.context_parallel ({self.context_parallel}) must divide the "
+                f"number of processes ({self.world_size}); set cluster.devices to a multiple of {self.model_ranks}"
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise UserError(
+                "cluster.sequence_parallel (true) splits sequences over the tensor parallel ranks, and "
+                "cluster.tensor_parallel is 1; raise it, or write cluster.sequence_parallel=false"
             )
 
     @property
@@ -150,7 +159,12 @@ class ClusterConfig:
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+        return self.world_size // self.model_ranks
+
+    @property
+    def model_ranks(self) -> int:
+        """Those that hold the model once, and share each sequence."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from qwen_cl.config.answers import AnswersConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import LoraConfig, ModelConfig, RunConfig
-from qwen_cl.devices import pick_device
+from qwen_cl.devices import alone, pick_device
 from qwen_cl.plan import check_weights
 from qwen_cl.run_folder import State
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -58,7 +58,7 @@ def settle(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> 
         refuse_ignored(overrides, (*COMPUTE, "model", "experiment"), reason)
     else:
         refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
-    device = pick_device(replace(config.cluster, devices=1, tensor_parallel=1, pipeline_parallel=1))
+    device = pick_device(alone(config.cluster))
     return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
 
 

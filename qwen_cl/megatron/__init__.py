@@ -19,9 +19,10 @@ def prepare(*, cpu: bool) -> None:
     import lightning.pytorch.loggers
     import lightning.pytorch.utilities.types  # noqa: F401
 
-    from qwen_cl.megatron import adapters, checkpointing
+    from qwen_cl.megatron import adapters, checkpointing, norms
     from qwen_cl.source import nemo
 
     adapters.install()
+    norms.install()
     checkpointing.install(cpu=cpu)
     nemo.install()

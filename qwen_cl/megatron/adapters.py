@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.collections.llm.peft import dora, lora, utils
 
@@ -22,6 +23,10 @@ def install() -> None:
     if not hasattr(dora.DoRALinear, "_norm_of_held_columns"):
         dora.DoRALinear._norm_of_held_columns = dora.DoRALinear._get_weight_norm
         dora.DoRALinear._get_weight_norm = _norm_of_whole_rows
+        dora.ParallelLinearDoRAAdapter._plain_init_weight_magnitude = (
+            dora.ParallelLinearDoRAAdapter.init_weight_magnitude
+        )
+        dora.ParallelLinearDoRAAdapter.init_weight_magnitude = _init_weight_magnitude
 
 
 def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -49,3 +54,14 @@ def _norm_of_whole_rows(self: dora.DoRALinear) -> torch.Tensor:
     squares = norm.float().square()
     torch.distributed.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
     return squares.sqrt().to(norm.dtype)
+
+
+def _init_weight_magnitude(self: dora.ParallelLinearDoRAAdapter, value: torch.Tensor) -> None:
+    """NeMo 2.7 does not say how magnitudes are spread. Those of split outputs then count in the gradient's norm on one
+    rank alone, and under sequence parallelism, where a rank sees a part of what linear_proj and linear_fc2 put out,
+    nobody sums the parts of the others' gradients."""
+    self._plain_init_weight_magnitude(value)
+    if self.input_is_parallel:
+        self.weight_magnitude.sequence_parallel = self.config.sequence_parallel
+    else:
+        set_tensor_model_parallel_attributes(self.weight_magnitude, is_parallel=True, dim=0, stride=1)

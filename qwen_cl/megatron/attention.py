@@ -6,14 +6,19 @@ scaled_dot_product_attention picks a flash kernel and keeps nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.spec_utils import ModuleSpec
 from nemo.collections.llm.gpt.model.base import HAVE_TE, GPTConfig, local_layer_spec, transformer_engine_layer_spec
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+from qwen_cl.megatron.context import attend_across_ranks
 
 
 class CausalAttention(torch.nn.Module):
@@ -40,7 +45,9 @@ class CausalAttention(torch.nn.Module):
         """
         sequence, batch, heads, width = query.shape
         dropout = self.dropout if self.training else 0.0
-        if attention_mask is None:
+        if parallel_state.get_context_parallel_world_size() > 1:
+            out = attend_across_ranks(query, key, value, attention_mask, partial(self._attend, dropout=dropout))
+        elif attention_mask is None:
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             out = self._attend(query, key, value, dropout).permute(2, 0, 1, 3)
         else:
@@ -55,12 +62,14 @@ class CausalAttention(torch.nn.Module):
         return out.reshape(sequence, batch, heads * width)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Shapes: (batch, heads, sequence, width)."""
+        """Shapes: (batch, heads, sequence, width). Where there are more keys than queries, they begin earlier."""
+        square = query.shape[2] == key.shape[2]
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=None if square else causal_lower_right(query.shape[2], key.shape[2]),
+            is_causal=square,
             scale=self.softmax_scale,
             dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from qwen_cl import member
 from qwen_cl.data.batches import longest_first
 from qwen_cl.data.examples import Example
 from qwen_cl.data.module import collate
@@ -25,12 +26,14 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     batches = _own_share(list(longest_first(examples, micro_batch_size)))
     for start in range(0, len(batches), BATCHES_AT_ONCE):
+        member.progress()
         some = [collate(batch) for batch in batches[start : start + BATCHES_AT_ONCE]]
         for loss in _losses(model, some):  # nothing but on the last pipeline stage
             sums[0] += loss
-        sums[1] += sum(float(batch["loss_mask"].sum()) for batch in some)
+        if parallel_state.get_context_parallel_rank() == 0:  # the others have the same rows
+            sums[1] += sum(float(batch["loss_mask"].sum()) for batch in some)
     model.train(training)
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.all_reduce(sums, op=torch.distributed.ReduceOp.MAX)  # from the last stage to the others
     return float(sums[0]), int(sums[1])
 

@@ -13,12 +13,13 @@ from qwen_cl.megatron.cpu import without_function_mode
 
 
 def can_sample() -> bool:
-    """Where every rank has the whole model: no layer and no vocabulary is spread."""
-    tensor, pipeline = (
+    """Where every rank has the whole model and whole rows: no layer, no vocabulary and no sequence is spread."""
+    sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
     )
-    return tensor == pipeline == 1
+    return sizes == (1, 1, 1)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from qwen_cl.megatron.cpu import without_function_mode
@@ -17,11 +18,13 @@ Batch = dict[str, torch.Tensor]
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
     """Keep what this pipeline stage needs. NeMo's own version insists on an attention mask without Transformer
-    Engine; attention here is causal by construction, and every stage needs the segments of a packed batch."""
+    Engine; attention here is causal by construction, and every stage needs the segments of a packed batch. Of each row,
+    a context parallel rank keeps its two pieces; segments stay those of whole rows."""
     batch = next(dataloader_iter)
     if isinstance(batch, tuple):
         batch = batch[0]
     needed = {"segments"}
+    batch = {**batch, **get_batch_on_this_cp_rank({name: batch[name] for name in batch if name != "segments"})}
     if parallel_state.is_pipeline_first_stage():
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():

@@ -1,0 +1,243 @@
+"""The parent of a run's ranks on this machine: ``python -m qwen_cl.ranks RUN_DIRECTORY``.
+
+Does what torchrun does (the same variables, the same store for all) and what it does not: says which rank was the
+first to fail and why, ends a run in which one hangs, and leaves as much time to save as a stop needs. torchrun's own
+SIGTERM to the ranks that a failure leaves would be a wish to save here, and it kills them 30 seconds after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qwen_cl.blame import Beat, Fallen, root_cause, who_hangs
+from qwen_cl.config.errors import EXIT_PREEMPTED
+from qwen_cl.config.file import load_config
+from qwen_cl.config.store import register_schemas
+from qwen_cl.execute import die_with_parent, out_of_memory_kills
+from qwen_cl.member import GROUP
+from qwen_cl.run_folder import RunFolder, State, now
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+FAILURE_GRACE = 10
+"""Seconds the other ranks have to end by themselves once one has failed: to close W&B's run, and say their part."""
+STACK_SECONDS = 1
+"""Until a rank has written where it is."""
+
+
+class Process(Protocol):
+    """Of subprocess.Popen what is used here."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+
+Start = Callable[[Mapping[str, str]], Process]
+"""A rank, with this environment."""
+
+
+def main(directory: str) -> int:
+    register_schemas()
+    folder = RunFolder(directory)
+    config = load_config(folder.config)
+    command = [sys.executable, "-m", "qwen_cl.worker", directory]
+    prepare = partial(die_with_parent, os.getpid())
+
+    def start(environment: Mapping[str, str]) -> Process:
+        return subprocess.Popen(command, env=dict(environment), preexec_fn=prepare)
+
+    group = Group(folder, config.cluster.devices, config.cluster.timeout_minutes)
+    signal.signal(signal.SIGTERM, group.ask_to_stop)
+    return group.run(start)
+
+
+class Group:
+    def __init__(self, folder: RunFolder, size: int, timeout_minutes: float) -> None:
+        self.folder = folder
+        self.size = size
+        self.timeout_minutes = timeout_minutes
+        self.processes: list[Process] = []
+        self.asked = False
+
+    def run(self, start: Start) -> int:
+        """To the end of all ranks; the exit code. What went wrong is in the folder's status."""
+        killed_before = out_of_memory_kills()
+        try:
+            store = _open_store()
+        except RuntimeError as error:
+            self._fail(" ".join(str(error).split()))
+            return 1
+        for rank in range(self.size):
+            self.processes.append(start(_environment(rank, self.size, store.port)))
+        if self.asked:  # while they were started
+            self.ask_to_stop()
+        hanging = self._follow(_Watch(store, self.size, self.timeout_minutes))
+        if hanging is not None:
+            self._show_stacks()
+            self._kill()
+            self._fail(hanging, worker_lost=True)
+            return 1
+        if not any(map(_failed, self._returncodes())):
+            return EXIT_PREEMPTED if EXIT_PREEMPTED in self._returncodes() else 0
+        left = self._await_the_others()
+        fallen = self._fallen(store, left)
+        if self.asked and all(each.returncode == -signal.SIGTERM for each in fallen):  # they did not listen yet
+            self._settle(State.PREEMPTED, "stopped before training began")
+            return 0
+        reason, lost = root_cause(fallen, left, out_of_memory=out_of_memory_kills() > killed_before)
+        self._fail(reason + (" when it was asked to stop" if self.asked and lost else ""), worker_lost=lost)
+        return 1
+
+    def _follow(self, watch: _Watch) -> str | None:
+        """Until all have ended or one has failed; or why nobody gets on any more."""
+        while True:
+            returncodes = self._returncodes()
+            if any(map(_failed, returncodes)) or None not in returncodes:
+                return None
+            if (hanging := watch.look([rank for rank, code in enumerate(returncodes) if code is None])) is not None:
+                return hanging
+            time.sleep(0.1)
+
+    def _await_the_others(self) -> list[int]:
+        """To end by themselves. Those that do not, which are killed."""
+        deadline = time.monotonic() + FAILURE_GRACE
+        while None in self._returncodes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = [rank for rank, code in enumerate(self._returncodes()) if code is None]
+        self._kill()
+        return left
+
+    def _fallen(self, store: TCPStore, left: Sequence[int]) -> list[Fallen]:
+        """Whom we killed is no reason, but what it said may be."""
+        fallen = []
+        for rank, code in enumerate(self._returncodes()):
+            key = f"failure/{rank}"
+            number, reason = json.loads(store.get(key)) if store.check([key]) else (0, None)
+            code = 0 if rank in left or not _failed(code) else code
+            if code or reason:
+                fallen.append(Fallen(rank, code or 0, reason, number))
+        return fallen
+
+    def _returncodes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+    def ask_to_stop(self, *args: Any) -> None:
+        self.asked = True
+        self._signal(signal.SIGTERM)
+
+    def _show_stacks(self) -> None:
+        """Where each rank is, in the run's log. One that is stopped goes on for as long as that takes."""
+        for rank, process in enumerate(self.processes):
+            if process.poll() is None:
+                print(f"Rank {rank}, process {process.pid}, is at:", file=sys.stderr, flush=True)
+                os.kill(process.pid, signal.SIGUSR2)
+                os.kill(process.pid, signal.SIGCONT)
+                time.sleep(STACK_SECONDS)
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        while None in self._returncodes():
+            time.sleep(0.05)
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.kill(process.pid, number)
+
+    def _fail(self, reason: str, **more: Any) -> None:
+        self._settle(State.FAILED, reason, **more)
+
+    def _settle(self, state: State, reason: str, **more: Any) -> None:
+        if self.folder.status().get("state") == State.RUNNING:
+            self.folder.update_status(state=state, reason=reason, end=now(), **more)
+
+
+def _failed(returncode: int | None) -> bool:
+    """Of a rank that has ended: in any other way but well, or asked to stop."""
+    return returncode not in (None, 0, EXIT_PREEMPTED)
+
+
+class _Watch:
+    """Whether any rank gets on, by what they say of themselves."""
+
+    def __init__(self, store: TCPStore, size: int, timeout_minutes: float) -> None:
+        self.store = store
+        self.timeout_minutes = timeout_minutes
+        self.last_progress = self.last_look = time.monotonic()
+        self.heard = [(0, "", False)] * size
+        self.heard_at = [time.monotonic()] * size
+
+    def look(self, running: Sequence[int]) -> str | None:
+        """The reason why the run has to end, if it has; some times a second at most."""
+        moment = time.monotonic()
+        if moment - self.last_look < 0.5:
+            return None
+        self.last_look = moment
+        for rank in running:
+            self._hear(rank, moment)
+        if moment - self.last_progress < self.timeout_minutes * 60:
+            return None
+        return who_hangs(
+            [Beat(rank, moment - self.heard_at[rank], self.heard[rank][2]) for rank in running], self.timeout_minutes
+        )
+
+    def _hear(self, rank: int, moment: float) -> None:
+        key = f"beat/{rank}"
+        if not self.store.check([key]):
+            return
+        number, progress, waits = json.loads(self.store.get(key))
+        before, self.heard[rank] = self.heard[rank], (number, progress, waits)
+        if number != before[0]:
+            self.heard_at[rank] = moment
+        if progress != before[1]:
+            self.last_progress = moment
+
+
+def _open_store() -> TCPStore:
+    """For the ranks to find each other, and to report to this process. Without MASTER_PORT the system picks the port,
+    so it cannot be taken.
+
+    Raises:
+        RuntimeError: MASTER_PORT is taken.
+    """
+    from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
+
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    except DistNetworkError as error:
+        raise RuntimeError(
+            f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
+        ) from error
+
+
+def _environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "qwen_cl",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        GROUP: f"127.0.0.1:{port}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
