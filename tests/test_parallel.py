@@ -71,7 +71,7 @@ def _training(folder: Path, method: str, layout: str, last_step: int, before: Pa
     overrides += ["task.sample_prompts=0", "model.verify=none", "lr=2e-3"]
     folder.mkdir()
     write_worker_inputs(make_plan(composed(*overrides)), RunFolder(folder))
-    return Training(folder, last_step, before, saves=last_step < STEPS)
+    return Training(folder, last_step, before, saves="moved" in folder.name)
 
 
 def _records(folder: Path) -> list[dict[str, float]]:
