@@ -39,18 +39,20 @@ def main(trainings: list[Training]) -> None:
 
 def _open_store() -> Any:
     """For every group that these ranks form one after another: each would else open the same port again."""
-    import torch
+    import torch.distributed as distributed
 
     if os.environ["WORLD_SIZE"] == "1":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
+    place: Any = distributed
+    return place.TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
 
 
 def _of_one_group(store: Any, number: int) -> Any:
-    from torch.distributed import PrefixStore
+    import torch.distributed as distributed
 
-    return None if store is None else PrefixStore(str(number), store)
+    place: Any = distributed
+    return None if store is None else place.PrefixStore(str(number), store)
 
 
 def _train(training: Training, store: Any) -> None:
