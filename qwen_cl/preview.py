@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
-from qwen_cl.config.schema import SlurmConfig
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
@@ -35,10 +35,10 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
     report = [] if plan.data_report is None else summary(plan.data_report)
     print_facts([*_facts(plan), *report, *_memory(plan)], console)
     if isinstance(plan.config.cluster, SlurmConfig):
-        from qwen_cl.slurm import render_script
+        from qwen_cl.cluster.script import render_script
 
         console.print("\nsbatch script", style="bold")
-        print(render_script(plan.config.cluster, plan.config.model, folder))
+        print(render_script(plan.config.cluster, plan.config, [folder]))
     console.print("\nrecipe", style="bold")
     sys.stdout.flush()
     _print_recipe(plan, folder)

@@ -12,9 +12,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.rules import override_key, quoted
-from qwen_cl.config.schema import LoraConfig, RunConfig, SlurmConfig
+from qwen_cl.config.schema import LoraConfig, RunConfig
 from qwen_cl.config.stages import MODEL, ContinualConfig, StageConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.plan import Plan, make_plan

@@ -12,11 +12,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.file import to_plain
 from qwen_cl.config.rules import override_key
-from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
 

@@ -22,8 +22,16 @@ from qwen_cl.view import MetricsTail
 
 WAITING = "waiting"
 RUNNING = State.RUNNING.value
-STYLES = {WAITING: "dim", RUNNING: "cyan", "COMPLETED": "green", "FAILED": "red", "PREEMPTED": "yellow"}
-BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", WAITING, "COMPLETED")
+SUBMITTED = State.SUBMITTED.value
+STYLES = {
+    WAITING: "dim",
+    SUBMITTED: "dim",
+    RUNNING: "cyan",
+    "COMPLETED": "green",
+    "FAILED": "red",
+    "PREEMPTED": "yellow",
+}
+BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", SUBMITTED, WAITING, "COMPLETED")
 """Which lines stay where the terminal is too low for all."""
 
 
