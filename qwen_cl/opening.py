@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
-from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.data.corpus.target import save_target
 from qwen_cl.data.report_text import report_page
 from qwen_cl.estimate import batch_of, estimate_memory
@@ -23,15 +22,10 @@ from qwen_cl.source.small_files import copy_small_files
 
 
 def ready(plan: Plan) -> Plan:
-    """Everything is here that the run reads: raw text is tokenised, the weights are fetched, and what the model itself
-    has to write is written. Raises UserError."""
+    """Everything is here that the run reads: raw text is tokenised, the weights are fetched. Raises UserError."""
     if isinstance(plan.config.data, TextDataConfig):
         plan = with_text(plan, plan.config.data)
     fetch_weights(plan)
-    if isinstance(plan.config.replay, GeneratedReplayConfig):
-        from qwen_cl.inference.self_replay import with_sampled_text
-
-        plan = replace(plan, config=with_sampled_text(plan.config, plan.config.replay))
     return plan
 
 

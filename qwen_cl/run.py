@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -10,12 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from qwen_cl.cluster.follow import follow, later
-from qwen_cl.cluster.slurm import SlurmSilent
 from qwen_cl.cluster.submission import submit
 from qwen_cl.cluster.truth import require_no_job
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.clusters import SlurmConfig
-from qwen_cl.config.errors import RunFailed
+from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.job import JobConfig
 from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.schema import RunConfig
@@ -50,6 +50,10 @@ def run(config: object) -> None:
         return
     require_no_job(folder)
     plan = ready(plan)
+    if isinstance(plan.config.replay, GeneratedReplayConfig):
+        from qwen_cl.inference.self_replay import with_sampled_text
+
+        plan = replace(plan, config=with_sampled_text(plan.config, plan.config.replay))
     if isinstance(plan.config.cluster, SlurmConfig):
         _submit(plan, plan.config.cluster, folder)
     else:
@@ -110,15 +114,12 @@ def _start(plan: Plan, folder: RunFolder) -> None:
 
 def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder) -> None:
     console = Console()
-    try:
-        with folder.claim():
-            (number,) = submit(cluster, plan.config, [folder], lambda: open_run(plan, folder))
-        _print_plan(plan, folder, console)
-        console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
-        if cluster.follow:
-            follow(folder, console)
-    except SlurmSilent as error:
-        raise RunFailed(f"Slurm does not answer: {error}") from error
+    with folder.claim():
+        (number,) = submit(cluster, plan.config, [folder], lambda: open_run(plan, folder))
+    _print_plan(plan, folder, console)
+    console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
+    if cluster.follow:
+        follow(folder, console)
 
 
 def _print_plan(plan: Plan, folder: RunFolder, console: Console) -> None:

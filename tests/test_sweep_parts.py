@@ -178,7 +178,7 @@ def test_gpus_are_shared_out(
     options: dict[str, Any], devices: int, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5", "6", "7"])  # of a machine that this one is not
-    found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+    found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
     assert [slot.gpus for slot in found] == expected
     shared = options.get("trials_per_gpu", 1)
     assert {slot.cost for slot in found} == {len(expected[0]) / shared}
@@ -199,14 +199,14 @@ def test_gpus_that_are_not_there_are_refused(
 ) -> None:
     monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5"])
     with pytest.raises(UserError, match=message):
-        slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+        slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(slots, "cpu_cores", lambda: 8)
-    assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)])) == 4
-    two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)])
+    assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)], 9)) == 4
+    two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)], 9)
     assert len(two) == 2
     assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4"}
     assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {"OMP_NUM_THREADS": "2"}

@@ -123,7 +123,9 @@ def _plan(config: RunConfig, start: Stage | None) -> Plan:
     if not isinstance(config.task, TrainingConfig):
         raise UserError("a stage trains: task=pretrain or task=finetune")
     if isinstance(config.cluster, SlurmConfig):
-        raise UserError("cluster=slurm cannot submit yet; run the chain on this machine")
+        raise UserError(
+            "cluster=slurm submits runs and sweeps, and no chain; run it on one machine, with cluster=local"
+        )
     while start is not None:
         config = replace(config, model=start.config.model)
         start = start.start

@@ -22,14 +22,16 @@ EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
 
 
 def start(folder: RunFolder) -> int:
-    """Prints a port that is free on this node, which is the first rank's."""
+    """Prints where the ranks meet: this node, which is the first rank's, by the address that Slurm has for it, and a
+    port that is free here. A name that only Slurm knows would leave them waiting for half an hour."""
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
     job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts(), "start": now()}
     folder.update_status(
         state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
     )
+    address = os.environ.get("MASTER_ADDR") or slurm.address_of(os.environ["SLURMD_NODENAME"])
     with socket.create_server(("", 0)) as server:
-        print(server.getsockname()[1])
+        print(f"{address}:{server.getsockname()[1]}")
     return 0
 
 

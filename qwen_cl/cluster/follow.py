@@ -75,7 +75,7 @@ class _Queue:
         try:
             job = refresh(self.folder)
         except SlurmSilent as error:
-            self._say(f"Slurm does not answer: {error}")
+            self._say(str(error))
         else:
             self.is_over = job is None
             if job is not None and job.state not in WITH_PROGRESS:

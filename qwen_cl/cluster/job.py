@@ -11,9 +11,9 @@ from rich.console import Console
 
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.follow import follow
-from qwen_cl.cluster.slurm import Job, SlurmSilent
-from qwen_cl.cluster.truth import CANCELLED, refresh
-from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.cluster.slurm import Job
+from qwen_cl.cluster.truth import CANCELLED, ask_to_end, refresh
+from qwen_cl.config.errors import UserError
 from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.run_folder import RunFolder
@@ -32,15 +32,12 @@ def act(task: JobConfig, overrides: Sequence[str]) -> None:
         _print_logs(folder)
         return
     console = Console()
-    try:
-        if task.action is JobAction.follow:
-            follow(folder, console)
-        elif task.action is JobAction.cancel:
-            _cancel(folder, console)
-        else:
-            _print_status(folder, console)
-    except SlurmSilent as error:
-        raise RunFailed(f"Slurm does not answer: {error}; {folder.status_file} has what the run said last") from error
+    if task.action is JobAction.follow:
+        follow(folder, console)
+    elif task.action is JobAction.cancel:
+        _cancel(folder, console)
+    else:
+        _print_status(folder, console)
 
 
 def _find(directory: str) -> RunFolder:
@@ -82,11 +79,8 @@ def _cancel(folder: RunFolder, console: Console) -> None:
 
 
 def _end(folder: RunFolder, job: Job) -> str:
-    """One that runs is asked first: Slurm would give it seconds to save."""
-    mark = folder.directory / CANCELLED
-    if job.state == "RUNNING" and not mark.exists():
-        mark.touch()
-        slurm.signal_steps(job.id, "TERM")
+    if job.state == "RUNNING" and not (folder.directory / CANCELLED).exists():
+        ask_to_end(folder, job.id)
         return f"job {job.id} saves a checkpoint and ends. Again to end it at once."
     slurm.cancel(job.id)
     return f"job {job.id} is cancelled"

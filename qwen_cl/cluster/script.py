@@ -52,8 +52,10 @@ def render_script(
 
 
 def submitting_environment(cluster: SlurmConfig) -> dict[str, str]:
-    """What sbatch passes on. Its own variables would count for more than the script's options."""
+    """What sbatch passes on. Its own variables would count for more than the script's options, and where the ranks meet
+    is not for this machine to say."""
     said = {f"SBATCH_{key.replace('-', '_').upper()}" for key in _flags(cluster, "", Path())}
+    said |= {"MASTER_ADDR", "MASTER_PORT"}
     return {name: value for name, value in inherited_environment().items() if name not in said}
 
 

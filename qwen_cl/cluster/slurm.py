@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qwen_cl.config.errors import UserError
+from qwen_cl.config.errors import RunFailed, UserError
 
 ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
@@ -16,8 +16,11 @@ ENDED = (
 UNKNOWN_JOB = "Invalid job id specified"
 
 
-class SlurmSilent(Exception):
-    """The controller does not answer: nothing is known, which is not the same as that a job is gone."""
+class SlurmSilent(RunFailed):
+    """Nothing is known, which is not the same as that a job is gone."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(f"Slurm does not answer: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,12 @@ def may_requeue(job: str) -> bool:
 
 def requeue(job: str) -> None:
     _run("scontrol", "requeue", job)
+
+
+def address_of(node: str) -> str:
+    """The one at which Slurm reaches it; its name where it has no other."""
+    described = _run("scontrol", "--oneliner", "show", "node", node)
+    return next((word.partition("=")[2] for word in described.split() if word.startswith("NodeAddr=")), node)
 
 
 def _run(*command: str) -> str:

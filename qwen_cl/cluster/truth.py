@@ -55,6 +55,12 @@ def settle(folder: RunFolder, number: str, job: Job | None) -> None:
     folder.update_status(state=State.FAILED, reason=reason, end=now(), worker_lost=state not in THEIR_OWN)
 
 
+def ask_to_end(folder: RunFolder, number: str) -> None:
+    """A run that goes saves a checkpoint, and does not go back into the queue. Slurm alone would give it seconds."""
+    (folder.directory / CANCELLED).touch()
+    slurm.signal_steps(number, "TERM")
+
+
 def require_no_job(folder: RunFolder) -> None:
     """Before a run starts in the folder.
 
@@ -65,8 +71,8 @@ def require_no_job(folder: RunFolder) -> None:
         job = refresh(folder)
     except slurm.SlurmSilent as error:
         raise UserError(
-            f"hydra.run.dir ({folder.directory}) was submitted to Slurm, which does not say what became of it "
-            f"({error}); choose another folder, or wait"
+            f"hydra.run.dir ({folder.directory}) was submitted, and nobody says what became of it ({error}); choose "
+            "another folder, or wait"
         ) from error
     if job is not None:
         raise UserError(

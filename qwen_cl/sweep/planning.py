@@ -12,7 +12,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.file import to_plain
@@ -96,5 +95,3 @@ def _refuse_what_is_no_trial(config: RunConfig) -> None:
             "a trial trains: task=finetune or task=pretrain; add hydra/launcher=basic to run other tasks one after "
             "another, without a comparison"
         )
-    if isinstance(config.cluster, SlurmConfig):
-        raise UserError("cluster=slurm cannot submit yet; run the sweep on this machine with cluster=local")

@@ -68,6 +68,10 @@ class Trial:
         if record and not self.differing.items() <= record["differing"].items():
             write_json({**record, "differing": {**record["differing"], **self.differing}}, self.record_file)
 
+    def count_from(self, at: float) -> None:
+        """What was before ``at`` it only waited; seconds since the epoch."""
+        write_json({**self.record(), "started": at}, self.record_file)
+
     def end(self, at: float) -> None:
         """Count what it took, if nobody has; ``at`` is seconds since the epoch."""
         record = self.record()
