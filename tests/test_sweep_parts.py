@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError, explain
-from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
+from qwen_cl.config.schema import Accelerator, ClusterConfig, LocalConfig, Precision
 from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.plan import Plan
@@ -153,7 +155,13 @@ def test_a_folder_name_needs_no_quotes() -> None:
 
 
 def launcher(**options: Any) -> LauncherConfig:
-    values: dict[str, Any] = {"gpus": None, "gpus_per_trial": None, "trials_per_gpu": 1, "cpu_slots": None}
+    values: dict[str, Any] = {
+        "gpus": None,
+        "gpus_per_trial": None,
+        "trials_per_gpu": 1,
+        "cpu_slots": None,
+        "jobs": None,
+    }
     return LauncherConfig(**{**values, "max_retries": 0, "fail_fast": False, **options})
 
 
@@ -200,6 +208,33 @@ def test_gpus_that_are_not_there_are_refused(
     monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5"])
     with pytest.raises(UserError, match=message):
         slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
+
+
+def slurm(devices: int, nodes: int = 1) -> SlurmConfig:
+    overrides = ["cluster=slurm", f"cluster.devices={devices}", f"cluster.nodes={nodes}"]
+    return cast(SlurmConfig, OmegaConf.to_object(compose("config", overrides).cluster))
+
+
+def test_a_cluster_takes_all_trials_or_as_many_as_are_said() -> None:
+    all_of_them = slots.make_slots(launcher(), [slurm(1), slurm(2, nodes=2)], 9)
+    assert [(slot.gpus, slot.cost) for slot in all_of_them] == [((), 4)] * 9
+    assert len(slots.make_slots(launcher(jobs=3), [slurm(1)], 9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "clusters", "message"),
+    [
+        ({"gpus": ["0"]}, [slurm(1)], r"^hydra.launcher.gpus \(0\) would change nothing: the trials are Slurm's"),
+        ({"cpu_slots": 2}, [slurm(1)], r"^hydra.launcher.cpu_slots \(2\) would change nothing: the trials are Slurm's"),
+        ({"jobs": 2}, [cluster(Accelerator.cpu)], r"^hydra.launcher.jobs \(2\) would change nothing on this machine"),
+        ({}, [cluster(Accelerator.cpu), slurm(1)], "^cluster=local,slurm: the trials of a sweep run here or there"),
+    ],
+)
+def test_slots_that_are_not_the_clusters_are_refused(
+    options: dict[str, Any], clusters: list[ClusterConfig], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        slots.make_slots(launcher(**options), clusters, 9)
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.reference import is_hub_reference
 
 SCRIPT = "job.sh"
-"""In the folder of a run, or of a sweep: what was submitted."""
+"""In the folder of a run: what was submitted. A sweep's has one for each job or array, by its number."""
 
 
 def render_script(
@@ -55,7 +55,7 @@ def submitting_environment(cluster: SlurmConfig) -> dict[str, str]:
     """What sbatch passes on. Its own variables would count for more than the script's options, and where the ranks meet
     is not for this machine to say."""
     said = {f"SBATCH_{key.replace('-', '_').upper()}" for key in _flags(cluster, "", Path())}
-    said |= {"MASTER_ADDR", "MASTER_PORT"}
+    said |= {"SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX", "MASTER_ADDR", "MASTER_PORT"}
     return {name: value for name, value in inherited_environment().items() if name not in said}
 
 

@@ -32,7 +32,9 @@ def submit(
     numbers = [number] if len(folders) == 1 else [f"{number}_{index}" for index in range(len(folders))]
     try:
         write()
-        (folders[0].directory if sweep is None else sweep).joinpath(SCRIPT).write_text(script, encoding="utf-8")
+        (folders[0].directory / SCRIPT if sweep is None else sweep / f"job-{number}.sh").write_text(
+            script, encoding="utf-8"
+        )
         for folder, own in zip(folders, numbers):
             (folder.directory / CANCELLED).unlink(missing_ok=True)
             folder.update_status(

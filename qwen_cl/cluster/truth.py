@@ -46,7 +46,7 @@ def settle(folder: RunFolder, number: str, job: Job | None) -> None:
     if job_of(status) != number or status["state"] not in OPEN:
         return
     state = "forgotten" if job is None else job.state
-    how = f"job {number} is {state}" if job is None else str(job)
+    how = f"job {number}: {state}" if job is None or state == "CANCELLED" else str(job)  # it was why it waited
     if status["state"] == State.SUBMITTED and state == "CANCELLED":
         folder.update_status(state=State.PREEMPTED, reason=f"{how}, before it started", end=now())
         return
