@@ -23,7 +23,7 @@ from rich.console import Console
 
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError, explain
-from qwen_cl.config.schema import Accelerator, ClusterConfig, LocalConfig, Precision
+from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
 from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.plan import Plan
@@ -155,14 +155,9 @@ def test_a_folder_name_needs_no_quotes() -> None:
 
 
 def launcher(**options: Any) -> LauncherConfig:
-    values: dict[str, Any] = {
-        "gpus": None,
-        "gpus_per_trial": None,
-        "trials_per_gpu": 1,
-        "cpu_slots": None,
-        "jobs": None,
-    }
-    return LauncherConfig(**{**values, "max_retries": 0, "fail_fast": False, **options})
+    values: dict[str, Any] = {"gpus": None, "gpus_per_trial": None, "trials_per_gpu": 1, "cpu_slots": None}
+    values |= {"jobs": None, "max_retries": 0, "fail_fast": False}
+    return LauncherConfig(**{**values, **options})
 
 
 def cluster(accelerator: Accelerator, devices: int = 1) -> LocalConfig:
@@ -224,17 +219,18 @@ def test_a_cluster_takes_all_trials_or_as_many_as_are_said() -> None:
 @pytest.mark.parametrize(
     ("options", "clusters", "message"),
     [
-        ({"gpus": ["0"]}, [slurm(1)], r"^hydra.launcher.gpus \(0\) would change nothing: the trials are Slurm's"),
-        ({"cpu_slots": 2}, [slurm(1)], r"^hydra.launcher.cpu_slots \(2\) would change nothing: the trials are Slurm's"),
-        ({"jobs": 2}, [cluster(Accelerator.cpu)], r"^hydra.launcher.jobs \(2\) would change nothing on this machine"),
-        ({}, [cluster(Accelerator.cpu), slurm(1)], "^cluster=local,slurm: the trials of a sweep run here or there"),
+        ({"gpus": ["0"]}, ["slurm"], r"^hydra.launcher.gpus \(0\) would change nothing: the trials are Slurm's"),
+        ({"cpu_slots": 2}, ["slurm"], r"^hydra.launcher.cpu_slots \(2\) would change nothing: the trials are Slurm's"),
+        ({"jobs": 2}, ["local"], r"^hydra.launcher.jobs \(2\) would change nothing on this machine"),
+        ({}, ["local", "slurm"], "^cluster=local,slurm: the trials of a sweep run here or there"),
     ],
 )
 def test_slots_that_are_not_the_clusters_are_refused(
-    options: dict[str, Any], clusters: list[ClusterConfig], message: str
+    options: dict[str, Any], clusters: list[str], message: str
 ) -> None:
+    chosen = [slurm(1) if name == "slurm" else cluster(Accelerator.cpu) for name in clusters]
     with pytest.raises(UserError, match=message):
-        slots.make_slots(launcher(**options), clusters, 9)
+        slots.make_slots(launcher(**options), chosen, 9)
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

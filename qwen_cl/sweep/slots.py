@@ -51,7 +51,7 @@ def _job_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: 
         value = getattr(config, key)
         if value is not None:
             raise UserError(
-                f"hydra.launcher.{key} ({value}) would change nothing: the trials are Slurm's; see cluster.devices and "
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials are Slurm's; see cluster.devices and "
                 "hydra.launcher.jobs"
             )
     gpus = max(cluster.world_size if cluster.accelerator is Accelerator.gpu else 0 for cluster in clusters)
@@ -101,11 +101,14 @@ def _chosen(gpus: Sequence[str]) -> list[str]:
 def _cpu_slots(config: LauncherConfig) -> list[Slot]:
     for key, value in (("gpus", config.gpus), ("gpus_per_trial", config.gpus_per_trial)):
         if value is not None:
-            shown = value if isinstance(value, int) else ", ".join(value)
             raise UserError(
-                f"hydra.launcher.{key} ({shown}) would change nothing: the trials run on the CPU; remove it, or see "
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials run on the CPU; remove it, or see "
                 "cluster.accelerator"
             )
     cores = cpu_cores()
     count = config.cpu_slots if config.cpu_slots is not None else max(1, cores // 2)
     return [Slot((), 0.0, max(1, cores // count))] * count
+
+
+def _shown(value: int | list[str]) -> str:
+    return str(value) if isinstance(value, int) else ", ".join(value)
