@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
-from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
@@ -39,6 +40,12 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
 
         console.print("\nsbatch script", style="bold")
         print(render_script(plan.config.cluster, plan.config, [folder]))
+    if isinstance(plan.config.cluster, ContainerConfig):
+        from qwen_cl.cluster.containers import render_container
+
+        kind, text = render_container(plan.config, folder, list(HydraConfig.get().overrides.task))
+        console.print(f"\n{kind}", style="bold")
+        print(text)
     console.print("\nrecipe", style="bold")
     sys.stdout.flush()
     _print_recipe(plan, folder)

@@ -14,7 +14,8 @@ from qwen_cl.cluster.follow import follow, later
 from qwen_cl.cluster.submission import submit
 from qwen_cl.cluster.truth import require_no_job
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
-from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
+from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.job import JobConfig
 from qwen_cl.config.report import ReportConfig
@@ -48,6 +49,9 @@ def run(config: object) -> None:
 
         print_plan(plan, folder)
         return
+    if isinstance(plan.config.cluster, ContainerConfig):
+        name = HydraConfig.get().runtime.choices.cluster
+        raise UserError(f"cluster={name} is not submitted from here; dry_run=true shows what to submit")
     require_no_job(folder)
     plan = ready(plan)
     if isinstance(plan.config.replay, GeneratedReplayConfig):

@@ -33,6 +33,7 @@ STAGE: dict[str, Any] = {"start_from": None, "overrides": [], "teaches": []}
 MANDATORY: dict[str, Any] = {
     "model.source": "/models/mine",
     "data.path": "/data/train.jsonl",
+    "cluster.image": "nemo:25.07",
     "task.run": "/outputs/run",
     "task.stages": [{"name": "only", **STAGE}],
     "replay.sets": {"english": "/data/old.jsonl"},

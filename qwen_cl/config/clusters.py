@@ -96,6 +96,52 @@ class SlurmConfig(NodesConfig):
         NodesConfig.__post_init__(self)
 
 
+@dataclass(kw_only=True, slots=True)
+class ContainerConfig(ClusterConfig):
+    """One machine that is somebody else's, by a container's image. Described by a dry run; not submitted."""
+
+    image: str
+
+    def __post_init__(self) -> None:
+        if self.accelerator is Accelerator.auto:
+            raise UserError("cluster.accelerator (auto) cannot be found out from here; write gpu or cpu")
+        if not self.image.strip():
+            raise UserError("cluster.image is empty; name an image that has what pyproject.toml asks for")
+        ClusterConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class DockerConfig(ContainerConfig):
+    mounts: list[str]
+    """``SOURCE:TARGET[:ro]``, beside those that a run needs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KubernetesConfig(ContainerConfig):
+    namespace: str
+    runtime: str
+    """Name of the ClusterTrainingRuntime, of Kubeflow's trainer."""
+    checkout: str
+    """Where this repository is in the image or the volume."""
+    volume_claim: str | None
+    """PersistentVolumeClaim for what the run leaves; None for none."""
+    volume_path: str
+    """Where the volume is in the container."""
+    secret: str | None
+    """Kubernetes secret with keys named like the environment variables they become; None for none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SkypilotConfig(ContainerConfig):
+    infra: str | None
+    """Like ``aws/us-east-1`` or ``k8s/CONTEXT``; None for whatever is cheapest."""
+    gpu: str
+    """SkyPilot's name of the GPU."""
+    setup: str
+    """Shell lines, once, before the run."""
+    use_spot: bool
+
+
 def _require_option(name: str, value: str) -> None:
     key = f"cluster.options.{name}"
     if not SLURM_OPTION.fullmatch(name):

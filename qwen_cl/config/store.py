@@ -38,7 +38,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "generated_replay_schema": forgetting.GeneratedReplayConfig,
     },
     "retention": {"retention_schema": forgetting.RetentionConfig},
-    "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": clusters.SlurmConfig},
+    "cluster": {
+        "local_schema": schema.LocalConfig,
+        "slurm_schema": clusters.SlurmConfig,
+        "docker_schema": clusters.DockerConfig,
+        "kubernetes_schema": clusters.KubernetesConfig,
+        "skypilot_schema": clusters.SkypilotConfig,
+    },
 }
 
 

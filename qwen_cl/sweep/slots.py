@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, ClusterConfig
 from qwen_cl.config.sweep import LauncherConfig
@@ -36,6 +36,8 @@ def make_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: 
     Raises:
         UserError: there are fewer GPUs than a trial needs, or some are not there.
     """
+    if any(isinstance(cluster, ContainerConfig) for cluster in clusters):
+        raise UserError("a sweep runs with cluster=local or cluster=slurm; nothing else is submitted from here")
     if any(isinstance(cluster, SlurmConfig) for cluster in clusters):
         return _job_slots(config, clusters, jobs)
     if config.jobs is not None:
@@ -51,8 +53,8 @@ def _job_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: 
         value = getattr(config, key)
         if value is not None:
             raise UserError(
-                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials are Slurm's; see cluster.devices and "
-                "hydra.launcher.jobs"
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials are Slurm's; see "
+                "cluster.devices and hydra.launcher.jobs"
             )
     gpus = max(cluster.world_size if cluster.accelerator is Accelerator.gpu else 0 for cluster in clusters)
     return [Slot((), gpus, 0)] * (config.jobs or jobs)
@@ -102,8 +104,8 @@ def _cpu_slots(config: LauncherConfig) -> list[Slot]:
     for key, value in (("gpus", config.gpus), ("gpus_per_trial", config.gpus_per_trial)):
         if value is not None:
             raise UserError(
-                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials run on the CPU; remove it, or see "
-                "cluster.accelerator"
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials run on the CPU; remove it, "
+                "or see cluster.accelerator"
             )
     cores = cpu_cores()
     count = config.cpu_slots if config.cpu_slots is not None else max(1, cores // 2)
