@@ -50,7 +50,7 @@ def run(config: object) -> None:
         print_plan(plan, folder)
         return
     if isinstance(plan.config.cluster, ContainerConfig):
-        name = HydraConfig.get().runtime.choices.cluster
+        name = HydraConfig.get().runtime.choices["cluster"]
         raise UserError(f"cluster={name} is not submitted from here; dry_run=true shows what to submit")
     require_no_job(folder)
     plan = ready(plan)

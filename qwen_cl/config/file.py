@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
-OF_NO_CONSEQUENCE = ("name", "wandb.", "dry_run", "model.endpoint", "model.offline", "model.cache")
+OF_NO_CONSEQUENCE = (
+    "name",
+    "wandb.",
+    "dry_run",
+    "model.endpoint",
+    "model.offline",
+    "model.cache",
+    *(f"cluster.{name}" for name in ("account", "partition", "qos", "time", "setup", "container_", "options")),
+    *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow")),
+)
 """What a run's result does not depend on; each is the beginning of a key."""
 
 
