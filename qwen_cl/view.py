@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +26,13 @@ class MetricsTail:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._offset = 0
+        self._file = 0
 
     def new_records(self) -> list[dict[str, Any]]:
         try:
             with self.folder.metrics_file.open("rb") as stream:
+                if (file := os.fstat(stream.fileno()).st_ino) != self._file:  # a run that goes on has cut it
+                    self._file, self._offset = file, 0
                 stream.seek(self._offset)
                 whole, _, _ = stream.read().rpartition(b"\n")
         except FileNotFoundError:

@@ -21,6 +21,7 @@ from qwen_cl.cluster.job import act
 from qwen_cl.cluster.truth import refresh
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.job import JobAction, JobConfig
+from qwen_cl.config.rules import quoted
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT, launch
 from tests.slurm_cluster import slurm_cluster, why_not
@@ -47,10 +48,22 @@ def submit(directory: Path, *arguments: str) -> RunFolder:
     return done.folder
 
 
-def wait_until(holds: Callable[[], Any], folder: RunFolder) -> None:
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(holds: Callable[[], Any], folder: RunFolder, launcher: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + 200
     while not holds():
         said = folder.log.read_text()[-3000:] if folder.log.exists() else "nothing"
+        assert launcher is None or launcher.poll() is None, (launcher.communicate(), said)
         assert time.monotonic() < deadline, f"{folder.status()}\n{said}"
         time.sleep(0.1)
 
@@ -66,33 +79,27 @@ def steps(folder: RunFolder) -> list[int]:
 
 def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a run's/50% folder")
-    arguments = [*SMALL, "wandb.mode=offline", "cluster.nodes=2", "cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
-    arguments += ["task.max_steps=60", "task.val_check_interval=60", "cluster.max_requeues=1"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{folder.directory}'", *arguments, *SUBMIT],
-        cwd=tmp_path,
-        env={**os.environ, **CANARIES, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_until(lambda: folder.status().get("step", 0) >= 2, folder)
+    arguments = [*SMALL, *SUBMIT, "wandb.mode=offline", "cluster.nodes=2", "cluster.max_requeues=1"]
+    arguments += ["task.max_steps=30", "task.val_check_interval=30", "cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
+    search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # cluster.setup is to find a Python
+    process = start(f"hydra.run.dir={quoted(str(folder.directory))}", *arguments, **CANARIES, PATH=search)
+    wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
     slurm.signal_steps(job(folder), "USR1")  # what Slurm sends before the time is up (--signal)
-    wait_until(lambda: folder.status()["state"] == "SUBMITTED", folder)
+    wait_until(lambda: folder.status()["state"] == "SUBMITTED", folder, process)
     stopped = folder.status()["step"]
-    assert 2 <= stopped < 60
+    assert 2 <= stopped < 30
     assert folder.status()["reason"] == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].state == "PENDING", folder)
     subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now"], check=True)  # Slurm waits minutes
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stderr, folder.log.read_text()[-3000:])
     status = folder.status()
-    assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", 60, 1)
+    assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", 30, 1)
     assert status["job"]["nodes"] == "n[1-2]"
     assert [entry["step"] for entry in status["resumed"]] == [stopped]
-    assert steps(folder) == list(range(1, 61))
+    assert steps(folder) == list(range(1, 31))
     assert f"submitted as job {job(folder)}. To follow it: python launch.py task=job" in stdout
-    assert "COMPLETED at step 60" in stdout
+    assert "COMPLETED at step 30" in stdout
     assert (folder.directory / "job.sh").read_text().count("#SBATCH --nodes=2") == 1
     assert_no_secret(tmp_path, stdout + stderr)
 
@@ -106,8 +113,18 @@ def assert_no_secret(directory: Path, said: str) -> None:
 
 
 def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = submit(tmp_path / "run", "cluster.options={begin: now+1hour}")
-    assert folder.status()["state"] == "SUBMITTED"
+    folder = RunFolder(tmp_path / "run")
+    follower = start(f"hydra.run.dir={folder.directory}", *SMALL, *SUBMIT, "cluster.options={begin: now+1hour}")
+    wait_until(lambda: folder.status().get("state") == "SUBMITTED", folder, follower)
+    assert follower.stdout is not None
+    said = ""
+    while "PENDING" not in said:
+        said += follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    _, stderr = follower.communicate(timeout=60)
+    assert follower.returncode == 130
+    assert f"The run goes on without us. To follow it: python launch.py task=job task.run={folder.directory}" in stderr
+    assert "Traceback" not in stderr
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].reason == "BeginTime", folder)
     act(JobConfig(run=str(folder.directory), action=JobAction.status), [])
     shown = capsys.readouterr().out
@@ -126,7 +143,7 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
         act(JobConfig(run=str(folder.directory), action=JobAction.cancel), [])
 
 
-def test_a_run_that_is_killed_or_loses_its_node_does_not_look_alive(
+def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two at a time, one on each node."""
@@ -134,13 +151,7 @@ def test_a_run_that_is_killed_or_loses_its_node_does_not_look_alive(
     lost = submit(tmp_path / "lost", "cluster.options={nodelist: n2}", "cluster.max_requeues=0")
     wait_until(lambda: lost.status()["state"] == "RUNNING", lost)
     wait_until(lambda: worker(killed), killed)
-    follower = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), "task=job", f"task.run={lost.directory}", "task.action=follow"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    follower = start("task=job", f"task.run={lost.directory}", "task.action=follow")
     found = worker(killed)
     assert found is not None
     found.kill()
@@ -149,6 +160,7 @@ def test_a_run_that_is_killed_or_loses_its_node_does_not_look_alive(
     assert (status["state"], status["reason"]) == ("FAILED", "a worker was killed by SIGKILL")
     assert status["worker_lost"] is True
 
+    cancelled = submit(tmp_path / "cancelled", "cluster.options={nodelist: n1}")
     for process in [*overseers(lost), *processes(lost)]:  # as when the node's power fails
         process.kill()
     down = ["scontrol", "update", "nodename=n2", "state=down", "reason=test"]
@@ -158,6 +170,12 @@ def test_a_run_that_is_killed_or_loses_its_node_does_not_look_alive(
     assert f"FAILED: job {job(lost)}: NODE_FAIL" in stderr
     assert (lost.status()["state"], lost.status()["worker_lost"]) == ("FAILED", True)
     subprocess.run([*down[:3], "state=resume"], check=False)  # it may be back by itself
+    wait_until(lambda: cancelled.status()["phase"] == "importing NeMo", cancelled)
+    act(JobConfig(run=str(cancelled.directory), action=JobAction.cancel), [])
+    assert f"job {job(cancelled)} saves a checkpoint and ends. Again to end it at once." in capsys.readouterr().out
+    wait_until(lambda: refresh(cancelled) is None, cancelled)
+    assert cancelled.status()["state"] == "PREEMPTED"  # and not back in the queue
+    assert "before training began" in cancelled.status()["reason"]
     act(JobConfig(run=str(killed.directory), action=JobAction.logs), [])
     assert capsys.readouterr().out == killed.log.read_text()
 

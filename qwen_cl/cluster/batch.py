@@ -38,7 +38,7 @@ def start(folder: RunFolder) -> int:
 def end(folder: RunFolder, returncode: int) -> int:
     """``returncode`` is srun's. The job's is 0 only for a run that says itself that it is COMPLETED."""
     if folder.status()["state"] == State.RUNNING:
-        folder.update_status(state=State.FAILED, reason=_how(returncode), end=now(), worker_lost=True)
+        _settle(folder, returncode)
     if folder.metrics_file.exists():
         title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status()['model_source']}"
         draw_report(read_metrics(folder), title, folder.report)
@@ -76,10 +76,15 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _how(returncode: int) -> str:
-    if returncode > 128:
-        return f"a worker was killed by {signal.Signals(returncode - 128).name}"
-    return f"the workers exited with {returncode}, and none said why"
+def _settle(folder: RunFolder, returncode: int) -> None:
+    """The last word for workers that ended without one."""
+    number = returncode - 128
+    if number in (signal.SIGTERM, signal.SIGUSR1):  # they were not listening yet
+        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
+        return
+    killed = number in set(signal.Signals)
+    how = f"a worker was killed by {signal.Signals(number).name}" if killed else f"the workers exited with {returncode}"
+    folder.update_status(state=State.FAILED, reason=how, end=now(), worker_lost=True)
 
 
 def main(action: str, directory: str, returncode: str = "0") -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 import time
 from datetime import datetime
@@ -11,10 +13,13 @@ from rich.console import Console
 from qwen_cl.cluster.slurm import SlurmSilent
 from qwen_cl.cluster.truth import refresh
 from qwen_cl.config.file import load_config
+from qwen_cl.config.rules import quoted
 from qwen_cl.execute import judge
 from qwen_cl.run_folder import OPEN, RunFolder
 from qwen_cl.view import ProgressView, print_result, wandb_notice
 
+PLAIN = re.compile(r"[\w./-]+")
+"""What neither the shell nor Hydra reads as anything else."""
 ASK_EVERY = 5
 """Seconds between questions to Slurm, which answers all users of a cluster; files are read more often."""
 WHEN_SPOKEN = 1
@@ -42,7 +47,9 @@ def follow(folder: RunFolder, console: Console) -> None:
 
 
 def later(folder: RunFolder) -> str:
-    command = f"python launch.py task=job task.run={folder.directory} task.action="
+    where = str(folder.directory)
+    named = f"task.run={where}" if PLAIN.fullmatch(where) else shlex.quote(f"task.run={quoted(where)}")
+    command = f"python launch.py task=job {named} task.action="
     return f"To follow it: {command}follow (or status, logs, cancel)"
 
 
