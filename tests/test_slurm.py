@@ -90,7 +90,7 @@ def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     assert 2 <= stopped < 30
     assert folder.status()["reason"] == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].state == "PENDING", folder)
-    subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now"], check=True)  # Slurm waits minutes
+    subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now+3"], check=True)  # else 2 minutes
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stderr, folder.log.read_text()[-3000:])
     status = folder.status()
