@@ -1,4 +1,4 @@
-"""What the batch script says of a run before and after its workers. No Slurm."""
+"""What a submitted run's folder says before and after its workers, and of what is no such folder. No Slurm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwen_cl.cluster.batch import main
+from qwen_cl.cluster.job import act
+from qwen_cl.cluster.truth import require_no_job
+from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
+from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import MetricsTail
 from tests.test_config import compose_run
@@ -94,3 +98,26 @@ def test_metrics_that_are_cut_while_somebody_looks_are_read_again(folder: RunFol
     folder.append_metrics({"step": 2, "train/loss": 1.0})
     assert [record["step"] for record in tail.new_records()] == [1, 2]
     assert tail.new_records() == []
+
+
+def test_a_folder_whose_job_nobody_knows_of_is_left_alone(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder.directory))
+    before = folder.status()
+    with pytest.raises(UserError, match=r"^hydra.run.dir \(.*\) was submitted, and nobody says what"):
+        require_no_job(folder)
+    assert folder.status() == before
+
+
+def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
+    def look(run: str, *overrides: str) -> None:
+        act(JobConfig(run=run, action=JobAction.status), overrides)
+
+    with pytest.raises(UserError, match=r"^task.run is empty; name the folder of a run"):
+        look(" ")
+    with pytest.raises(UserError, match=r"^task.run \(.*\) is not the folder of a run: it has no status.json"):
+        look(str(tmp_path))
+    RunFolder(tmp_path).update_status(state="COMPLETED")
+    with pytest.raises(UserError, match=r"^task.run \(.*\) is a run of this machine; task=job is for runs that were"):
+        look(str(tmp_path))
+    with pytest.raises(UserError, match=r"^lr=1 would change nothing: all about the run is in its folder; remove it$"):
+        look(str(tmp_path), "task=job", "lr=1")

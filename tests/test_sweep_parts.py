@@ -89,6 +89,19 @@ def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pyt
     assert lines[6].startswith("04-none-lr_0.0001 ")
 
 
+def test_a_sweep_on_slurm_shows_its_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "sweep"
+    lines = dry_run(directory, capsys, "cluster=slurm", "lr=1e-4,2e-4", "cluster.devices=1,2")
+    assert lines[0] == f"4 trials, 4 at a time in Slurm's queue, in {directory}"
+    arrays = [number for number, line in enumerate(lines) if line == "#SBATCH --array=0-1"]
+    tasks = [line.rpartition("=")[2] for line in lines if line.startswith("#SBATCH --ntasks-per-node=")]
+    assert tasks == ["1", "2"]
+    assert len(arrays) == 2
+    one = dry_run(directory, capsys, "cluster=slurm", "lr=1e-4,2e-4", "cluster.array=false")
+    assert [line for line in one if line.startswith("#SBATCH --array")] == []
+    assert len([line for line in one if line.startswith("directory=")]) == 2
+
+
 def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(tmp_path / "sweep", capsys, "lr=1e-4,0.0001,2e-4", "peft=lora")
     assert [line.split()[0] for line in lines] == ["2", "00-lr_0.0001", "01-lr_0.0002"]
@@ -118,6 +131,12 @@ def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureF
         (["hydra/sweeper=optuna", "lr=interval(-1,1)"], "trial lr=-1: lr (-1.0) must be above 0"),
         (["hydra/sweeper=optuna", "n_trials=3", "lr=1,2"], "n_trials: unknown key"),
         (["lr=interval(1e-5,1e-3)"], "lr=interval(1e-5,1e-3) has no end of values, for hydra/sweeper=grid; write"),
+        (
+            ["cluster=slurm", "replay=generated", "lr=1e-3,1e-4"],
+            "trial lr=0.001: replay=generated is written where the command is; for a sweep on a cluster write it once",
+        ),
+        (["cluster=docker", "cluster.image=i", "lr=1,2"], "a sweep runs with cluster=local or cluster=slurm; nothing"),
+        (["hydra.launcher.jobs=0"], "hydra.launcher.jobs (0) must be at least 1"),
         (["hydra.launcher.cpu_slots=0"], "hydra.launcher.cpu_slots (0) must be at least 1"),
         (["hydra.launcher.gpus_per_trial=0"], "hydra.launcher.gpus_per_trial (0) must be at least 1"),
         (["hydra.launcher.trials_per_gpu=0"], "hydra.launcher.trials_per_gpu (0) must be at least 1"),

@@ -11,12 +11,11 @@ from omegaconf import OmegaConf
 
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.follow import ASK_EVERY
+from qwen_cl.cluster.script import render_script
 from qwen_cl.cluster.slurm import Job, SlurmSilent
 from qwen_cl.cluster.submission import submit
 from qwen_cl.cluster.truth import ask_to_end, refresh, settle
 from qwen_cl.config.clusters import SlurmConfig
-from qwen_cl.config.errors import UserError
-from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.execute import run_variables
 from qwen_cl.opening import open_run, ready
 from qwen_cl.plan import Plan
@@ -104,12 +103,15 @@ class JobStarter:
             numbers |= self._submit(group, {trial.name: slot.cost for trial, slot in batch})
         return [TrialJob(trial, slot, numbers[trial.name], self.queue) for trial, slot in batch]
 
+    def preview(self, trials: Sequence[Trial]) -> str:
+        return "\n".join(self._script(group) for group in _groups(trials))
+
+    def _script(self, trials: Sequence[Trial]) -> str:
+        config = trials[0].plan.config
+        assert isinstance(config.cluster, SlurmConfig)
+        return render_script(config.cluster, config, [trial.folder for trial in trials], self.directory)
+
     def _submit(self, trials: Sequence[Trial], costs: dict[str, float]) -> dict[str, str]:
-        if any(isinstance(trial.plan.config.replay, GeneratedReplayConfig) for trial in trials):
-            raise UserError(
-                "replay=generated is written by a run on this machine; for a sweep on a cluster run it once, and name "
-                "the file it wrote with replay=files"
-            )
         plans = [ready(trial.plan) for trial in trials]
         config = plans[0].config
         assert isinstance(config.cluster, SlurmConfig)

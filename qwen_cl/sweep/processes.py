@@ -40,6 +40,9 @@ class ProcessStarter:
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialProcess]:
         return [self._start(trial, slot) for trial, slot in batch]
 
+    def preview(self, trials: Sequence[Trial]) -> str:
+        return ""
+
     def _start(self, trial: Trial, slot: Slot) -> TrialProcess:
         before = trial.record()
         trial.folder.move_aside()

@@ -39,5 +39,8 @@ class Starter(Protocol):
     leaves: bool
     """Whether what it started goes on when the sweep is interrupted."""
 
+    def preview(self, trials: Sequence[Trial]) -> str:
+        """What a dry run shows of them, beside their names; nothing where there is nothing more."""
+
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> Sequence[Running]:
         """Start those that can start now, or find them where they run already."""

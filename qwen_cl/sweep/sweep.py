@@ -99,6 +99,8 @@ def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
         console.print(
             f"{trial.name:{width}}  {' '.join(trial.overrides)}", highlight=False, soft_wrap=True, markup=False
         )
+    if script := sweep.start.preview(trials):
+        print(f"\n{script}", end="")
 
 
 def hydra_arguments(master: DictConfig) -> list[str]:
