@@ -25,14 +25,13 @@ class MetricsTail:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._offset = 0
-        self._file = 0
+        self._offset, self._inode = 0, 0
 
     def new_records(self) -> list[dict[str, Any]]:
         try:
             with self.folder.metrics_file.open("rb") as stream:
-                if (file := os.fstat(stream.fileno()).st_ino) != self._file:  # a run that goes on has cut it
-                    self._file, self._offset = file, 0
+                if (inode := os.fstat(stream.fileno()).st_ino) != self._inode:  # cut back, by a run that went on
+                    self._inode, self._offset = inode, 0
                 stream.seek(self._offset)
                 whole, _, _ = stream.read().rpartition(b"\n")
         except FileNotFoundError:
