@@ -59,6 +59,8 @@ def pick_device(cluster: ClusterConfig) -> Device:
     Raises:
         UserError: no GPU where one is asked for, or fewer devices than asked for.
     """
+    if not isinstance(cluster, LocalConfig) and cluster.accelerator is Accelerator.cpu:
+        return Device(Accelerator.cpu, _precision(cluster, Precision.fp32), "CPU of the cluster", None)
     if not isinstance(cluster, LocalConfig):
         return Device(Accelerator.gpu, _precision(cluster, Precision.bf16), "GPU of the cluster", None)
     gpus = [] if cluster.accelerator is Accelerator.cpu else visible_gpus()

@@ -35,23 +35,41 @@ def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = {**inherited_environment(), **run_variables(config)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    if config.cluster.accelerator is Accelerator.cpu:
+        threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+def inherited_environment() -> dict[str, str]:
+    """Ours, without what is for this process alone."""
+    environment = {
+        name: value  # of a job that we may be in ourselves: the run is not its task
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
     for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # only the launcher asks the Hub
         environment.pop(token, None)
     for private in ("HYDRA_FULL_ERROR", "USE_TORCH", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):  # launch.py's own
         environment.pop(private, None)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched and pinned before, into this cache
-    environment["HF_HUB_CACHE"] = str(HubSettings.of(config.model).cache_directory)
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    environment["PYTHONUNBUFFERED"] = "1"
-    # What NeMo gives the group of all ranks as its timeout. The parent of the ranks, who can name one, speaks first.
-    environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = str(int(config.cluster.timeout_minutes * 60) + 60)
-    if config.cluster.accelerator is Accelerator.cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        threads = max(1, (os.cpu_count() or 1) // config.cluster.devices)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
     return environment
+
+
+def run_variables(config: RunConfig) -> dict[str, str]:
+    """What the processes of a run are told, wherever they are."""
+    variables = {
+        "HF_HUB_OFFLINE": "1",  # everything was fetched and pinned before, into this cache
+        "HF_HUB_CACHE": str(HubSettings.of(config.model).cache_directory),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # NeMo gives this to the group of all ranks as its timeout. Their parent, who can name one, speaks first.
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(config.cluster.timeout_minutes * 60) + 60),
+    }
+    if config.cluster.accelerator is Accelerator.cpu:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return variables
 
 
 def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
@@ -82,7 +100,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
     watch()
     if folder.status().get("state") == State.RUNNING:
         _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)
-    _judge(folder, interrupted=signal.SIGINT in asked[:1])
+    judge(folder, interrupted=signal.SIGINT in asked[:1])
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -159,7 +177,7 @@ def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: b
     folder.update_status(state=State.FAILED, reason=f"the worker was {how}{why}", end=now(), worker_lost=lost)
 
 
-def _judge(folder: RunFolder, *, interrupted: bool) -> None:
+def judge(folder: RunFolder, *, interrupted: bool = False) -> None:
     status = folder.status()
     if status["state"] == State.PREEMPTED:
         raise RunPreempted(

@@ -12,12 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
-from qwen_cl.config.schema import SlurmConfig
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
@@ -35,10 +36,16 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
     report = [] if plan.data_report is None else summary(plan.data_report)
     print_facts([*_facts(plan), *report, *_memory(plan)], console)
     if isinstance(plan.config.cluster, SlurmConfig):
-        from qwen_cl.slurm import render_script
+        from qwen_cl.cluster.script import render_script
 
         console.print("\nsbatch script", style="bold")
-        print(render_script(plan.config.cluster, plan.config.model, folder))
+        print(render_script(plan.config.cluster, plan.config, [folder]))
+    if isinstance(plan.config.cluster, ContainerConfig):
+        from qwen_cl.cluster.containers import render_container
+
+        kind, text = render_container(plan.config, folder, list(HydraConfig.get().overrides.task))
+        console.print(f"\n{kind}", style="bold")
+        print(text)
     console.print("\nrecipe", style="bold")
     sys.stdout.flush()
     _print_recipe(plan, folder)

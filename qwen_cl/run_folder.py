@@ -25,10 +25,16 @@ VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", 
 
 
 class State(str, enum.Enum):
+    SUBMITTED = "SUBMITTED"
+    """To a cluster, where it waits."""
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"
     PREEMPTED = "PREEMPTED"
+
+
+OPEN = (State.SUBMITTED, State.RUNNING)
+"""Somebody still has to say how it ended."""
 
 
 class RunFolder:

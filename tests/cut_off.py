@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 from qwen_cl.checkpoints.folder import partial_path
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
+from qwen_cl.opening import open_run
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.resume import Resumption
-from qwen_cl.run import open_run
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.ranks import Ended, run_ranks

@@ -33,19 +33,18 @@ STAGE: dict[str, Any] = {"start_from": None, "overrides": [], "teaches": []}
 MANDATORY: dict[str, Any] = {
     "model.source": "/models/mine",
     "data.path": "/data/train.jsonl",
+    "cluster.image": "nemo:25.07",
     "task.run": "/outputs/run",
     "task.stages": [{"name": "only", **STAGE}],
     "replay.sets": {"english": "/data/old.jsonl"},
     "retention.sets": {"english": "/data/english.jsonl"},
-    "cluster.account": "us",
-    "cluster.partition": "gpus",
 }
 # Eight devices do not share a batch of 16 in eights.
 BESIDE = {"cluster=slurm": ["task.global_batch_size=64"]}
 # Their line is explained by the one above it, or says all there is to say.
 WITHOUT_COMMENT = {
     "data/jsonl.yaml": ["completion_field", "text_field"],
-    "cluster/slurm.yaml": ["nodes", "accelerator"],
+    "cluster/slurm.yaml": ["nodes"],
 }
 
 

@@ -197,6 +197,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [stages("name: two", "overrides: [task=inspect]")],
         r"task\.stages\[1\] \(two\): a stage trains: task=pretrain or task=finetune",
     ),
+    "a cluster": (
+        [stages("name: two", "overrides: [cluster=slurm]")],
+        r"task\.stages\[1\] \(two\): a chain runs on one machine, with cluster=local; a cluster takes single runs",
+    ),
     "of the command": (
         [stages("name: two", "overrides: [hydra.run.dir=x]")],
         r"task\.stages\[1\] \(two\): hydra\.run\.dir=x is for the whole command; remove it from the stage",

@@ -54,7 +54,6 @@ def refuse(*arguments: str, directory: Path) -> str:
         ("peft.dropout=1.0", "peft.dropout (1.0) must be below 1"),
         ("peft.target_modules=[q_proj]", "must name one or more of linear_qkv"),
         ("hydra.run.dir=/proc/nope", "hydra.run.dir (/proc/nope) cannot be made"),
-        ("cluster=slurm cluster.devices=2 cluster.account=a cluster.partition=p", "cannot submit yet; dry_run=true"),
     ],
 )
 def test_config(arguments: str, message: str, tmp_path: Path) -> None:

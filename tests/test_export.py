@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_cl.execute import worker_environment
+from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
-from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder
 from tests import probe
 from tests.exporting import composed, run_export

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
-from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder
 from tests import parallel_probe
 from tests.exporting import composed

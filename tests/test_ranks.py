@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from qwen_cl.execute import worker_environment
+from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
 from qwen_cl.ranks import Group
-from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder, State
 from tests import faulty_rank
 from tests.conftest import ROOT

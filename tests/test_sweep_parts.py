@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError, explain
 from qwen_cl.config.schema import Accelerator, LocalConfig, Precision
 from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
@@ -87,6 +89,19 @@ def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pyt
     assert lines[6].startswith("04-none-lr_0.0001 ")
 
 
+def test_a_sweep_on_slurm_shows_its_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "sweep"
+    lines = dry_run(directory, capsys, "cluster=slurm", "lr=1e-4,2e-4", "cluster.devices=1,2")
+    assert lines[0] == f"4 trials, 4 at a time in Slurm's queue, in {directory}"
+    arrays = [number for number, line in enumerate(lines) if line == "#SBATCH --array=0-1"]
+    tasks = [line.rpartition("=")[2] for line in lines if line.startswith("#SBATCH --ntasks-per-node=")]
+    assert tasks == ["1", "2"]
+    assert len(arrays) == 2
+    one = dry_run(directory, capsys, "cluster=slurm", "lr=1e-4,2e-4", "cluster.array=false")
+    assert [line for line in one if line.startswith("#SBATCH --array")] == []
+    assert len([line for line in one if line.startswith("directory=")]) == 2
+
+
 def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(tmp_path / "sweep", capsys, "lr=1e-4,0.0001,2e-4", "peft=lora")
     assert [line.split()[0] for line in lines] == ["2", "00-lr_0.0001", "01-lr_0.0002"]
@@ -116,6 +131,12 @@ def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureF
         (["hydra/sweeper=optuna", "lr=interval(-1,1)"], "trial lr=-1: lr (-1.0) must be above 0"),
         (["hydra/sweeper=optuna", "n_trials=3", "lr=1,2"], "n_trials: unknown key"),
         (["lr=interval(1e-5,1e-3)"], "lr=interval(1e-5,1e-3) has no end of values, for hydra/sweeper=grid; write"),
+        (
+            ["cluster=slurm", "replay=generated", "lr=1e-3,1e-4"],
+            "trial lr=0.001: replay=generated is written where the command is; for a sweep on a cluster write it once",
+        ),
+        (["cluster=docker", "cluster.image=i", "lr=1,2"], "a sweep runs with cluster=local or cluster=slurm; nothing"),
+        (["hydra.launcher.jobs=0"], "hydra.launcher.jobs (0) must be at least 1"),
         (["hydra.launcher.cpu_slots=0"], "hydra.launcher.cpu_slots (0) must be at least 1"),
         (["hydra.launcher.gpus_per_trial=0"], "hydra.launcher.gpus_per_trial (0) must be at least 1"),
         (["hydra.launcher.trials_per_gpu=0"], "hydra.launcher.trials_per_gpu (0) must be at least 1"),
@@ -154,7 +175,8 @@ def test_a_folder_name_needs_no_quotes() -> None:
 
 def launcher(**options: Any) -> LauncherConfig:
     values: dict[str, Any] = {"gpus": None, "gpus_per_trial": None, "trials_per_gpu": 1, "cpu_slots": None}
-    return LauncherConfig(**{**values, "max_retries": 0, "fail_fast": False, **options})
+    values |= {"jobs": None, "max_retries": 0, "fail_fast": False}
+    return LauncherConfig(**{**values, **options})
 
 
 def cluster(accelerator: Accelerator, devices: int = 1) -> LocalConfig:
@@ -185,7 +207,7 @@ def test_gpus_are_shared_out(
     options: dict[str, Any], devices: int, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5", "6", "7"])  # of a machine that this one is not
-    found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+    found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
     assert [slot.gpus for slot in found] == expected
     shared = options.get("trials_per_gpu", 1)
     assert {slot.cost for slot in found} == {len(expected[0]) / shared}
@@ -206,14 +228,42 @@ def test_gpus_that_are_not_there_are_refused(
 ) -> None:
     monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5"])
     with pytest.raises(UserError, match=message):
-        slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)])
+        slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
+
+
+def slurm(devices: int, nodes: int = 1) -> SlurmConfig:
+    overrides = ["cluster=slurm", f"cluster.devices={devices}", f"cluster.nodes={nodes}"]
+    return cast(SlurmConfig, OmegaConf.to_object(compose("config", overrides).cluster))
+
+
+def test_a_cluster_takes_all_trials_or_as_many_as_are_said() -> None:
+    all_of_them = slots.make_slots(launcher(), [slurm(1), slurm(2, nodes=2)], 9)
+    assert [(slot.gpus, slot.cost) for slot in all_of_them] == [((), 4)] * 9
+    assert len(slots.make_slots(launcher(jobs=3), [slurm(1)], 9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "clusters", "message"),
+    [
+        ({"gpus": ["0"]}, ["slurm"], r"^hydra.launcher.gpus \(0\) would change nothing: the trials are Slurm's"),
+        ({"cpu_slots": 2}, ["slurm"], r"^hydra.launcher.cpu_slots \(2\) would change nothing: the trials are Slurm's"),
+        ({"jobs": 2}, ["local"], r"^hydra.launcher.jobs \(2\) would change nothing on this machine"),
+        ({}, ["local", "slurm"], "^cluster=local,slurm: the trials of a sweep run here or there"),
+    ],
+)
+def test_slots_that_are_not_the_clusters_are_refused(
+    options: dict[str, Any], clusters: list[str], message: str
+) -> None:
+    chosen = [slurm(1) if name == "slurm" else cluster(Accelerator.cpu) for name in clusters]
+    with pytest.raises(UserError, match=message):
+        slots.make_slots(launcher(**options), chosen, 9)
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(slots, "cpu_cores", lambda: 8)
-    assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)])) == 4
-    two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)])
+    assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)], 9)) == 4
+    two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)], 9)
     assert len(two) == 2
     assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4"}
     assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {"OMP_NUM_THREADS": "2"}

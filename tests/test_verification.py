@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
+from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
-from qwen_cl.run import write_worker_inputs
 from qwen_cl.run_folder import RunFolder, State
 from tests import verify_probe
 from tests.conftest import ROOT

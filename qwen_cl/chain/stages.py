@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.rules import override_key, quoted
-from qwen_cl.config.schema import LoraConfig, RunConfig, SlurmConfig
+from qwen_cl.config.schema import LocalConfig, LoraConfig, RunConfig
 from qwen_cl.config.stages import MODEL, ContinualConfig, StageConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.plan import Plan, make_plan
@@ -121,8 +121,8 @@ def _plan(config: RunConfig, start: Stage | None) -> Plan:
     tokenizer."""
     if not isinstance(config.task, TrainingConfig):
         raise UserError("a stage trains: task=pretrain or task=finetune")
-    if isinstance(config.cluster, SlurmConfig):
-        raise UserError("cluster=slurm cannot submit yet; run the chain on this machine")
+    if not isinstance(config.cluster, LocalConfig):
+        raise UserError("a chain runs on one machine, with cluster=local; a cluster takes single runs and sweeps")
     while start is not None:
         config = replace(config, model=start.config.model)
         start = start.start

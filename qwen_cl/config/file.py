@@ -16,7 +16,8 @@ from qwen_cl.config.store import GROUPS
 OF_NO_CONSEQUENCE = (
     *("name", "wandb.", "dry_run", "resume.", "task.max_time"),
     *("model.endpoint", "model.offline", "model.cache"),
-    "cluster.timeout_minutes",
+    *(f"cluster.{name}" for name in ("account", "partition", "qos", "time", "setup", "container_", "options")),
+    *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow", "timeout_minutes")),
 )
 """What a run's result does not depend on; each is the beginning of a key."""
 

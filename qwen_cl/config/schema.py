@@ -173,25 +173,6 @@ class LocalConfig(ClusterConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SlurmConfig(ClusterConfig):
-    account: str
-    partition: str
-    nodes: int
-    time: str
-    """Wall-clock limit, in Slurm's form (D-HH:MM:SS)."""
-    setup: str
-    """Shell line run on the node before the worker, for example one that activates a virtual environment."""
-
-    def __post_init__(self) -> None:
-        require("cluster.nodes", self.nodes, at_least=1)
-        ClusterConfig.__post_init__(self)
-
-    @property
-    def world_size(self) -> int:
-        return self.devices * self.nodes
-
-
-@dataclass(kw_only=True, slots=True)
 class WandbConfig:
     mode: WandbMode
     project: str

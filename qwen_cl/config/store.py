@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, data, forgetting, report, resume, schema, stages, sweep, tasks
+from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -23,6 +23,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "evaluate_schema": answers.EvaluateConfig,
         "generate_schema": answers.GenerateConfig,
         "report_schema": report.ReportConfig,
+        "job_schema": job.JobConfig,
     },
     "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
     "data": {
@@ -38,7 +39,13 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "retention": {"retention_schema": forgetting.RetentionConfig},
     "resume": {"auto_resume_schema": resume.AutoResumeConfig, "never_resume_schema": resume.ResumeConfig},
-    "cluster": {"local_schema": schema.LocalConfig, "slurm_schema": schema.SlurmConfig},
+    "cluster": {
+        "local_schema": schema.LocalConfig,
+        "slurm_schema": clusters.SlurmConfig,
+        "docker_schema": clusters.DockerConfig,
+        "kubernetes_schema": clusters.KubernetesConfig,
+        "skypilot_schema": clusters.SkypilotConfig,
+    },
 }
 
 

@@ -21,6 +21,8 @@ class LauncherConfig:
     """Trials that share each GPU."""
     cpu_slots: int | None
     """Trials at once where there is no GPU; None for one for every two cores."""
+    jobs: int | None
+    """Trials in a cluster's queue at once; None for all, and for four of a search."""
     max_retries: int
     """How often a trial starts again whose process was lost."""
     fail_fast: bool
@@ -30,7 +32,7 @@ class LauncherConfig:
     def __post_init__(self) -> None:
         require("hydra.launcher.trials_per_gpu", self.trials_per_gpu, at_least=1)
         require("hydra.launcher.max_retries", self.max_retries, at_least=0)
-        for name in ("gpus_per_trial", "cpu_slots"):
+        for name in ("gpus_per_trial", "cpu_slots", "jobs"):
             value = getattr(self, name)
             if value is not None:
                 require(f"hydra.launcher.{name}", value, at_least=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qwen_cl.cluster.truth import job_of, refresh
 from qwen_cl.config.errors import UserError
 from qwen_cl.run_folder import State, remove_if_empty
 from qwen_cl.sweep.outcome import is_settled, settle
@@ -56,11 +57,14 @@ def settled(trials: Sequence[Trial]) -> list[Trial]:
     for trial in trials:
         trial.renew()
         status = trial.folder.status()
-        if status.get("state") == State.RUNNING:
+        if job_of(status) is not None:
+            refresh(trial.folder)
+            status = trial.folder.status()
+        elif status.get("state") == State.RUNNING:
             with trial.folder.lock():
                 settle(trial.folder, "the sweep was killed")
         if is_settled(status):
             done.append(trial)
-        if status:
-            trial.end(datetime.fromisoformat(trial.folder.status()["end"]).timestamp())
+        if end := trial.folder.status().get("end"):
+            trial.end(datetime.fromisoformat(end).timestamp())
     return done

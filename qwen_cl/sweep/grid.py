@@ -15,6 +15,7 @@ from qwen_cl.sweep.folder import claim, settled, wait_for_earlier_trials
 from qwen_cl.sweep.outcome import Outcome
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.slots import make_slots
+from qwen_cl.sweep.starter import make_starter
 from qwen_cl.sweep.sweep import Sweep, hydra_arguments, print_trials, run_trials
 from qwen_cl.sweep.trial import Trial, identify
 
@@ -33,8 +34,9 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
         wait_for_earlier_trials(directory)
         planner = Planner(composer(loader, master))
         trials = plan_trials(combinations, planner, directory)
-        slots = make_slots(options, [trial.plan.config.cluster for trial in trials])
-        sweep = Sweep(directory, slots, options, hydra_arguments(master))
+        clusters = [trial.plan.config.cluster for trial in trials]
+        slots = make_slots(options, clusters, len(trials))
+        sweep = Sweep(directory, slots, options, make_starter(clusters, directory, hydra_arguments(master)))
         if any(trial.plan.config.dry_run for trial in trials):
             print_trials(sweep, trials, len(trials))
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_cl.run_folder import RunFolder, State, now
-from qwen_cl.sweep.processes import TrialProcess
+from qwen_cl.sweep.running import Running
 
 PRUNED = "pruned: "
 """How the reason of a trial begins that was stopped because others were better; it is not run again."""
@@ -25,7 +25,7 @@ class Outcome:
         return self.state is State.PREEMPTED and (self.reason or "").startswith(PRUNED)
 
 
-def judge(process: TrialProcess, asked: str | None) -> Outcome:
+def judge(process: Running, asked: str | None) -> Outcome:
     """Of a trial that is over. ``asked`` is why we asked it to stop, if we did."""
     folder = process.trial.folder
     status = folder.status()
@@ -55,7 +55,7 @@ def is_settled(status: dict[str, Any]) -> bool:
     return outcome.state is State.COMPLETED or outcome.pruned
 
 
-def _never_started(process: TrialProcess, asked: str | None) -> Outcome:
+def _never_started(process: Running, asked: str | None) -> Outcome:
     if asked is not None:
         return Outcome(State.PREEMPTED, f"{asked}, before it started")
     if process.returncode < 0:

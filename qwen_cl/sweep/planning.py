@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.file import to_plain
+from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.rules import override_key
-from qwen_cl.config.schema import RunConfig, SlurmConfig
+from qwen_cl.config.schema import LocalConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
 
@@ -95,5 +96,8 @@ def _refuse_what_is_no_trial(config: RunConfig) -> None:
             "a trial trains: task=finetune or task=pretrain; add hydra/launcher=basic to run other tasks one after "
             "another, without a comparison"
         )
-    if isinstance(config.cluster, SlurmConfig):
-        raise UserError("cluster=slurm cannot submit yet; run the sweep on this machine with cluster=local")
+    if isinstance(config.replay, GeneratedReplayConfig) and not isinstance(config.cluster, LocalConfig):
+        raise UserError(
+            "replay=generated is written where the command is; for a sweep on a cluster write it once, with a run, and "
+            "name its file with replay=files"
+        )

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import quoted
 from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
 from qwen_cl.execute import ROOT, STOP_GRACE, die_with_parent
+from qwen_cl.run_folder import State
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 
@@ -24,6 +26,28 @@ LOG = "launch.log"
 """In a trial's folder: what a run alone prints on the terminal."""
 MARK = "QWEN_CL_TRIAL"
 """Environment of every process of a trial: its folder. They are found by it when their parents are gone."""
+
+
+class ProcessStarter:
+    """Trials on this machine."""
+
+    leaves = False
+    """When the sweep is interrupted, they are stopped."""
+
+    def __init__(self, hydra_arguments: Sequence[str]) -> None:
+        self.hydra_arguments = list(hydra_arguments)
+
+    def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialProcess]:
+        return [self._start(trial, slot) for trial, slot in batch]
+
+    def preview(self, trials: Sequence[Trial]) -> str:
+        return ""
+
+    def _start(self, trial: Trial, slot: Slot) -> TrialProcess:
+        before = trial.record()
+        trial.make_room()
+        trial.begin(before, slot.cost)
+        return TrialProcess(trial, slot, self.hydra_arguments)
 
 
 class TrialProcess:
@@ -55,6 +79,10 @@ class TrialProcess:
             )
         self.ended: float | None = None
         """When it ended; what it started may take longer."""
+
+    @property
+    def state(self) -> str:
+        return State.RUNNING.value
 
     def is_over(self) -> bool:
         """It and all that it started. What outlives it for too long was asked to stop when it died, and is killed."""

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.run_folder import State
 from qwen_cl.sweep.outcome import Outcome, judge
-from qwen_cl.sweep.processes import TrialProcess
+from qwen_cl.sweep.running import Running, Starter
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 
@@ -36,12 +35,10 @@ class Source(Protocol):
 
 
 class Scheduler:
-    def __init__(
-        self, slots: Sequence[Slot], config: LauncherConfig, source: Source, hydra_arguments: Sequence[str]
-    ) -> None:
-        self.config, self.source, self.hydra_arguments = config, source, list(hydra_arguments)
+    def __init__(self, slots: Sequence[Slot], config: LauncherConfig, source: Source, start: Starter) -> None:
+        self.config, self.source, self.start = config, source, start
         self.free = list(slots)
-        self.running: list[TrialProcess] = []
+        self.running: list[Running] = []
         self.outcomes: dict[str, Outcome] = {}
         """By name, of those that ended."""
         self.stopping: str | None = None
@@ -51,6 +48,7 @@ class Scheduler:
         self.retried: list[str] = []
         """A name for each time that one was started again."""
         self._heeded = 0
+        self._left = False
         self._asked: dict[str, str] = {}
         self._again: list[Trial] = []
 
@@ -84,21 +82,17 @@ class Scheduler:
         for process in self.running:
             if process.trial.name not in self._asked and (reason := self.source.why_stop(process.trial)):
                 self._ask(process, reason)
+        batch = []
         while self.free and self.stopping is None and (trial := self._next()):
-            self._start(trial)
-        return bool(self.running)
+            batch.append((trial, self.free.pop(0)))
+        if batch:
+            self.running += self.start(batch)
+        return bool(self.running) and not self._left
 
     def _next(self) -> Trial | None:
         return self._again.pop(0) if self._again else self.source.next()
 
-    def _start(self, trial: Trial) -> None:
-        before, slot = trial.record(), self.free.pop(0)
-        if not isinstance(trial.plan.config.resume, AutoResumeConfig):  # else it goes on in its folder
-            trial.folder.move_aside()
-        trial.begin(before, slot.cost)
-        self.running.append(TrialProcess(trial, slot, self.hydra_arguments))
-
-    def _end(self, process: TrialProcess) -> None:
+    def _end(self, process: Running) -> None:
         trial, name = process.trial, process.trial.name
         self.running.remove(process)
         self.free.append(process.slot)
@@ -113,7 +107,7 @@ class Scheduler:
         if outcome.state is State.FAILED and self.config.fail_fast:
             self.stop(f"stopped because {name} failed (hydra.launcher.fail_fast)")
 
-    def _ask(self, process: TrialProcess, reason: str) -> None:
+    def _ask(self, process: Running, reason: str) -> None:
         if process.trial.name not in self._asked:
             self._asked[process.trial.name] = reason
             process.ask_to_stop()
@@ -122,7 +116,12 @@ class Scheduler:
         self.interrupted += 1
 
     def _heed_interrupts(self) -> None:
-        """The first time all are asked to save, the second their workers are killed, and then everything."""
+        """The first time all are asked to save, the second their workers are killed, and then everything. Jobs of a
+        cluster go on without us."""
+        if self.interrupted and self.start.leaves:
+            self.stopping = self.stopping or STOPPED
+            self._left = True
+            return
         while self._heeded < self.interrupted:
             self._heeded += 1
             if self._heeded == 1:

@@ -19,12 +19,15 @@ from qwen_cl.sweep.folder import claim, wait_for_earlier_trials
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.proposals import Proposals
 from qwen_cl.sweep.slots import make_slots
+from qwen_cl.sweep.starter import make_starter
 from qwen_cl.sweep.sweep import Sweep, hydra_arguments, print_trials, run_trials
 from qwen_cl.sweep.trial import identify
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+JOBS_OF_A_SEARCH = 4
+"""In a cluster's queue at once, where ``hydra.launcher.jobs`` does not say: each is proposed from those that ended."""
 STUDY = "study.journal"
 """In the sweep's folder: Optuna's own record, read by ``JournalStorage``."""
 
@@ -50,8 +53,9 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
         wait_for_earlier_trials(directory)
         planner = Planner(composer(loader, master))
         ends = [(overrides, planner.plan(overrides, space.keys)) for overrides in space.ends(planner)]
-        slots = make_slots(launcher, [plan.config.cluster for _, plan in ends])
-        sweep = Sweep(directory, slots, launcher, hydra_arguments(master))
+        clusters = [plan.config.cluster for _, plan in ends]
+        slots = make_slots(launcher, clusters, JOBS_OF_A_SEARCH)
+        sweep = Sweep(directory, slots, launcher, make_starter(clusters, directory, hydra_arguments(master)))
         if any(plan.config.dry_run for _, plan in ends):
             print_trials(sweep, identify(ends, space.keys, directory), options.n_trials)
             return

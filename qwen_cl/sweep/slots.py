@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, ClusterConfig
 from qwen_cl.config.sweep import LauncherConfig
@@ -28,14 +29,35 @@ class Slot:
         return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def make_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig]) -> list[Slot]:
-    """``clusters`` are the trials', with the accelerator settled.
+def make_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: int) -> list[Slot]:
+    """``clusters`` are the trials', with the accelerator settled; ``jobs`` is how many go into a cluster's queue at
+    once, unless the config says.
 
     Raises:
         UserError: there are fewer GPUs than a trial needs, or some are not there.
     """
+    if any(isinstance(cluster, ContainerConfig) for cluster in clusters):
+        raise UserError("a sweep runs with cluster=local or cluster=slurm; nothing else is submitted from here")
+    if any(isinstance(cluster, SlurmConfig) for cluster in clusters):
+        return _job_slots(config, clusters, jobs)
+    if config.jobs is not None:
+        raise UserError(f"hydra.launcher.jobs ({config.jobs}) would change nothing on this machine; remove it")
     on_gpu = [cluster for cluster in clusters if cluster.accelerator is Accelerator.gpu]
     return _gpu_slots(config, on_gpu) if on_gpu else _cpu_slots(config)
+
+
+def _job_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: int) -> list[Slot]:
+    if not all(isinstance(cluster, SlurmConfig) for cluster in clusters):
+        raise UserError("cluster=local,slurm: the trials of a sweep run here or there; make two sweeps of them")
+    for key in ("gpus", "gpus_per_trial", "cpu_slots"):
+        value = getattr(config, key)
+        if value is not None:
+            raise UserError(
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials are Slurm's; see "
+                "cluster.devices and hydra.launcher.jobs"
+            )
+    gpus = max(cluster.world_size if cluster.accelerator is Accelerator.gpu else 0 for cluster in clusters)
+    return [Slot((), gpus, 0)] * (config.jobs or jobs)
 
 
 def _gpu_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig]) -> list[Slot]:
@@ -81,11 +103,14 @@ def _chosen(gpus: Sequence[str]) -> list[str]:
 def _cpu_slots(config: LauncherConfig) -> list[Slot]:
     for key, value in (("gpus", config.gpus), ("gpus_per_trial", config.gpus_per_trial)):
         if value is not None:
-            shown = value if isinstance(value, int) else ", ".join(value)
             raise UserError(
-                f"hydra.launcher.{key} ({shown}) would change nothing: the trials run on the CPU; remove it, or see "
-                "cluster.accelerator"
+                f"hydra.launcher.{key} ({_shown(value)}) would change nothing: the trials run on the CPU; remove it, "
+                "or see cluster.accelerator"
             )
     cores = cpu_cores()
     count = config.cpu_slots if config.cpu_slots is not None else max(1, cores // 2)
     return [Slot((), 0.0, max(1, cores // count))] * count
+
+
+def _shown(value: int | list[str]) -> str:
+    return str(value) if isinstance(value, int) else ", ".join(value)

@@ -17,6 +17,7 @@ from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.report.report import write_report
 from qwen_cl.run_folder import State, now
 from qwen_cl.sweep.results import print_results, read_results, write_results
+from qwen_cl.sweep.running import Starter
 from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
@@ -30,12 +31,11 @@ class Sweep:
     directory: Path
     slots: Sequence[Slot]
     options: LauncherConfig
-    hydra_arguments: list[str]
-    """Of the command line, for each trial to find the same files."""
+    start: Starter
 
     def describe(self, planned: int, done: int = 0) -> str:
         there = f", {done} there already" if done else ""
-        where = f"{len(self.slots)} at a time"
+        where = f"{len(self.slots)} at a time" + (" in Slurm's queue" if self.start.leaves else "")
         if self.slots[0].gpus:
             where += f", on GPUs {' '.join(dict.fromkeys(','.join(slot.gpus) for slot in self.slots))}"
         return f"{planned} trials{there}, {where}, in {self.directory}"
@@ -51,7 +51,7 @@ def run_trials(
         RunPreempted: the sweep was asked to stop.
     """
     console = Console()
-    scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.hydra_arguments)
+    scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
     console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
     started, start = time.monotonic(), now()
     try:
@@ -99,6 +99,8 @@ def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
         console.print(
             f"{trial.name:{width}}  {' '.join(trial.overrides)}", highlight=False, soft_wrap=True, markup=False
         )
+    if script := sweep.start.preview(trials):
+        print(f"\n{script}", end="")
 
 
 def hydra_arguments(master: DictConfig) -> list[str]:
@@ -115,7 +117,8 @@ def hydra_arguments(master: DictConfig) -> list[str]:
 def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> None:
     outcomes = scheduler.outcomes.values()
     waiting = scheduler.waiting()
-    states = [*before, *(outcome.state.value for outcome in outcomes), *[WAITING] * waiting]
+    left = [process.state for process in scheduler.running]
+    states = [*before, *(outcome.state.value for outcome in outcomes), *left, *[WAITING] * waiting]
     message = f"{tally(states)}; the same command with hydra.sweep.dir={directory} goes on from there"
     if scheduler.interrupted:
         raise RunPreempted(f"PREEMPTED: {message}")

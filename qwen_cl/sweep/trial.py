@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.file import leaves_of_consequence, to_plain
+from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
 from qwen_cl.plan import Plan
@@ -43,6 +44,11 @@ class Trial:
         """Of its last start; empty before the first."""
         return read_record(self.record_file)
 
+    def make_room(self) -> None:
+        """For a run that is not to go on from what there is of it."""
+        if not isinstance(self.plan.config.resume, AutoResumeConfig):
+            self.folder.move_aside()
+
     def begin(self, before: dict[str, Any], gpus: float) -> None:
         """``before`` is the record of its last start, whose costs count; ``gpus`` is how many it takes, or what part
         of one."""
@@ -67,6 +73,10 @@ class Trial:
         record = self.record()
         if record and not self.differing.items() <= record["differing"].items():
             write_json({**record, "differing": {**record["differing"], **self.differing}}, self.record_file)
+
+    def count_from(self, at: float) -> None:
+        """What was before ``at`` it only waited; seconds since the epoch."""
+        write_json({**self.record(), "started": at}, self.record_file)
 
     def end(self, at: float) -> None:
         """Count what it took, if nobody has; ``at`` is seconds since the epoch."""

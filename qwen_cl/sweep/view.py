@@ -22,8 +22,16 @@ from qwen_cl.view import MetricsTail
 
 WAITING = "waiting"
 RUNNING = State.RUNNING.value
-STYLES = {WAITING: "dim", RUNNING: "cyan", "COMPLETED": "green", "FAILED": "red", "PREEMPTED": "yellow"}
-BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", WAITING, "COMPLETED")
+SUBMITTED = State.SUBMITTED.value
+STYLES = {
+    WAITING: "dim",
+    SUBMITTED: "dim",
+    RUNNING: "cyan",
+    "COMPLETED": "green",
+    "FAILED": "red",
+    "PREEMPTED": "yellow",
+}
+BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", SUBMITTED, WAITING, "COMPLETED")
 """Which lines stay where the terminal is too low for all."""
 
 
@@ -102,15 +110,16 @@ class SweepView:
     def update(self, scheduler: Scheduler) -> None:
         if scheduler.interrupted and not self._stopping:
             self._stopping = True
-            self.console.print("Stopping: every trial saves a checkpoint first. Again to kill them.", highlight=False)
-        running = {process.trial.name: process.trial for process in scheduler.running}
-        for trial in running.values():
-            if trial.name not in self.lines:  # a search makes them as it goes
-                self.add(trial, None)
+            said = "Stopping: every trial saves a checkpoint first. Again to kill them."
+            self.console.print("The jobs go on without us." if scheduler.start.leaves else said, highlight=False)
+        running = {process.trial.name: process for process in scheduler.running}
+        for process in running.values():
+            if process.trial.name not in self.lines:  # a search makes them as it goes
+                self.add(process.trial, None)
         for name, line in self.lines.items():
             outcome = scheduler.outcomes.get(name)
             if name in running:
-                self._change(line, RUNNING)
+                self._change(line, running[name].state)
             elif outcome is not None and line.state != outcome.state.value:
                 self._change(line, outcome.state.value, outcome.reason or "")
         if self._live is not None:
@@ -160,6 +169,8 @@ def describe(line: Line) -> str:
     _, state, step, loss, val, rate, _, note = cells(line)
     if line.state == RUNNING:
         return f"{line.trial.name}  started" + (f", attempt {line.attempt}" if line.attempt > 1 else "")
+    if line.state == SUBMITTED:
+        return f"{line.trial.name}  in the queue"
     facts = [f"step {step}", loss and f"loss {loss}", val and f"val {val}", rate and f"{rate} tokens/s", note]
     return f"{line.trial.name}  {state}  " + "  ".join(filter(None, facts))
 

@@ -1,0 +1,95 @@
+"""What the batch script does before and after a run's workers: ``python -m qwen_cl.cluster.batch start|end …``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from qwen_cl.cluster import slurm
+from qwen_cl.cluster.truth import CANCELLED
+from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.errors import EXIT_PREEMPTED
+from qwen_cl.config.file import load_config
+from qwen_cl.config.store import register_schemas
+from qwen_cl.continual.report import draw_report
+from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.view import read_metrics
+
+EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
+
+
+def start(folder: RunFolder) -> int:
+    """Prints where the ranks meet: this node, which is the first rank's, by the address that Slurm has for it, and a
+    port that is free here. A name that only Slurm knows would leave them waiting for half an hour."""
+    status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
+    job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts(), "start": now()}
+    folder.update_status(
+        state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
+    )
+    address = os.environ.get("MASTER_ADDR") or slurm.address_of(os.environ["SLURMD_NODENAME"])
+    with socket.create_server(("", 0)) as server:
+        print(f"{address}:{server.getsockname()[1]}")
+    return 0
+
+
+def end(folder: RunFolder, returncode: int) -> int:
+    """``returncode`` is srun's. The job's is 0 only for a run that says itself that it is COMPLETED."""
+    if folder.status()["state"] == State.RUNNING:
+        _settle(folder, returncode)
+    if folder.metrics_file.exists():
+        title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status()['model_source']}"
+        draw_report(read_metrics(folder), title, folder.report)
+    state = State(folder.status()["state"])
+    if state is State.PREEMPTED:
+        _go_on_later(folder)
+    return EXIT_OF.get(state, 1)
+
+
+def _go_on_later(folder: RunFolder) -> None:
+    """Back into the queue, unless that was often enough, or the run was cancelled.
+
+    Slurm ends this script as soon as it takes the job back: what is to be read meanwhile is written before.
+    """
+    number, limit, restarts = os.environ["SLURM_JOB_ID"], _max_requeues(folder), _restarts()
+    before = folder.status()
+    try:
+        if restarts >= limit or (folder.directory / CANCELLED).exists() or not slurm.may_requeue(number):
+            return
+        again = f"{before['reason']} at step {before.get('step', 0)}; back in the queue, {restarts + 1} of {limit}"
+        folder.update_status(state=State.SUBMITTED, reason=again, phase="in the queue again", end=None)
+        slurm.requeue(number)
+    except slurm.SlurmSilent as error:
+        reason = f"{before['reason']}; not back in the queue: {error}"
+        folder.update_status(state=State.PREEMPTED, reason=reason, phase=before.get("phase"), end=now())
+
+
+def _max_requeues(folder: RunFolder) -> int:
+    register_schemas()
+    cluster = load_config(folder.config).cluster
+    return cluster.max_requeues if isinstance(cluster, SlurmConfig) else 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _settle(folder: RunFolder, returncode: int) -> None:
+    """The last word for workers that ended without one."""
+    number = returncode - 128
+    if number in (signal.SIGTERM, signal.SIGUSR1):  # they were not listening yet
+        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
+        return
+    killed = number in set(signal.Signals)
+    how = f"a worker was killed by {signal.Signals(number).name}" if killed else f"the workers exited with {returncode}"
+    folder.update_status(state=State.FAILED, reason=how, end=now(), worker_lost=True)
+
+
+def main(action: str, directory: str, returncode: str = "0") -> int:
+    folder = RunFolder(directory)
+    return start(folder) if action == "start" else end(folder, int(returncode))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

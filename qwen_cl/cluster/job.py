@@ -1,0 +1,86 @@
+"""``task=job``: a submitted run, found again by its folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qwen_cl.cluster import slurm
+from qwen_cl.cluster.follow import follow
+from qwen_cl.cluster.slurm import Job
+from qwen_cl.cluster.truth import CANCELLED, ask_to_end, refresh
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.job import JobAction, JobConfig
+from qwen_cl.config.rules import refuse_ignored
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.view import print_facts
+
+
+def act(task: JobConfig, overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: the folder is not that of a submitted run.
+        RunFailed: Slurm does not answer; of ``follow``, also as the run ended.
+    """
+    refuse_ignored(overrides, [], "all about the run is in its folder")
+    folder = _find(task.run)
+    if task.action is JobAction.logs:
+        _print_logs(folder)
+        return
+    console = Console()
+    if task.action is JobAction.follow:
+        follow(folder, console)
+    elif task.action is JobAction.cancel:
+        _cancel(folder, console)
+    else:
+        _print_status(folder, console)
+
+
+def _find(directory: str) -> RunFolder:
+    folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
+    if "job" not in folder.status():
+        what = "a run of this machine" if folder.status() else "not the folder of a run: it has no status.json"
+        raise UserError(f"task.run ({folder.directory}) is {what}; task=job is for runs that were submitted")
+    return folder
+
+
+def _print_status(folder: RunFolder, console: Console) -> None:
+    job = refresh(folder)
+    status = folder.status()
+    facts = [("state", f"{status['state']} at step {status.get('step', 0)}")]
+    if status.get("reason"):
+        facts.append(("reason", status["reason"]))
+    facts.append(("job", f"{status['job']['id']}: over" if job is None else str(job)[4:]))
+    if status["job"].get("nodes"):
+        facts.append(("nodes", f"{status['job']['nodes']}, since {status['job']['start']}"))
+    print_facts([*facts, ("folder", str(folder.directory)), ("log", str(folder.log))], console)
+
+
+def _print_logs(folder: RunFolder) -> None:
+    try:
+        with folder.log.open("rb") as log:
+            shutil.copyfileobj(log, sys.stdout.buffer)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder.log} is not there yet: the job has not started") from error
+    sys.stdout.buffer.flush()
+
+
+def _cancel(folder: RunFolder, console: Console) -> None:
+    job = refresh(folder)
+    if job is None:
+        status = folder.status()
+        raise UserError(f"task.run ({folder.directory}) is {status['state']} already; nothing is left to cancel")
+    console.print(_end(folder, job), highlight=False, soft_wrap=True, markup=False)
+    refresh(folder)
+
+
+def _end(folder: RunFolder, job: Job) -> str:
+    if job.state == "RUNNING" and not (folder.directory / CANCELLED).exists():
+        ask_to_end(folder, job.id)
+        return f"job {job.id} saves a checkpoint and ends. Again to end it at once."
+    slurm.cancel(job.id)
+    return f"job {job.id} is cancelled"

@@ -1,0 +1,47 @@
+"""A run into Slurm's queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qwen_cl.cluster import slurm
+from qwen_cl.cluster.script import SCRIPT, render_script, submitting_environment
+from qwen_cl.cluster.truth import CANCELLED
+from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.run_folder import RunFolder, State, now
+
+
+def submit(
+    cluster: SlurmConfig,
+    config: RunConfig,
+    folders: Sequence[RunFolder],
+    write: Callable[[], None],
+    sweep: Path | None = None,
+) -> list[str]:
+    """Numbers of the jobs, which are elements of one array where there are several folders. ``write`` fills the
+    folders; the jobs wait until it has.
+
+    Raises:
+        UserError: Slurm does not take it, or what ``write`` raises. Nothing is in the queue then.
+        SlurmSilent: it took it, and then did not answer.
+    """
+    script = render_script(cluster, config, folders, sweep)
+    number = slurm.submit(script, submitting_environment(cluster))
+    numbers = [number] if len(folders) == 1 else [f"{number}_{index}" for index in range(len(folders))]
+    try:
+        write()
+        (folders[0].directory / SCRIPT if sweep is None else sweep / f"job-{number}.sh").write_text(
+            script, encoding="utf-8"
+        )
+        for folder, own in zip(folders, numbers):
+            (folder.directory / CANCELLED).unlink(missing_ok=True)
+            folder.update_status(
+                state=State.SUBMITTED, phase="in the queue", job={"cluster": "slurm", "id": own, "submitted": now()}
+            )
+    except BaseException:
+        slurm.cancel(number)
+        raise
+    slurm.release(number)
+    return numbers

@@ -1,0 +1,81 @@
+"""What became of a submitted run: its own word where it has one, and else Slurm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_cl.cluster import slurm
+from qwen_cl.cluster.slurm import Job
+from qwen_cl.config.errors import UserError
+from qwen_cl.run_folder import OPEN, RunFolder, State, now
+
+THEIR_OWN = ("CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")
+"""Ends of a job that come again, or were asked for: the run was not lost to an accident."""
+
+CANCELLED = ".cancelled"
+"""In a run's folder once it was asked to end: it does not go back into the queue. A file of its own, because whoever
+asks must not write to the status of a run that is going."""
+
+
+def job_of(status: dict[str, Any]) -> str | None:
+    """Number of the job that a run was submitted in last; None for a run of this machine."""
+    number = status.get("job", {}).get("id")
+    return None if number is None else str(number)
+
+
+def refresh(folder: RunFolder) -> Job | None:
+    """The run's job, if it is not over. If it is, and the run has not said how it ended, that is written for it.
+    (A run that says PREEMPTED may be back in the queue: Slurm does that itself where it preempts.)
+
+    Raises:
+        SlurmSilent: Slurm does not answer; nothing was changed.
+    """
+    number = job_of(folder.status())
+    if number is None:
+        return None
+    job = slurm.ask([number]).get(number)
+    if job is None or job.is_over:
+        settle(folder, number, job)
+        return None
+    return job
+
+
+def settle(folder: RunFolder, number: str, job: Job | None) -> None:
+    """The last word for a run whose job is over; ``job`` is None where Slurm knows it no more."""
+    status = folder.status()  # again: it may have spoken between our looking and Slurm's answer
+    if job_of(status) != number or status["state"] not in OPEN:
+        return
+    state = "forgotten" if job is None else job.state
+    how = f"job {number}: {state}" if job is None or state == "CANCELLED" else str(job)  # it was why it waited
+    if status["state"] == State.SUBMITTED and state == "CANCELLED":
+        folder.update_status(state=State.PREEMPTED, reason=f"{how}, before it started", end=now())
+        return
+    when = "before the run started" if status["state"] == State.SUBMITTED else "before the run could say how it ended"
+    reason = f"{how}, {when}"
+    folder.update_status(state=State.FAILED, reason=reason, end=now(), worker_lost=state not in THEIR_OWN)
+
+
+def ask_to_end(folder: RunFolder, number: str) -> None:
+    """A run that goes saves a checkpoint, and does not go back into the queue. Slurm alone would give it seconds."""
+    (folder.directory / CANCELLED).touch()
+    slurm.signal_steps(number, "TERM")
+
+
+def require_no_job(folder: RunFolder) -> None:
+    """Before a run starts in the folder.
+
+    Raises:
+        UserError: there is one, in a job that is waiting or running, or nobody can say whether it is.
+    """
+    try:
+        job = refresh(folder)
+    except slurm.SlurmSilent as error:
+        raise UserError(
+            f"hydra.run.dir ({folder.directory}) was submitted, and nobody says what became of it ({error}); choose "
+            "another folder, or wait"
+        ) from error
+    if job is not None:
+        raise UserError(
+            f"hydra.run.dir ({folder.directory}) is in use by {job}; follow it with task=job task.run="
+            f"{folder.directory} task.action=follow, or end it with task.action=cancel"
+        )

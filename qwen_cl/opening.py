@@ -1,0 +1,106 @@
+"""A run's folder before its processes start: what it is, and all that they read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from qwen_cl.checkpoints.manifest import Progress
+from qwen_cl.config.data import TextDataConfig
+from qwen_cl.config.file import save_config
+from qwen_cl.data.corpus.target import save_target
+from qwen_cl.data.report_text import report_page
+from qwen_cl.estimate import batch_of, estimate_memory
+from qwen_cl.execute import ROOT
+from qwen_cl.plan import Plan, fetch_weights, with_text
+from qwen_cl.resume import Resumption, resume
+from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.source.fingerprint import fingerprint
+from qwen_cl.source.small_files import copy_small_files
+
+
+def ready(plan: Plan) -> Plan:
+    """Everything is here that the run reads: raw text is tokenised, the weights are fetched. Raises UserError."""
+    if isinstance(plan.config.data, TextDataConfig):
+        plan = with_text(plan, plan.config.data)
+    fetch_weights(plan)
+    return plan
+
+
+def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) -> Resumption:
+    """Everything that says what this run is, before it starts.
+
+    Raises:
+        UserError: the folder holds another run, or one that cannot be gone on with. Nothing was changed.
+    """
+    resumption = resume(folder, plan.config, _facts(plan), progress)
+    folder.keep_reserve()
+    write_worker_inputs(plan, folder)
+    if HydraConfig.initialized():  # else it is the trial of a sweep, which says what it needs
+        _write_hydra(folder)
+    if plan.data_report is not None:
+        folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
+        record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
+        folder.data_report_json.write_text(record + "\n", encoding="utf-8")
+    folder.update_status(
+        state=State.RUNNING,
+        reason=None,
+        phase="starting",
+        start=folder.status().get("start") or now(),
+        end=None,
+        step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
+        worker_lost=None,
+        model_source=plan.model.source,
+        model_commit=plan.model.commit,
+        model_fingerprint=_fingerprint(plan),
+        data_hash=plan.data_hash,
+        trainable_parameters=_trainable_parameters(plan),
+        tokenizer_hash=plan.tokenizer_hash,
+        git_commit=git_commit(ROOT),
+        versions=versions(),
+        device=plan.device.name,
+    )
+    return resumption
+
+
+def _facts(plan: Plan) -> dict[str, str | None]:
+    """What the config alone does not tell of what a run is."""
+    return {
+        "data.hash": plan.data_hash,
+        "model.fingerprint": _fingerprint(plan),
+        "model.tokenizer": plan.tokenizer_hash,
+    }
+
+
+def _fingerprint(plan: Plan) -> str | None:
+    """Of a directory; a commit needs none."""
+    return fingerprint(plan.model.directory) if plan.model.commit is None else None
+
+
+def _write_hydra(folder: RunFolder) -> None:
+    hydra = folder.directory / ".hydra"
+    hydra.mkdir(exist_ok=True)
+    OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
+    shutil.copyfile(folder.config, hydra / "config.yaml")
+
+
+def _trainable_parameters(plan: Plan) -> int:
+    config = plan.config
+    estimate = estimate_memory(
+        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision
+    )
+    return estimate.trainable_parameters
+
+
+def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
+    """What the run's processes read: the config, and the tokenizer. Not the model's own directory, because NeMo
+    copies the tokenizer's into every checkpoint, weights and all."""
+    copy_small_files(plan.model.directory, folder.tokenizer)
+    save_config(plan.config, folder.config)
+    if plan.text is not None:
+        save_target(plan.text, folder.text_target)

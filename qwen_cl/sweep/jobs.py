@@ -1,0 +1,146 @@
+"""Trials in Slurm's queue: submitted, followed, and found again when the sweep that submitted them is gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from qwen_cl.cluster import slurm
+from qwen_cl.cluster.follow import ASK_EVERY
+from qwen_cl.cluster.script import render_script
+from qwen_cl.cluster.slurm import Job, SlurmSilent
+from qwen_cl.cluster.submission import submit
+from qwen_cl.cluster.truth import ask_to_end, refresh, settle
+from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.execute import run_variables
+from qwen_cl.opening import open_run, ready
+from qwen_cl.plan import Plan
+from qwen_cl.run_folder import State
+from qwen_cl.sweep.slots import Slot
+from qwen_cl.sweep.trial import Trial
+
+
+class Queue:
+    """What Slurm says of all jobs of a sweep, asked in one go."""
+
+    def __init__(self) -> None:
+        self.numbers: set[str] = set()
+        self.known: dict[str, Job | None] = {}
+        """None for one that Slurm has forgotten."""
+        self._last = float("-inf")
+
+    def look(self) -> None:
+        if time.monotonic() < self._last + ASK_EVERY or not self.numbers:
+            return
+        self._last = time.monotonic()
+        try:
+            found = slurm.ask(sorted(self.numbers))
+        except SlurmSilent:  # another time
+            return
+        self.known = {number: found.get(number) for number in self.numbers}
+
+    def is_over(self, number: str) -> bool:
+        """By what was heard last; False before anything was."""
+        return number in self.known and ((job := self.known[number]) is None or job.is_over)
+
+
+class TrialJob:
+    """A trial as a job of its own, or an element of an array."""
+
+    returncode = 0
+    """Its record alone says how it ended."""
+
+    def __init__(self, trial: Trial, slot: Slot, number: str, queue: Queue) -> None:
+        self.trial, self.slot, self.number, self.queue = trial, slot, number, queue
+        queue.numbers.add(number)
+
+    @property
+    def state(self) -> str:
+        return State.SUBMITTED.value if self.trial.folder.status()["state"] == State.SUBMITTED else State.RUNNING.value
+
+    def is_over(self) -> bool:
+        self.queue.look()
+        if not self.queue.is_over(self.number):
+            return False
+        settle(self.trial.folder, self.number, self.queue.known[self.number])
+        self.queue.numbers.discard(self.number)
+        start = self.trial.folder.status()["job"].get("start")
+        self.trial.count_from(time.time() if start is None else datetime.fromisoformat(start).timestamp())
+        return True
+
+    def ask_to_stop(self) -> None:
+        """One that waits never starts; one that runs saves first, and does not go back into the queue."""
+        if self.state == State.SUBMITTED:
+            slurm.cancel(self.number)
+        else:
+            ask_to_end(self.trial.folder, self.number)
+
+    def kill(self) -> None:
+        """A sweep that is gone leaves its jobs to Slurm."""
+
+    def last_words(self) -> str:
+        return f"job {self.number} never started"
+
+
+class JobStarter:
+    """Trials that can start together are one array, where they ask for the same."""
+
+    leaves = True
+    """When the sweep is interrupted, its jobs go on, and the same command finds them again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.queue = directory, Queue()
+
+    def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialJob]:
+        """Raises UserError where Slurm refuses one, and SlurmSilent where it does not answer."""
+        found = {trial.name: refresh(trial.folder) for trial, _ in batch}
+        numbers = {name: job.id for name, job in found.items() if job is not None}
+        for group in _groups([trial for trial, _ in batch if trial.name not in numbers]):
+            numbers |= self._submit(group, {trial.name: slot.cost for trial, slot in batch})
+        return [TrialJob(trial, slot, numbers[trial.name], self.queue) for trial, slot in batch]
+
+    def preview(self, trials: Sequence[Trial]) -> str:
+        return "\n".join(self._script(group) for group in _groups(trials))
+
+    def _script(self, trials: Sequence[Trial]) -> str:
+        config = trials[0].plan.config
+        assert isinstance(config.cluster, SlurmConfig)
+        return render_script(config.cluster, config, [trial.folder for trial in trials], self.directory)
+
+    def _submit(self, trials: Sequence[Trial], costs: dict[str, float]) -> dict[str, str]:
+        plans = [ready(trial.plan) for trial in trials]
+        config = plans[0].config
+        assert isinstance(config.cluster, SlurmConfig)
+
+        def write() -> None:
+            for trial, plan in zip(trials, plans):
+                _write(trial, plan, costs[trial.name])
+
+        folders = [trial.folder for trial in trials]
+        numbers = submit(config.cluster, config, folders, write, self.directory)
+        return {trial.name: number for trial, number in zip(trials, numbers)}
+
+
+def _write(trial: Trial, plan: Plan, cost: float) -> None:
+    before = trial.record()
+    trial.make_room()
+    trial.begin(before, cost)
+    with trial.folder.lock():
+        open_run(plan, trial.folder)
+    hydra = trial.folder.directory / ".hydra"
+    hydra.mkdir(exist_ok=True)
+    OmegaConf.save(list(trial.overrides), hydra / "overrides.yaml")
+
+
+def _groups(trials: Sequence[Trial]) -> Iterable[list[Trial]]:
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        config = trial.plan.config
+        assert isinstance(config.cluster, SlurmConfig)
+        key = repr((config.cluster, run_variables(config))) if config.cluster.array else trial.name
+        groups.setdefault(key, []).append(trial)
+    return groups.values()

@@ -1,0 +1,123 @@
+"""What a submitted run's folder says before and after its workers, and of what is no such folder. No Slurm."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from qwen_cl.cluster.batch import main
+from qwen_cl.cluster.job import act
+from qwen_cl.cluster.truth import require_no_job
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.file import save_config
+from qwen_cl.config.job import JobAction, JobConfig
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.view import MetricsTail
+from tests.test_config import compose_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """Of a run in its second start, which is the last that it has."""
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[3-4]")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    folder = RunFolder(tmp_path)
+    save_config(compose_run("cluster=slurm", "cluster.max_requeues=1"), folder.config)
+    folder.update_status(state="SUBMITTED", reason="stopped", end="then", step=4, job={"id": "7"})
+    return folder
+
+
+def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("start", str(folder.directory)) == 0
+    status = folder.status()
+    assert (status["state"], status["reason"], status["end"], status["step"]) == ("RUNNING", None, None, 4)
+    assert status["phase"] == "starting on n[3-4]"
+    job = status["job"]
+    assert (job["id"], job["nodes"], job["restarts"]) == ("7", "n[3-4]", 1)
+    address, _, port = capsys.readouterr().out.strip().partition(":")
+    with socket.create_server((address, int(port))):  # nobody else has it
+        pass
+
+
+@pytest.mark.parametrize(
+    ("said", "returncode", "state", "reason", "exit_code"),
+    [
+        ({"state": "COMPLETED"}, 0, "COMPLETED", None, 0),
+        ({"state": "COMPLETED"}, 137, "COMPLETED", None, 0),
+        ({"state": "FAILED", "reason": "ValueError: no"}, 1, "FAILED", "ValueError: no", 1),
+        ({"state": "RUNNING"}, 0, "FAILED", "the workers exited with 0", 1),
+        ({"state": "RUNNING"}, 137, "FAILED", "a worker was killed by SIGKILL", 1),
+        ({"state": "RUNNING"}, 255, "FAILED", "the workers exited with 255", 1),
+        ({"state": "RUNNING"}, 143, "PREEMPTED", "stopped before training began", 75),
+        ({"state": "RUNNING"}, 138, "PREEMPTED", "stopped before training began", 75),
+        ({"state": "PREEMPTED", "reason": "stopped on request"}, 75, "PREEMPTED", "stopped on request", 75),
+    ],
+)
+def test_at_its_end_the_runs_own_word_counts(
+    said: dict[str, str], returncode: int, state: str, reason: str | None, exit_code: int, folder: RunFolder
+) -> None:
+    folder.update_status(**{"reason": None, **said})
+    assert main("end", str(folder.directory), str(returncode)) == exit_code
+    assert (folder.status()["state"], folder.status()["reason"]) == (state, reason)
+
+
+def test_a_cancelled_run_does_not_go_back(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    (folder.directory / ".cancelled").touch()
+    folder.update_status(state="PREEMPTED", reason="stopped on request")
+    assert main("end", str(folder.directory), "75") == 75
+    assert folder.status()["state"] == "PREEMPTED"
+
+
+def test_where_slurm_is_silent_a_run_stays_preempted_and_says_so(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setenv("PATH", str(folder.directory))
+    folder.update_status(state="PREEMPTED", reason="stopped on request")
+    assert main("end", str(folder.directory), "75") == 75
+    status = folder.status()
+    assert status["state"] == "PREEMPTED"
+    assert status["reason"].startswith("stopped on request; not back in the queue: Slurm does not answer: scontrol")
+
+
+def test_metrics_that_are_cut_while_somebody_looks_are_read_again(folder: RunFolder) -> None:
+    tail = MetricsTail(folder)
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step})
+    assert [record["step"] for record in tail.new_records()] == [1, 2, 3]
+    shorter = folder.metrics_file.with_suffix(".tmp")
+    shorter.write_text('{"step": 1}\n')
+    shorter.replace(folder.metrics_file)  # as when a run goes on from step 1
+    folder.append_metrics({"step": 2, "train/loss": 1.0})
+    assert [record["step"] for record in tail.new_records()] == [1, 2]
+    assert tail.new_records() == []
+
+
+def test_a_folder_whose_job_nobody_knows_of_is_left_alone(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(folder.directory))
+    before = folder.status()
+    with pytest.raises(UserError, match=r"^hydra.run.dir \(.*\) was submitted, and nobody says what"):
+        require_no_job(folder)
+    assert folder.status() == before
+
+
+def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
+    def look(run: str, *overrides: str) -> None:
+        act(JobConfig(run=run, action=JobAction.status), overrides)
+
+    with pytest.raises(UserError, match=r"^task.run is empty; name the folder of a run"):
+        look(" ")
+    with pytest.raises(UserError, match=r"^task.run \(.*\) is not the folder of a run: it has no status.json"):
+        look(str(tmp_path))
+    RunFolder(tmp_path).update_status(state="COMPLETED")
+    with pytest.raises(UserError, match=r"^task.run \(.*\) is a run of this machine; task=job is for runs that were"):
+        look(str(tmp_path))
+    with pytest.raises(UserError, match=r"^lr=1 would change nothing: all about the run is in its folder; remove it$"):
+        look(str(tmp_path), "task=job", "lr=1")
