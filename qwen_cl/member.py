@@ -27,7 +27,7 @@ COMMUNICATING = (str(Path("torch", "distributed")), str(Path("core", "pipeline_p
 
 class _Member:
     def __init__(self, address: str, rank: int) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host, _, port = address.rpartition(":")
         self.store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))

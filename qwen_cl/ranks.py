@@ -26,7 +26,7 @@ from qwen_cl.member import GROUP
 from qwen_cl.run_folder import RunFolder, State, now
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
 FAILURE_GRACE = 10
 """Seconds the other ranks have to end by themselves once one has failed: to close W&B's run, and say their part."""
@@ -205,7 +205,7 @@ def _open_store() -> TCPStore:
     Raises:
         RuntimeError: MASTER_PORT is taken.
     """
-    from torch.distributed import DistNetworkError, TCPStore
+    from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
 
     port = int(os.environ.get("MASTER_PORT", "0"))
     try:

@@ -46,8 +46,9 @@ def main(directory: str) -> int:
         if stop.came_before_training:
             _finish(folder, State.PREEMPTED, "stopped before training began")
             return 0
-        if not member.report_failure(reason := _reason(error)):
-            _finish(folder, State.FAILED, reason)
+        why = _reason(error)
+        if not member.report_failure(why):
+            _finish(folder, State.FAILED, why)
         return 1
     else:
         stopped = stop.requested and folder.status().get("step", 0) < config.training.max_steps

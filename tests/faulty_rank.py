@@ -24,7 +24,7 @@ def main(directory: str, faults: dict[int, str]) -> int:
             _strike(fault)
         stock(self, trainer, *args, **kwargs)
 
-    RunRecorder.on_train_batch_end = on_train_batch_end
+    RunRecorder.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
     return worker.main(directory)
 
 

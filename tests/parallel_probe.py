@@ -39,16 +39,16 @@ def main(trainings: list[Training]) -> None:
 
 def _open_store() -> Any:
     """For every group that these ranks form one after another: each would else open the same port again."""
-    import torch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if os.environ["WORLD_SIZE"] == "1":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
+    return TCPStore(address, port, is_master=os.environ["RANK"] == "0", wait_for_workers=False)
 
 
 def _of_one_group(store: Any, number: int) -> Any:
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     return None if store is None else PrefixStore(str(number), store)
 
