@@ -264,12 +264,6 @@ def test_locked_takes_a_commit_and_nothing_else(source: str, reason: str) -> Non
     assert compose_run("model=hub", f"model.source={pinned}", "model.locked=true").model.source == pinned
 
 
-def test_tensor_parallel_must_divide_the_heads() -> None:
-    config = compose_run("cluster.accelerator=cpu", "cluster.devices=4", "cluster.tensor_parallel=4")
-    with pytest.raises(UserError, match=r"tensor_parallel \(4\) must divide .* attention heads \(6\); .* allows 1, 2$"):
-        make_plan(config)
-
-
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     shutil.copy(ROOT / "qwen_cl/demo/model/config.json", tmp_path)
     with pytest.raises(UserError) as refused:

@@ -29,7 +29,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sp2-pp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "pipeline_parallel": 2},
     "sp2-cp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "context_parallel": 2},
 }
-OF_ONE_METHOD = {"sp2-pp2": "none", "sp2-cp2": "lora"}
+OF_ONE_METHOD = {"sp2": "lora", "sp2-pp2": "none", "sp2-cp2": "lora"}
+"""For every weight, a wider layout says more of sequence parallelism."""
 CASES = [(method, layout) for method in ("lora", "none") for layout in LAYOUTS]
 CASES = [case for case in CASES if case[0] == OF_ONE_METHOD.get(case[1], case[0])] + [("dora", "one"), ("dora", "sp2")]
 MOVES = (("tp2", 2), ("dp2", 4), ("one", STEPS))
