@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_cl.config.errors import RunFailed, RunPreempted, UserError, explain, refuse_added_keys
+from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, explain, refuse_added_keys
 from qwen_cl.config.rules import quote_free_text
 from qwen_cl.config.store import register_schemas
 
@@ -64,7 +64,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return launch_all()
     except KeyboardInterrupt:
-        return RunPreempted.exit_code
+        return next((error.exit_code for error in failures if isinstance(error, RunPreempted)), EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGINT, at_once)
 

@@ -1,4 +1,4 @@
-"""What watches a training run from inside: records, stops on request, saves at the end."""
+"""What watches a training run from inside: records, stops on request, writes the adapter at the end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from nemo import lightning as nl
+from nemo.lightning.pytorch.callbacks import ModelTransform
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
+from qwen_cl.data.named_sets import TARGET
 from qwen_cl.flops import TrainingFlops, peak_flops
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Seed(pl.Callback):
-    """What comes after the weights (adapters, dropout) is drawn from the run's seed; NeMo's own is fixed at 1234."""
+    """What comes after the weights (adapters, dropout) is drawn from the run's seed; NeMo's own is fixed at 1234.
+
+    And from the step, so that a run that goes on draws what it would have drawn, with no generator's state to keep.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -34,6 +40,37 @@ class Seed(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl.seed_everything(self.seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), verbose=False)
         tensor_parallel.model_parallel_cuda_manual_seed(self.seed)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        key = (self.seed, trainer.global_step, parallel_state.get_data_parallel_rank())
+        seed = int(np.random.default_rng(key).integers(2**30))  # Megatron adds its ranks to it
+        torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+class ScheduleFromConfig(pl.Callback):
+    """A run that goes on keeps its place in the schedule and takes the schedule itself from its config: with
+    ``resume.allow`` the learning rate, or the number of steps, may be another one. Its checkpoint has all of the old
+    one, in the scheduler's state and in the optimizer's."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Not before: with an adapter, NeMo has just loaded both."""
+        if self._done:
+            return
+        self._done = True
+        module = next(callback for callback in trainer.callbacks if isinstance(callback, MegatronOptimizerModule))
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            groups = scheduler.optimizer.param_groups
+            unused = [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": module.config.lr} for _ in groups]
+            said = module.lr_scheduler.scheduler(pl_module, torch.optim.SGD(unused))["lr_scheduler"]["scheduler"]
+            kept = {name: getattr(scheduler, name) for name in ("optimizer", "last_epoch", "_step_count")}
+            scheduler.__dict__.update({**vars(said), **kept})
+            for group, rate in zip(groups, scheduler.get_lr()):
+                group["lr"] = rate
 
 
 class MaskPaddedVocabulary(pl.Callback):
@@ -44,6 +81,22 @@ class MaskPaddedVocabulary(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         mask_padded_vocabulary(trainer.strategy.megatron_parallel, self.vocab_size)
+
+
+class ConcludeAnyway(pl.Callback):
+    """A run that was killed after its last step was saved has no step left. Lightning would leave out what comes at the
+    end of training: the samples, the adapter."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop
+        loop.__class__ = type("FitLoop", (type(loop),), {"skip": False})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step < trainer.max_steps:
+            return
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelTransform):  # NeMo makes the adapters when the first epoch begins
+                callback.on_train_epoch_start(trainer, pl_module)
 
 
 class RunRecorder(pl.Callback):
@@ -66,6 +119,18 @@ class RunRecorder(pl.Callback):
         """Of tokens that attend."""
         self._since = (0.0, 0, 0)
         self._lr = 0.0
+        self._measured: tuple[int, float | None] = (0, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "pairs": self.pairs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens, self.pairs = state_dict["tokens"], state_dict["pairs"]
+
+    def val_loss_at(self, step: int) -> float | None:
+        """Of the target's validation set, if it was measured at this step."""
+        measured, loss = self._measured
+        return loss if measured == step else None
 
     def on_weights_read(self, done: int, total: int) -> None:
         """A few times a second while the model loads, on rank 0 (qwen_cl/source/nemo.py)."""
@@ -115,6 +180,7 @@ class RunRecorder(pl.Callback):
             if scored.num_bytes:
                 record[f"{scored.name}/bits_per_byte"] = total / math.log(2) / scored.num_bytes
             record[f"{scored.name}/tokens"] = tokens
+        self._measured = (trainer.global_step, record.get(f"{TARGET}/loss"))
         self._write(trainer, trainer.global_step, record)
         since, tokens_before, pairs_before = self._since
         self._since = (since + time.monotonic() - paused, tokens_before, pairs_before)
@@ -183,23 +249,6 @@ def _work_of_step(trainer: pl.Trainer, step: int) -> tuple[int, int]:
     examples = [data.train_dataset[index] for index in rows]
     lengths = [stop - start - 1 for example in examples for start, stop in example.segments()]
     return sum(example.num_positions for example in examples), sum(n * (n + 1) // 2 for n in lengths)
-
-
-class StepCheckpoint(nl.ModelCheckpoint):
-    """NeMo's checkpoints by step, and one of the last step however training ended."""
-
-    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-        # NeMo logs "step" as the number of steps before this one.
-        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
-
-    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        require_finite(trainer)  # and the last good checkpoint stays the newest
-        super()._save_topk_checkpoint(trainer, monitor_candidates)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        super().on_train_end(trainer, pl_module)
 
 
 class SaveAdapter(pl.Callback):

@@ -25,6 +25,7 @@ STOP_GRACE = 120
 SAME_STOP = 0.5
 """Seconds in which more signals are the same wish: Linux sends one for each thread of a parent that is killed."""
 PR_SET_PDEATHSIG = 1
+ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
@@ -91,7 +92,7 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
     try:
-        with _forwarding_signals(process) as asked_at:
+        with _forwarding_signals(process) as asked:
             while process.poll() is None:
                 watch()
                 time.sleep(0.1)
@@ -99,8 +100,8 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
         kill_group(process)
     watch()
     if folder.status().get("state") == State.RUNNING:
-        _settle(folder, process.returncode, bool(asked_at), out_of_memory=_out_of_memory_kills() > killed_before)
-    judge(folder)
+        _settle(folder, process.returncode, bool(asked), out_of_memory=_out_of_memory_kills() > killed_before)
+    judge(folder, interrupted=signal.SIGINT in asked[:1])
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -113,11 +114,13 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 @contextmanager
-def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float]]:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it. Yields when it was asked."""
+def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it. Yields the signals that came."""
+    asked: list[int] = []
     asked_at: list[float] = []
 
     def forward(number: int, frame: Any) -> None:
+        asked.append(number)
         if asked_at:
             if time.monotonic() - asked_at[0] > SAME_STOP:
                 _signal_group(process)
@@ -127,10 +130,10 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[float
         process.send_signal(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, forward) for number in ASK_TO_STOP}
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: _signal_group(process))
     try:
-        yield asked_at
+        yield asked
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
@@ -175,9 +178,13 @@ def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: b
     folder.update_status(state=State.FAILED, reason=f"the worker was {how}{why}", end=now(), worker_lost=lost)
 
 
-def judge(folder: RunFolder) -> None:
+def judge(folder: RunFolder, *, interrupted: bool) -> None:
     status = folder.status()
     if status["state"] == State.PREEMPTED:
-        raise RunPreempted(f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. {folder.directory}")
+        raise RunPreempted(
+            f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. The same command with "
+            f"hydra.run.dir={folder.directory} goes on from there",
+            interrupted=interrupted,
+        )
     if status["state"] != State.COMPLETED:
         raise RunFailed(f"FAILED: {status['reason']}\nThe log: {folder.log}")

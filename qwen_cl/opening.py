@@ -9,6 +9,7 @@ from dataclasses import asdict
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
 from qwen_cl.data.corpus.target import save_target
@@ -16,6 +17,7 @@ from qwen_cl.data.report_text import report_page
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT
 from qwen_cl.plan import Plan, fetch_weights, with_text
+from qwen_cl.resume import Resumption, resume
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
@@ -29,10 +31,16 @@ def ready(plan: Plan) -> Plan:
     return plan
 
 
-def open_run(plan: Plan, folder: RunFolder) -> None:
-    """Everything that says what this run is, before it starts."""
+def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) -> Resumption:
+    """Everything that says what this run is, before it starts.
+
+    Raises:
+        UserError: the folder holds another run, or one that cannot be gone on with. Nothing was changed.
+    """
+    resumption = resume(folder, plan.config, _facts(plan), progress)
+    folder.keep_reserve()
     write_worker_inputs(plan, folder)
-    if HydraConfig.initialized():  # else it is the trial of a sweep, which says what it needs
+    if HydraConfig.initialized():
         _write_hydra(folder)
     if plan.data_report is not None:
         folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
@@ -42,12 +50,13 @@ def open_run(plan: Plan, folder: RunFolder) -> None:
         state=State.RUNNING,
         reason=None,
         phase="starting",
-        start=now(),
+        start=folder.status().get("start") or now(),
         end=None,
-        step=0,
+        step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
+        worker_lost=None,
         model_source=plan.model.source,
         model_commit=plan.model.commit,
-        model_fingerprint=fingerprint(plan.model.directory) if plan.model.commit is None else None,
+        model_fingerprint=_fingerprint(plan),
         data_hash=plan.data_hash,
         trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
@@ -55,6 +64,21 @@ def open_run(plan: Plan, folder: RunFolder) -> None:
         versions=versions(),
         device=plan.device.name,
     )
+    return resumption
+
+
+def _facts(plan: Plan) -> dict[str, str | None]:
+    """What the config alone does not tell of what a run is."""
+    return {
+        "data.hash": plan.data_hash,
+        "model.fingerprint": _fingerprint(plan),
+        "model.tokenizer": plan.tokenizer_hash,
+    }
+
+
+def _fingerprint(plan: Plan) -> str | None:
+    """Of a directory; a commit needs none."""
+    return fingerprint(plan.model.directory) if plan.model.commit is None else None
 
 
 def _write_hydra(folder: RunFolder) -> None:

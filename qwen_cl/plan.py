@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verify
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig
@@ -143,6 +144,11 @@ def fetch_weights(plan: Plan) -> None:
 
 def check_weights(model: ModelFiles, architecture: Architecture) -> None:
     """Raises UserError where the files' own lists of tensors are not this architecture's."""
+    if (model.directory / MANIFEST).is_file():  # a checkpoint of a run of ours
+        try:
+            verify(model.directory)
+        except DamagedCheckpointError as error:
+            raise UserError(f"model.source ({model.directory}) is damaged: {error}; put the file back") from error
     check = check_nemo_tensors if is_nemo_checkpoint(model.directory) else check_tensors
     check(model.directory, architecture)
 

@@ -15,7 +15,6 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnnealScheduler
 
-from qwen_cl.callbacks import StepCheckpoint
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
@@ -24,12 +23,16 @@ from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.saving import StepCheckpoint
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.watchers import build_callbacks
 
 
-def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolder) -> run.Partial:
-    """``config`` has its source pinned and its accelerator and precision settled (``plan.make_plan``)."""
+def build_recipe(
+    config: RunConfig, architecture: Architecture, folder: RunFolder, resume_from: str | None = None
+) -> run.Partial:
+    """``config`` has its source pinned and its accelerator and precision settled (``plan.make_plan``). ``resume_from``
+    is the folder of a checkpoint of this run, of which every file is known to be what was saved."""
     peft = _peft(config)
     tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(folder.tokenizer))
     parts = {
@@ -40,6 +43,7 @@ def build_recipe(config: RunConfig, architecture: Architecture, folder: RunFolde
         "optim": _optimizer(config),
         "resume": run.Config(
             nl.AutoResume,
+            resume_from_path=resume_from,
             restore_config=run.Config(nl.RestoreConfig, path=config.model.source, load_artifacts=False),
         ),
     }
@@ -136,13 +140,9 @@ def _log(config: RunConfig, output_dir: Path) -> run.Config:
         ckpt=run.Config(
             StepCheckpoint,
             dirpath=str(output_dir / "checkpoints"),
-            filename="{step}",
-            monitor="step",
-            mode="max",  # the newest, not the best
-            save_top_k=config.training.keep_checkpoints,
-            save_last=False,
             every_n_train_steps=config.training.checkpoint_interval,
-            save_on_train_epoch_end=False,
+            keep_last=config.training.keep_last,
+            keep_best=config.training.keep_best,
         ),
     )
 

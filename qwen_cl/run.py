@@ -10,6 +10,7 @@ from typing import cast
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.cluster.follow import follow, later
 from qwen_cl.cluster.submission import submit
 from qwen_cl.cluster.truth import require_no_job
@@ -28,8 +29,12 @@ from qwen_cl.data.report_text import summary
 from qwen_cl.execute import execute
 from qwen_cl.opening import open_run, ready
 from qwen_cl.plan import Plan, make_plan
+from qwen_cl.resume import Resumption
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import ProgressView, print_facts, print_result, read_metrics, wandb_notice
+
+SLOW_TO_READ = 5e9
+"""Bytes."""
 
 
 def run(config: object) -> None:
@@ -103,9 +108,9 @@ def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
 def _start(plan: Plan, folder: RunFolder) -> None:
     started = time.monotonic()
     console = Console()
-    with folder.claim():
-        open_run(plan, folder)
-        _print_plan(plan, folder, console)
+    with folder.lock():
+        resumption = open_run(plan, folder, _checking(console))
+        _print_plan(plan, folder, console, resumption)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)
@@ -118,15 +123,18 @@ def _start(plan: Plan, folder: RunFolder) -> None:
 
 def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder) -> None:
     console = Console()
-    with folder.claim():
-        (number,) = submit(cluster, plan.config, [folder], lambda: open_run(plan, folder))
-    _print_plan(plan, folder, console)
+    opened: list[Resumption] = []
+    with folder.lock():
+        (number,) = submit(
+            cluster, plan.config, [folder], lambda: opened.append(open_run(plan, folder, _checking(console)))
+        )
+    _print_plan(plan, folder, console, opened[0])
     console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
     if cluster.follow:
         follow(folder, console)
 
 
-def _print_plan(plan: Plan, folder: RunFolder, console: Console) -> None:
+def _print_plan(plan: Plan, folder: RunFolder, console: Console, resumption: Resumption) -> None:
     device = plan.device
     console.print(
         f"{plan.model.source} on {device.name} ({device.precision.value}), {folder.directory}",
@@ -134,10 +142,23 @@ def _print_plan(plan: Plan, folder: RunFolder, console: Console) -> None:
         soft_wrap=True,
         markup=False,
     )
+    print_facts([("resume", note) for note in resumption.notes], console)
     if plan.data_report is not None:
         print_facts(summary(plan.data_report), console)
     if plan.text is not None:
         print_facts([summarise_validation(plan.text)], console)
+
+
+def _checking(console: Console) -> Progress:
+    """Says so once where reading a checkpoint takes a while."""
+    said: list[int] = []
+
+    def show(done: int, total: int) -> None:
+        if total > SLOW_TO_READ and not said:
+            said.append(total)
+            console.print(f"comparing a checkpoint of {total / 1e9:.1f} GB with its manifest …", highlight=False)
+
+    return show
 
 
 def _draw(plan: Plan, folder: RunFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from filelock import FileLock, Timeout
 from qwen_cl.config.errors import UserError
 
 CUT_OFF = ".cut-off-"
+RESERVE_BYTES = 2**16
+LAUNCHER_LOCK, WORKER_LOCK = ".lock", ".worker.lock"
 VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", "transformers", "lightning", "wandb")
 
 
@@ -40,6 +43,7 @@ class RunFolder:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
         self.config = self.directory / "config.yaml"
+        self.reserve = self.directory / ".reserve"
         self.status_file = self.directory / "status.json"
         self.metrics_file = self.directory / "metrics.jsonl"
         self.log = self.directory / "run.log"
@@ -59,33 +63,34 @@ class RunFolder:
         Raises:
             UserError: another run is using it.
         """
-        lock = FileLock(self.directory / ".lock")
+        with self._held(LAUNCHER_LOCK, "in use by another run"):
+            with self.worker_lock():  # whoever started it may be gone
+                pass
+            yield
+
+    @contextmanager
+    def worker_lock(self) -> Iterator[None]:
+        """What a run's first process holds for as long as it may write, whatever became of the launcher.
+
+        Raises:
+            UserError: another one holds it.
+        """
+        with self._held(WORKER_LOCK, "still written to by a run whose launcher is gone"):
+            yield
+
+    @contextmanager
+    def _held(self, name: str, otherwise: str) -> Iterator[None]:
+        lock = FileLock(self.directory / name)
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(
-                f"hydra.run.dir ({self.directory}) is in use by another run; choose another folder, or wait for it"
+                f"hydra.run.dir ({self.directory}) is {otherwise}; choose another folder, or wait for it"
             ) from error
         try:
             yield
         finally:
             lock.release()
-
-    @contextmanager
-    def claim(self) -> Iterator[None]:
-        """Lock a folder that is to become a run's.
-
-        Raises:
-            UserError: another run is using it, or it holds a run already.
-        """
-        with self.lock():
-            if self.status_file.exists():
-                state = self.status().get("state")
-                raise UserError(
-                    f"hydra.run.dir ({self.directory}) holds a run already ({state}); choose another folder, or "
-                    "remove it first"
-                )
-            yield
 
     def move_aside(self) -> Path | None:
         """Before a run that was cut off starts again: nothing of it is deleted. Returns where it is now.
@@ -113,6 +118,15 @@ class RunFolder:
     def update_status(self, **changes: Any) -> None:
         """Atomic: a reader sees the old file or the new one, also if this process dies in between."""
         status = {**self.status(), **changes}
+        try:
+            self._write_status(status)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.reserve.unlink(missing_ok=True)  # a full disk must not have the last word
+            self._write_status(status)
+
+    def _write_status(self, status: dict[str, Any]) -> None:
         temporary = self.status_file.with_name(f".status.{os.getpid()}.json")
         with temporary.open("w", encoding="utf-8") as stream:
             json.dump(status, stream, indent=2, ensure_ascii=False)
@@ -120,6 +134,11 @@ class RunFolder:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.status_file)
+
+    def keep_reserve(self) -> None:
+        """Room on the disk for the run to say how it ended when all else is full."""
+        with suppress(OSError):
+            self.reserve.write_bytes(os.urandom(RESERVE_BYTES))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as stream:
@@ -129,8 +148,9 @@ class RunFolder:
 def remove_if_empty(directory: Path) -> None:
     """Hydra makes the folder, and those above it, before anything is checked; a refused run leaves none of them."""
     with suppress(FileNotFoundError):
-        if [path.name for path in directory.iterdir()] == [".lock"]:
-            (directory / ".lock").unlink()
+        if {path.name for path in directory.iterdir()} <= {LAUNCHER_LOCK, WORKER_LOCK}:
+            for name in (LAUNCHER_LOCK, WORKER_LOCK):
+                (directory / name).unlink(missing_ok=True)
     made = [directory, *(parent for parent in directory.parents if Path.cwd() in parent.parents)]
     for candidate in made:
         try:

@@ -35,7 +35,6 @@ class RecordSamples(pl.Callback):
         self.prompts = prompts
         self.new_tokens = new_tokens
         self.dashboard: Dashboard | None = None
-        self._taken: dict[int, list[str]] = {}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
@@ -46,11 +45,19 @@ class RecordSamples(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
             self._take(trainer)
-        if self.dashboard is not None and self._taken:
-            columns = ["prompt", "expected", *(f"step {step}" for step in self._taken)]
-            questions = self._decoded(trainer)
-            rows = [[*texts, *answers] for texts, answers in zip(questions, zip(*self._taken.values()))]
-            self.dashboard.log_table("samples", columns, rows, trainer.global_step)
+        if self.dashboard is not None and self.folder.samples.exists():
+            self.dashboard.log_table("samples", *self._table(), trainer.global_step)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Of the file, which also has what was answered before the run was cut off."""
+        answers: dict[int, list[dict[str, Any]]] = {}
+        for line in self.folder.samples.read_text(encoding="utf-8").splitlines():
+            answers.setdefault((record := json.loads(line))["step"], []).append(record)
+        rows = [
+            [asked[0]["prompt"], asked[0]["expected"], *(record["answer"] for record in asked)]
+            for asked in zip(*answers.values())
+        ]
+        return ["prompt", "expected", *(f"step {step}" for step in answers)], rows
 
     def _take(self, trainer: pl.Trainer) -> None:
         if not can_sample():
@@ -65,10 +72,9 @@ class RecordSamples(pl.Callback):
         if not trainer.is_global_zero:
             return
         tokenizer, step = trainer.datamodule.tokenizer.tokenizer, trainer.global_step
-        self._taken[step] = [_decode(tokenizer, answer) for answer in ids]
         with self.folder.samples.open("a", encoding="utf-8") as stream:
-            for (prompt, expected), answer in zip(self._decoded(trainer), self._taken[step]):
-                line = {"step": step, "prompt": prompt, "expected": expected, "answer": answer}
+            for (prompt, expected), answer in zip(self._decoded(trainer), ids):
+                line = {"step": step, "prompt": prompt, "expected": expected, "answer": _decode(tokenizer, answer)}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _questions(self, trainer: pl.Trainer) -> list[Question]:

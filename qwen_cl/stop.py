@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm sends before a job's time is up (``sbatch --signal=USR1@SECONDS``)."""
 
 
 class Preempted(BaseException):
@@ -11,12 +15,21 @@ class Preempted(BaseException):
 
 
 class StopRequest:
-    """SIGTERM and SIGINT set a flag that training reads between steps: nothing is saved from a handler."""
+    """Signals set a flag that training reads between steps, and so does the clock: nothing is saved from a handler."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, max_seconds: float | None = None) -> None:
+        """``max_seconds`` is counted from now on."""
+        self.reason: str | None = None
+        """Why, once there is a request."""
         self.training = False
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.listen()
+
+    @property
+    def requested(self) -> bool:
+        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self.reason = "task.max_time is up"
+        return self.reason is not None
 
     def begin_training(self) -> None:
         """From now on a signal waits for the end of the step. Lightning has put its own handlers in between, which
@@ -27,13 +40,13 @@ class StopRequest:
     @property
     def came_before_training(self) -> bool:
         """Whatever went wrong after that may be its doing: an import that was cut short fails later, and elsewhere."""
-        return self.requested and not self.training
+        return self.reason is not None and not self.training
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self.reason = "stopped on request"
         if not self.training:
             raise Preempted(signal.Signals(number).name)

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from typing import Any
 
-from qwen_cl.config.errors import RunFailed, RunPreempted, UserError
+from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.prepare import Order
 
@@ -50,7 +50,7 @@ def _stop(number: int, frame: Any) -> None:
     """Once: what is unfinished is removed on the way out."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(RunPreempted.exit_code)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def _stop_with_parent() -> None:

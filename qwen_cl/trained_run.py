@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf.errors import OmegaConfBaseException
-
+from qwen_cl.checkpoints.folder import whole_checkpoints
+from qwen_cl.checkpoints.manifest import DamagedCheckpointError, verify
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.file import load_config
+from qwen_cl.config.file import read_run_config
 from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.run_folder import RunFolder
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 HUB_KEYS = ("model.endpoint", "model.offline", "model.cache")
 """What may be said of a run's model afterwards."""
-CHECKPOINT = re.compile(r"step=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +43,26 @@ def find_run(directory: str, step: int | None) -> Run:
     """``task.run`` and ``task.step``; without a step the newest checkpoint.
 
     Raises:
-        UserError: it is no run's folder, or has no such checkpoint that is whole.
+        UserError: it is no run's folder, or has no such checkpoint that is whole and what was saved.
     """
     folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
     if not folder.config.is_file():
         raise UserError(f"task.run ({folder.directory}) is not the folder of a run: it has no config.yaml")
     config = _run_config(folder)
-    whole = {
-        int(match[1]): path / "weights"
-        for path in folder.checkpoints.glob("step=*")
-        if (match := CHECKPOINT.fullmatch(path.name)) and not _is_unfinished(path)
-    }
+    whole = {checkpoint.step: checkpoint for checkpoint in whole_checkpoints(folder.checkpoints)}
     if not whole:
         raise UserError(f"task.run ({folder.directory}) has no whole checkpoint in checkpoints/")
     step = max(whole) if step is None else step
     if step not in whole:
         there = ", ".join(map(str, sorted(whole)))
         raise UserError(f"task.step ({step}) has no whole checkpoint in {folder.checkpoints}; there are {there}")
-    return Run(folder, config, _status(folder), step, whole[step])
+    try:
+        verify(whole[step].path)
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"{whole[step].path} is damaged: {error}; put the file back, or choose another task.step"
+        ) from error
+    return Run(folder, config, _status(folder), step, whole[step].weights)
 
 
 def with_hub_settings(run: Run, now: ModelConfig) -> Run:
@@ -139,15 +139,7 @@ def open_trained(run: Run, base: Path | None) -> Trained:
 
 
 def _run_config(folder: RunFolder) -> RunConfig:
-    import yaml
-
-    try:
-        config = load_config(folder.config)
-    except (OmegaConfBaseException, UserError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder.config} is not a run's config, or of another version: {reason}") from error
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{folder.config} is not a run's config: {error!r}") from error
+    config = read_run_config(folder.config)
     if not isinstance(config.task, TrainingConfig):
         raise UserError(f"{folder.config} is of no run that trains")
     return config
@@ -158,8 +150,3 @@ def _status(folder: RunFolder) -> dict[str, Any]:
         return folder.status()
     except ValueError as error:
         raise UserError(f"{folder.status_file} is not JSON: {error}") from error
-
-
-def _is_unfinished(checkpoint: Path) -> bool:
-    """NeMo puts a file of this name beside a checkpoint for as long as it is being written."""
-    return checkpoint.with_name(f"{checkpoint.name}-unfinished").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nemo_run as run
 
-from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed
+from qwen_cl.callbacks import ConcludeAnyway, MaskPaddedVocabulary, RunRecorder, SaveAdapter, ScheduleFromConfig, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
 from qwen_cl.flops import adapter_parameters, training_flops
@@ -26,6 +26,8 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
     flops = training_flops(architecture, adapter_parameters(config.peft, architecture))
     return [
         run.Config(Seed, seed=config.seed),
+        run.Config(ScheduleFromConfig),
+        run.Config(ConcludeAnyway),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts

@@ -11,10 +11,10 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from qwen_cl.config.errors import NOT_FINITE_ADVICE
+from qwen_cl.config.errors import EXIT_PREEMPTED, NOT_FINITE_ADVICE, UserError
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.store import register_schemas
@@ -34,24 +34,35 @@ def main(directory: str) -> int:
     register_schemas()
     folder = RunFolder(directory)
     config = load_config(folder.config)
-    stop = StopRequest()
+    stop = StopRequest(config.training.max_seconds)
+    try:
+        with folder.worker_lock() if _rank() == 0 else nullcontext():
+            return _run(config, folder, stop)
+    except UserError as error:  # another process writes to the folder: its status is not ours to write
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
+    """Returns the exit code, which says on rank 0 how the run ended."""
     try:
         _train(config, folder, stop)
     except Preempted as error:
         _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")
+        return EXIT_PREEMPTED
     except BaseException as error:  # the folder must say why, whatever it was
         traceback.print_exc()
         if stop.came_before_training:
             _finish(folder, State.PREEMPTED, "stopped before training began")
-            return 0
+            return EXIT_PREEMPTED
         _finish(folder, State.FAILED, _reason(error))
         return 1
-    else:
-        stopped = stop.requested and folder.status().get("step", 0) < config.training.max_steps
-        state, reason = (State.PREEMPTED, "stopped on request") if stopped else (State.COMPLETED, None)
-        if _rank() == 0:
-            _finish(folder, state, reason)
-    return 0
+    if _rank() != 0:
+        return 0
+    stopped = stop.reason is not None and folder.status().get("step", 0) < config.training.max_steps
+    state, reason = (State.PREEMPTED, stop.reason) if stopped else (State.COMPLETED, None)
+    _finish(folder, state, reason)
+    return EXIT_PREEMPTED if stopped else 0
 
 
 def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
@@ -109,7 +120,7 @@ def load_recipe(config: RunConfig, folder: RunFolder) -> nemo_run.Partial:
 
     model_directory = local_directory(config.model.source)
     architecture = read_architecture(read_model_config(model_directory), model_directory)
-    return build_recipe(config, architecture, folder)
+    return build_recipe(config, architecture, folder, folder.status().get("resume_from"))
 
 
 def _finish(folder: RunFolder, state: State, reason: str | None) -> None:

@@ -17,6 +17,7 @@ import transformers.models.auto.modeling_auto  # noqa: E402, F401
 
 import qwen_cl.callbacks  # noqa: E402
 import qwen_cl.recipe  # noqa: E402
+import qwen_cl.saving  # noqa: E402
 import qwen_cl.verification  # noqa: E402, F401
 
 gc.freeze()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from qwen_cl.config.errors import RunPreempted
+from qwen_cl.config.errors import EXIT_INTERRUPTED
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import read_entry
 from qwen_cl.data.corpus.prepare import Order, make_order
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PREPARE = """
 import sys
 from transformers import AutoTokenizer
-from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed
 from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.prepare import prepare_corpus
 path, cache = sys.argv[1:]
@@ -38,7 +38,7 @@ try:
 except RunFailed as error:
     sys.exit(str(error))
 except KeyboardInterrupt:
-    sys.exit(RunPreempted.exit_code)
+    sys.exit(EXIT_INTERRUPTED)
 """
 STOPPED = ("interrupted", "killed", "builder", "worker")
 DOCUMENTS = 6_000
@@ -148,7 +148,7 @@ def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) ->
         }[name]()
     outputs = {name: launcher.communicate(timeout=DEADLINE) for name, launcher in launchers.items()}
     codes = {name: launcher.returncode for name, launcher in launchers.items()}
-    assert codes == {"interrupted": RunPreempted.exit_code, "killed": -signal.SIGKILL, "builder": 1, "worker": 1}
+    assert codes == {"interrupted": EXIT_INTERRUPTED, "killed": -signal.SIGKILL, "builder": 1, "worker": 1}
     assert {name: gone(family) for name, family in families.items()} == dict.fromkeys(families, True)
     for name, reason in (
         ("builder", "the process that tokenises was killed by SIGKILL"),

@@ -61,7 +61,7 @@ def log(
     **environment: str,
 ) -> dict[str, Any]:
     """Three records through W&B in a process of its own, which has to end well; what its status says of W&B."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", LOG, str(ROOT), str(directory), fault, *overrides],
         cwd=ROOT,
@@ -290,3 +290,20 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
     summary = {name: value for line in records["summary"] for name, value in line["summary"]["update"].items()}
     losses = [line["val/target/loss"] for line in lines if "val/target/loss" in line]
     assert summary["val/target/loss"] == {"last": losses[-1], "min": min(losses)}
+
+
+@pytest.mark.parametrize("can_rewind", [True, False])
+def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool, tmp_path: Path) -> None:
+    """And goes on under its own name where the server does not know how."""
+    folder = RunFolder(tmp_path / "run")
+    folder.directory.mkdir()
+    before = {"id": "abcde12345", "mode": "online", "url": "http://there/runs/abcde12345"}
+    folder.update_status(step=20, resume_from="checkpoints/step=20", wandb=before)
+    with wandb_server(can_rewind=can_rewind) as server:
+        status = log(folder.directory, server=server.url, WANDB_INIT_TIMEOUT="60", WANDB_FINISH_TIMEOUT="30")
+    assert [(asked["runName"], asked["metricName"], asked["metricValue"]) for asked in server.rewound] == [
+        ("abcde12345", "_step", 20)
+    ]
+    assert (status["id"], status["mode"], status["reason"]) == ("abcde12345", "online", None)
+    assert {asked["name"] for asked in server.started} <= {"abcde12345"}
+    assert any("wandb-history.jsonl" in part.get("files", {}) for part in server.streamed)

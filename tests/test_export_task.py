@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.card import licence_of
 from qwen_cl.source.fingerprint import fingerprint
@@ -133,7 +134,15 @@ def _full(run: Path) -> None:
 
 
 def _unfinished(run: Path) -> None:
-    (run / "checkpoints/step=40-unfinished").touch()
+    (run / "checkpoints/step=40/manifest.json").unlink()
+
+
+def _seal(checkpoint: Path) -> None:
+    """As whoever spoilt it might: its manifest is right again, so that what is behind that has to see the fault."""
+    names = file_names(checkpoint)
+    hashes = hash_files(checkpoint, names)
+    files = {name: SavedFile((checkpoint / name).stat().st_size, hashes[name]) for name in names}
+    write_manifest(checkpoint, Manifest(int(checkpoint.name.partition("=")[2]), None, files))
 
 
 SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
@@ -188,26 +197,6 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         [],
         "has changed since: run and base no longer fit each other; put it back",
     ),
-    "no metadata": (
-        lambda run: (run / "checkpoints/step=40/weights/.metadata").unlink(),
-        [],
-        r"\.metadata cannot be read: no distributed checkpoint is there",
-    ),
-    "metadata of zeros": (
-        lambda run: (run / "checkpoints/step=40/weights/.metadata").write_bytes(bytes(100)),
-        [],
-        r"\.metadata is not the metadata of a checkpoint",
-    ),
-    "shard gone": (
-        lambda run: (run / "checkpoints/step=40/weights/__0_0.distcp").unlink(),
-        [],
-        r"(cannot be read|is missing).*checkpoint is",
-    ),
-    "shard cut": (
-        lambda run: os.truncate(run / "checkpoints/step=40/weights/__0_0.distcp", 1000),
-        [],
-        r"(cannot be read|is shorter).*checkpoint is",
-    ),
     "a key of the run": (lambda run: None, ["lr=0.1"], r"lr=0\.1 would change nothing: task=export takes"),
     "a group of the run": (lambda run: None, ["peft=dora"], "peft=dora would change nothing: task=export takes"),
 }
@@ -222,6 +211,42 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(name: str, run: P
         run_export(f"task.run={run}", *(part.format(run=run) for part in said))
     assert "\n" not in str(caught.value)
     assert (set(run.iterdir()) if run.exists() else set()) == before
+
+
+SPOILT_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "no metadata": (
+        lambda weights: (weights / ".metadata").unlink(),
+        r"step=40 is damaged: weights/\.metadata is missing; put the file back",
+        r"\.metadata cannot be read: no distributed checkpoint is there",
+    ),
+    "metadata of zeros": (
+        lambda weights: (weights / ".metadata").write_bytes(bytes(100)),
+        r"is damaged: weights/\.metadata has 100 bytes of \d+",
+        r"\.metadata is not the metadata of a checkpoint",
+    ),
+    "shard gone": (
+        lambda weights: (weights / "__0_0.distcp").unlink(),
+        r"is damaged: weights/__0_0\.distcp is missing",
+        r"(cannot be read|is missing).*checkpoint is",
+    ),
+    "shard cut": (
+        lambda weights: os.truncate(weights / "__0_0.distcp", 1000),
+        r"is damaged: weights/__0_0\.distcp has 1000 bytes of \d+",
+        r"(cannot be read|is shorter).*checkpoint is",
+    ),
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("name", SPOILT_WEIGHTS)
+def test_a_checkpoint_that_is_not_what_was_saved_is_refused(name: str, sealed: bool, weights: Path, run: Path) -> None:
+    spoil, *messages = SPOILT_WEIGHTS[name]
+    spoil(weights)
+    if sealed:
+        _seal(weights.parent)
+    with pytest.raises(UserError, match=messages[sealed]):
+        run_export(f"task.run={run}")
+    assert not list(run.glob("*export*"))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +278,9 @@ class _Canary:
 def test_metadata_that_would_run_code_does_not(weights: Path, run: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (weights / ".metadata").write_bytes(pickle.dumps(_Canary(canary)))
+    with pytest.raises(UserError, match=r"step=40 is damaged: weights/\.metadata has"):
+        run_export(f"task.run={run}")
+    _seal(weights.parent)
     with pytest.raises(UserError, match=r"\.metadata is not the metadata of a checkpoint"):
         run_export(f"task.run={run}")
     assert not canary.exists()
@@ -263,6 +291,9 @@ def test_a_shard_that_would_run_code_does_not(weights: Path, run: Path, tmp_path
     for path in weights.glob("*.distcp"):
         size = path.stat().st_size
         path.write_bytes(pickle.dumps(_Canary(canary)).ljust(size, b"\0"))
+    with pytest.raises(UserError, match=r"step=40 is damaged: weights/__0_0\.distcp is not what was saved \(sha256"):
+        run_export(f"task.run={run}")
+    _seal(weights.parent)
     with pytest.raises(UserError, match=r"checkpoint is"):
         run_export(f"task.run={run}")
     assert not canary.exists()
@@ -273,7 +304,7 @@ def test_a_run_that_goes_on_gives_its_newest_whole_checkpoint(
 ) -> None:
     _edit_status(run, state="RUNNING")
     shutil.copytree(run / "checkpoints/step=40", run / "checkpoints/step=150")
-    (run / "checkpoints/step=150-unfinished").touch()
+    (run / "checkpoints/step=150/manifest.json").unlink()
     run_export(f"task.run={run}", "task.format=adapter", f"task.output={tmp_path / 'deep/adapter'}")
     assert "step 40 of a run that is RUNNING" in capsys.readouterr().out
     saved, live = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_cl.config.errors import RunPreempted
+from qwen_cl.config.errors import EXIT_INTERRUPTED
 from tests.conftest import ROOT
 
 MOMENTS = {
@@ -37,6 +37,6 @@ def test_an_interrupted_launcher_says_nothing_of_its_own(moment: str, tmp_path: 
         assert any(re.search(MOMENTS[moment], line.rstrip("\n")) for line in launcher.stdout)
         launcher.send_signal(signal.SIGINT)
         said = launcher.stdout.read()
-    assert launcher.returncode == RunPreempted.exit_code, said
+    assert launcher.returncode == EXIT_INTERRUPTED, said
     assert "Traceback" not in said
     assert "KeyboardInterrupt" not in said

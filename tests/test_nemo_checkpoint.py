@@ -149,7 +149,7 @@ def test_a_relative_reference_lies_in_nemos_cache(base: Path, monkeypatch: pytes
 def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: Path) -> None:
     """Both start at the loss transformers computes; the second reads what the first, with optimizer state, saved."""
     settings = ["experiment=smoke", "model=local", "wandb.mode=disabled", "cluster.accelerator=cpu", "seed=7"]
-    settings += ["task.max_steps=2", "task.checkpoint_interval=1", "task.keep_checkpoints=2"]
+    settings += ["task.max_steps=2", "task.checkpoint_interval=1", "task.keep_last=2"]
     first = launch(
         *settings,
         f"model.source=nemo://{base}/checkpoints/qwen3-untied",

@@ -35,7 +35,7 @@ print(len(set(steps)))
 HOLDER = """
 import sys
 from qwen_cl.run_folder import RunFolder
-with RunFolder(sys.argv[1]).claim():
+with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -95,30 +95,29 @@ def test_an_update_that_fails_leaves_the_status_before_it(tmp_path: Path) -> Non
 def test_a_folder_in_use_is_refused_until_its_holder_dies(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with child(HOLDER, tmp_path) as holder:
-        with pytest.raises(UserError) as refused, folder.claim():
+        with pytest.raises(UserError) as refused, folder.lock():
             pytest.fail("two processes hold the folder")
         message = f"hydra.run.dir ({tmp_path}) is in use by another run; choose another folder, or wait for it"
         assert str(refused.value) == message
         assert holder.poll() is None
         holder.kill()  # SIGKILL: no handler of the holder's runs
         holder.wait()
-        with folder.claim(), pytest.raises(UserError, match="in use by another run"), RunFolder(tmp_path).claim():
+        with folder.lock(), pytest.raises(UserError, match="in use by another run"), RunFolder(tmp_path).lock():
             pytest.fail("one process holds the folder twice")
-    with folder.claim():
+    with folder.lock():
         pass
 
 
-@pytest.mark.parametrize("state", State)
-def test_a_folder_that_holds_a_run_is_refused(state: State, tmp_path: Path) -> None:
+def test_a_folder_is_in_use_for_as_long_as_a_worker_writes_to_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.update_status(state=state)
-    for _ in range(2):  # and refusing does not keep the lock
-        with pytest.raises(UserError) as refused, folder.claim():
-            pytest.fail("an old run would be overwritten")
-        assert str(refused.value) == (
-            f"hydra.run.dir ({tmp_path}) holds a run already ({state.value}); choose another folder, or remove it first"
-        )
-    assert folder.status() == {"state": state.value}
+    with folder.worker_lock(), pytest.raises(UserError) as refused, RunFolder(tmp_path).lock():
+        pytest.fail("a launcher would start a second worker")
+    assert str(refused.value) == (
+        f"hydra.run.dir ({tmp_path}) is still written to by a run whose launcher is gone; choose another folder, or "
+        "wait for it"
+    )
+    with folder.lock(), RunFolder(tmp_path).worker_lock():  # the launcher holds the first, its worker the second
+        pass
 
 
 def test_metrics_are_lines_one_for_each_record(tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / "outputs/finetune-lora/now"
     directory.mkdir(parents=True)
-    with RunFolder(directory).claim():
+    with RunFolder(directory).lock():
         pass
     remove_if_empty(directory)
     assert list(tmp_path.iterdir()) == []

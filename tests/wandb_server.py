@@ -16,10 +16,12 @@ class WandbServer:
     """``init`` and ``stream`` are the HTTP status of answers to starting a run and to its records; None never answers
     (until the server closes). A status of 200 is an answer that W&B's client works with."""
 
-    def __init__(self, init: int | None = 200, stream: int | None = 200) -> None:
-        self.init, self.stream = init, stream
+    def __init__(self, init: int | None = 200, stream: int | None = 200, can_rewind: bool = True) -> None:
+        self.init, self.stream, self.can_rewind = init, stream, can_rewind
         self.started: list[dict[str, Any]] = []
         """Variables of the requests that started or changed a run."""
+        self.rewound: list[dict[str, Any]] = []
+        """Variables of the requests that cut a run back to a step."""
         self.streamed: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
         """Variables of the requests that saved a workspace or a report."""
@@ -71,6 +73,14 @@ class WandbServer:
             project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "b", "name": variables["name"], "displayName": variables["displayName"], "config": None}
             return {"data": {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}}
+        if "rewindRun" in query:
+            self.rewound.append(variables)
+            if not self.can_rewind:
+                return {"errors": [{"message": "rewind is not enabled"}]}
+            project = {"id": "p", "name": "qwen_cl", "entity": {"id": "e", "name": "me"}}
+            lines = {"historyLineCount": 0, "logLineCount": 0, "eventsLineCount": 0}
+            run = {"id": "b", "name": variables["runName"], "displayName": "n", "config": "{}", **lines}
+            return {"data": {"rewindRun": {"rewoundRun": {**run, "project": project}}}}
         if view := self.answer_of_a_view(query, variables):
             return {"data": view}
         if "viewer" in query:
@@ -98,8 +108,8 @@ class WandbServer:
 
 
 @contextmanager
-def wandb_server(init: int | None = 200, stream: int | None = 200) -> Iterator[WandbServer]:
-    server = WandbServer(init, stream)
+def wandb_server(init: int | None = 200, stream: int | None = 200, *, can_rewind: bool = True) -> Iterator[WandbServer]:
+    server = WandbServer(init, stream, can_rewind)
     threading.Thread(target=server.server.serve_forever, daemon=True).start()
     try:
         yield server

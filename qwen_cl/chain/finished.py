@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from qwen_cl.chain.stages import Stage
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import leaves_of_consequence, save_config, to_plain
+from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"
@@ -47,11 +48,13 @@ def remember(stage: Stage) -> None:
 
 
 def move_aside(stage: Stage) -> None:
-    """Nothing of a stage that was cut off is deleted.
+    """Of a stage that was cut off and is not to be gone on with; nothing of it is deleted.
 
     Raises:
         UserError: it is still running.
     """
+    if isinstance(stage.config.resume, AutoResumeConfig) and stage.folder.status().get("state") != State.COMPLETED:
+        return
     if aside := stage.folder.move_aside():
         print(f"what there was of stage {stage.name} is in {aside}")
 

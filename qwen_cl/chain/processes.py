@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunFailed, RunPreempted
 from qwen_cl.config.rules import quoted
 from qwen_cl.execute import ROOT, die_with_parent
 
-STOPPED = (RunPreempted.exit_code, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
+STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 """What a launch ends with that was asked to stop; before it listens, the signal itself ends it."""
 
 
@@ -32,7 +32,7 @@ def launch(what: str, directory: Path, overrides: Sequence[str], advice: str) ->
     with _passing_on_signals(process):
         returncode = process.wait()
     if returncode in STOPPED:
-        raise RunPreempted(f"PREEMPTED in {what}; {advice}")
+        raise RunPreempted(f"PREEMPTED in {what}; {advice}", interrupted=returncode != EXIT_PREEMPTED)
     if returncode:
         raise RunFailed(f"FAILED in {what}; {advice}")
 

@@ -10,14 +10,13 @@ import sys
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.truth import CANCELLED
 from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.errors import EXIT_PREEMPTED
 from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.continual.report import draw_report
 from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.view import read_metrics
 
-EXIT_PREEMPTED = 75
-"""sysexits' EX_TEMPFAIL."""
 EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
 
 

@@ -19,6 +19,12 @@ from omegaconf.errors import (
 NOT_FINITE_ADVICE = "lower lr or task.clip_grad, or raise task.warmup_steps (the newest checkpoint is from before)"
 
 
+EXIT_PREEMPTED = 75
+"""sysexits' EX_TEMPFAIL: start it again."""
+EXIT_INTERRUPTED = 130
+"""What a shell says of a program that Ctrl-C ended."""
+
+
 class UserError(Exception):
     """A mistake in the input: says key or file, value, rule and fix. Nothing was started or written."""
 
@@ -32,9 +38,12 @@ class RunFailed(Exception):
 
 
 class RunPreempted(RunFailed):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and did."""
+    """The run was asked to stop and did; the same command goes on from there."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, interrupted: bool = True) -> None:
+        """``interrupted`` by Ctrl-C, and not by a signal that schedulers send, or by its own time limit."""
+        super().__init__(message)
+        self.exit_code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
 def explain(error: HydraException | OmegaConfBaseException) -> str:

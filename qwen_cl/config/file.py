@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
@@ -17,6 +20,8 @@ OF_NO_CONSEQUENCE = (
     "model.endpoint",
     "model.offline",
     "model.cache",
+    "resume.",
+    "task.max_time",
     *(f"cluster.{name}" for name in ("account", "partition", "qos", "time", "setup", "container_", "options")),
     *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow")),
 )
@@ -44,6 +49,21 @@ def load_config(path: Path) -> RunConfig:
     for group, schemas in GROUPS.items():
         base[group] = OmegaConf.structured(schemas[plain[group].pop("type") + "_schema"])
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(base, plain)))
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Of a run's folder, which anybody may have written to.
+
+    Raises:
+        UserError: it is no run's config.
+    """
+    try:
+        return load_config(path)
+    except (OmegaConfBaseException, UserError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a run's config, or of another version: {reason}") from error
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a run's config: {error!r}") from error
 
 
 def leaves_of_consequence(plain: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qwen_cl.config.errors import UserError
 
+DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
 FREE_TEXT = ("task.prompt",)
 
 
@@ -28,6 +29,15 @@ def require(
     for bound, holds, words in rules:
         if bound is not None and not holds:
             raise UserError(f"{key} ({value}) must be {words} {bound}")
+
+
+def seconds_of(key: str, duration: str) -> float:
+    """Of ``[D-]HH:MM:SS``; raises UserError where it is none."""
+    match = DURATION.fullmatch(duration)
+    if match is None or not any(map(int, match.groups(default="0"))):
+        raise UserError(f"{key} ({duration}) must read [D-]HH:MM:SS and be above 0, like 01:30:00 or 2-12:00:00")
+    days, hours, minutes, seconds = map(int, match.groups(default="0"))
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def refuse_ignored(overrides: Sequence[str], taken: Sequence[str], reason: str) -> None:

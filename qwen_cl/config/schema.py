@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from qwen_cl.config.data import DataConfig, MockDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import MixedReplayConfig, ReplayConfig, RetentionConfig
+from qwen_cl.config.resume import ResumeConfig
 from qwen_cl.config.rules import require
 from qwen_cl.config.tasks import TaskConfig, TrainingConfig
 
@@ -181,6 +182,7 @@ class RunConfig:
     data: DataConfig
     replay: ReplayConfig
     retention: RetentionConfig
+    resume: ResumeConfig
     cluster: ClusterConfig
     wandb: WandbConfig
     lr: float

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, clusters, data, forgetting, job, report, schema, stages, sweep, tasks
+from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -45,6 +45,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "kubernetes_schema": clusters.KubernetesConfig,
         "skypilot_schema": clusters.SkypilotConfig,
     },
+    "resume": {"auto_resume_schema": resume.AutoResumeConfig, "never_resume_schema": resume.ResumeConfig},
 }
 
 

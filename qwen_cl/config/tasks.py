@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import require
+from qwen_cl.config.rules import require, seconds_of
 
 HUB_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)")
 SIZE = re.compile(r"[1-9][0-9]*[KMGT]B")
@@ -46,6 +46,8 @@ class TaskConfig:
 class TrainingConfig(TaskConfig):
     max_steps: int
     """Optimizer steps."""
+    max_time: str | None
+    """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: it saves, and ends as PREEMPTED."""
     global_batch_size: int
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int
@@ -67,8 +69,10 @@ class TrainingConfig(TaskConfig):
     """Optimizer steps between validations; step 0 and the last step are always validated."""
     checkpoint_interval: int
     """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int
+    keep_last: int
     """How many of the newest checkpoints stay on disk."""
+    keep_best: int
+    """How many with the lowest validation loss stay beside them, of those whose step was validated."""
     log_interval: int
     """Optimizer steps between lines of metrics.jsonl."""
     sample_prompts: int
@@ -83,11 +87,14 @@ class TrainingConfig(TaskConfig):
             "micro_batch_size",
             "val_check_interval",
             "checkpoint_interval",
-            "keep_checkpoints",
+            "keep_last",
             "log_interval",
         ):
             require(f"task.{name}", getattr(self, name), at_least=1)
         require("task.sequence_length", self.sequence_length, at_least=2)
+        require("task.keep_best", self.keep_best, at_least=0)
+        if self.max_time is not None:
+            seconds_of("task.max_time", self.max_time)
         require("task.sample_prompts", self.sample_prompts, at_least=0)
         require("task.sample_tokens", self.sample_tokens, at_least=1)
         require("task.warmup_steps", self.warmup_steps, at_least=0)
@@ -106,6 +113,10 @@ class TrainingConfig(TaskConfig):
                 f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
                 "lower it, or train longer"
             )
+
+    @property
+    def max_seconds(self) -> float | None:
+        return None if self.max_time is None else seconds_of("task.max_time", self.max_time)
 
     @property
     def decay_steps(self) -> int:

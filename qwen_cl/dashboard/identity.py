@@ -38,6 +38,8 @@ ANY_MODEL = ("hub", "local")
 class Identity:
     id: str
     """The same whenever the folder's run goes on, so that it goes on in the same curves."""
+    rewind_to: int | None
+    """The step that the folder's run goes on from, where W&B may know of later ones; None for a new run."""
     name: str
     group: str | None
     """Name of the sweep's folder; None outside a sweep."""
@@ -55,6 +57,7 @@ def identify(config: RunConfig, folder: RunFolder) -> Identity:
     status = folder.status()
     return Identity(
         id=status.get("wandb", {}).get("id") or secrets.token_hex(5),
+        rewind_to=status["step"] if status.get("resume_from") and status.get("wandb", {}).get("url") else None,
         name=os.environ.get(TRIAL_NAME) or config.name or f"{choices['task']}-{choices['peft']}",
         group=sweep.name if sweep else None,
         job_type=choices["task"],

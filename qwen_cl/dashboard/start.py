@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,6 +70,10 @@ def _online(config: RunConfig, identity: Identity) -> tuple[Any, str | None]:
     if reason := _why_offline(wandb):
         return None, reason
     there = set(identity.directory.glob("wandb/run-*"))
+    if identity.rewind_to is not None:
+        with suppress(Exception):  # a server that does not know how: what it has of later steps stays, and is the same
+            return _init(config, identity, WandbMode.online, rewind=True), None
+        wandb.teardown()
     try:
         return _init(config, identity, WandbMode.online), None
     except Exception as error:  # W&B's own errors have no common class, and those of its service are asyncio's
@@ -102,9 +106,13 @@ def _has_key(wandb: Any) -> bool:
         return False
 
 
-def _init(config: RunConfig, identity: Identity, mode: WandbMode) -> Any:
+def _init(config: RunConfig, identity: Identity, mode: WandbMode, *, rewind: bool = False) -> Any:
+    """A run that goes on drops what it logged after its checkpoint (``rewind``), or logs the same values again."""
     import wandb
 
+    going_on: dict[str, Any] = {"resume": "allow"}
+    if rewind:
+        going_on = {"resume_from": f"{identity.id}?_step={identity.rewind_to}"}
     return wandb.init(
         project=config.wandb.project,
         entity=config.wandb.entity,
@@ -113,7 +121,7 @@ def _init(config: RunConfig, identity: Identity, mode: WandbMode) -> Any:
         group=identity.group,
         job_type=identity.job_type,
         tags=identity.tags,
-        resume="allow",
+        **going_on,
         config=identity.config,
         dir=str(identity.directory),
         mode=mode.value,

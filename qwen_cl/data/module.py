@@ -101,7 +101,8 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.train_dataset = Mixture(
             [examples for examples, _ in sets.train],
             [share for _, share in sets.train],
-            num_samples=self.max_steps * self.global_batch_size,
+            # A batch more than is trained on: Megatron's sampler refuses to go on where nothing is left.
+            num_samples=(self.max_steps + 1) * self.global_batch_size,
             seed=self.seed,
         )
         self.evaluation_sets = sets.evaluation

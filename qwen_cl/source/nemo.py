@@ -68,7 +68,7 @@ def _replace_setup() -> None:
             check_model_config(model.config, architecture, files.source, prefix="model.config")
         restore.path = files.source
         trainer.strategy.base_model_source = files.source
-        checkpoint = self.get_trainer_ckpt_path(model)
+        checkpoint = _weights_of(self.get_trainer_ckpt_path(model))
         if checkpoint is None:
             trainer.strategy.restore_config = restore
         else:
@@ -80,6 +80,14 @@ def _replace_setup() -> None:
             model.__io__.tokenizer = model.tokenizer.__io__
 
     AutoResume.setup = setup
+
+
+def _weights_of(checkpoint: Any) -> Any:
+    """With ``resume_from_path`` NeMo gives an adapter's folder instead of the one of its weights, and then records that
+    folder as the base model in every checkpoint that follows."""
+    if isinstance(checkpoint, AdapterPath) and (Path(checkpoint) / WEIGHTS).is_dir():
+        return AdapterPath(Path(checkpoint) / WEIGHTS, base_model_path=checkpoint.base_model_path)
+    return checkpoint
 
 
 def _fetch(path: str) -> tuple[ModelFiles, Architecture]:

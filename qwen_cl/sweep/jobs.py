@@ -127,9 +127,9 @@ class JobStarter:
 
 def _write(trial: Trial, plan: Plan, cost: float) -> None:
     before = trial.record()
-    trial.folder.move_aside()
+    trial.make_room()
     trial.begin(before, cost)
-    with trial.folder.claim():
+    with trial.folder.lock():
         open_run(plan, trial.folder)
     hydra = trial.folder.directory / ".hydra"
     hydra.mkdir(exist_ok=True)

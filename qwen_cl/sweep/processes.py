@@ -45,7 +45,7 @@ class ProcessStarter:
 
     def _start(self, trial: Trial, slot: Slot) -> TrialProcess:
         before = trial.record()
-        trial.folder.move_aside()
+        trial.make_room()
         trial.begin(before, slot.cost)
         return TrialProcess(trial, slot, self.hydra_arguments)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.file import leaves_of_consequence, to_plain
+from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
 from qwen_cl.plan import Plan
@@ -61,6 +62,11 @@ class Trial:
             "started": time.time(),
         }
         write_json(record, self.record_file)
+
+    def make_room(self) -> None:
+        """Before it starts again: it goes on in its folder, or begins in a new one."""
+        if not isinstance(self.plan.config.resume, AutoResumeConfig):
+            self.folder.move_aside()
 
     def renew(self) -> None:
         """What tells it from the others may have become more since it was started: a command added values."""
