@@ -54,6 +54,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         end=None,
         step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
         worker_lost=None,
+        job=None,  # of an earlier start; whoever submits says which it is now
         model_source=plan.model.source,
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),
