@@ -177,7 +177,7 @@ def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: b
     folder.update_status(state=State.FAILED, reason=f"the worker was {how}{why}", end=now(), worker_lost=lost)
 
 
-def judge(folder: RunFolder, *, interrupted: bool = False) -> None:
+def judge(folder: RunFolder, *, interrupted: bool) -> None:
     status = folder.status()
     if status["state"] == State.PREEMPTED:
         raise RunPreempted(

@@ -40,7 +40,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
     resumption = resume(folder, plan.config, _facts(plan), progress)
     folder.keep_reserve()
     write_worker_inputs(plan, folder)
-    if HydraConfig.initialized():  # else it is the trial of a sweep, which says what it needs
+    if HydraConfig.initialized():
         _write_hydra(folder)
     if plan.data_report is not None:
         folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
@@ -54,6 +54,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         end=None,
         step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
         worker_lost=None,
+        job=None,  # of an earlier start; whoever submits says which it is now
         model_source=plan.model.source,
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),

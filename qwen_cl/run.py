@@ -110,7 +110,7 @@ def _start(plan: Plan, folder: RunFolder) -> None:
     console = Console()
     with folder.lock():
         resumption = open_run(plan, folder, _checking(console))
-        _print_plan(plan, folder, resumption, console)
+        _print_plan(plan, folder, console, resumption)
         with ProgressView(folder, plan.config.training.max_steps, console) as view:
             try:
                 execute(plan.config, folder, view.update)
@@ -125,15 +125,16 @@ def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder) -> None:
     console = Console()
     opened: list[Resumption] = []
     with folder.lock():
-        write = lambda: opened.append(open_run(plan, folder, _checking(console)))  # noqa: E731
-        (number,) = submit(cluster, plan.config, [folder], write)
-    _print_plan(plan, folder, opened[0], console)
+        (number,) = submit(
+            cluster, plan.config, [folder], lambda: opened.append(open_run(plan, folder, _checking(console)))
+        )
+    _print_plan(plan, folder, console, opened[0])
     console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
     if cluster.follow:
         follow(folder, console)
 
 
-def _print_plan(plan: Plan, folder: RunFolder, resumption: Resumption, console: Console) -> None:
+def _print_plan(plan: Plan, folder: RunFolder, console: Console, resumption: Resumption) -> None:
     device = plan.device
     console.print(
         f"{plan.model.source} on {device.name} ({device.precision.value}), {folder.directory}",
@@ -141,17 +142,11 @@ def _print_plan(plan: Plan, folder: RunFolder, resumption: Resumption, console: 
         soft_wrap=True,
         markup=False,
     )
+    print_facts([("resume", note) for note in resumption.notes], console)
     if plan.data_report is not None:
         print_facts(summary(plan.data_report), console)
     if plan.text is not None:
         print_facts([summarise_validation(plan.text)], console)
-
-
-def _draw(plan: Plan, folder: RunFolder) -> None:
-    """However the run ended: what it measured until then is worth a look."""
-    if folder.metrics_file.exists():
-        title = f"{folder.directory.parent.name}/{folder.directory.name}, {plan.model.source}"
-        draw_report(read_metrics(folder), title, folder.report)
 
 
 def _checking(console: Console) -> Progress:
@@ -164,3 +159,10 @@ def _checking(console: Console) -> Progress:
             console.print(f"comparing a checkpoint of {total / 1e9:.1f} GB with its manifest …", highlight=False)
 
     return show
+
+
+def _draw(plan: Plan, folder: RunFolder) -> None:
+    """However the run ended: what it measured until then is worth a look."""
+    if folder.metrics_file.exists():
+        title = f"{folder.directory.parent.name}/{folder.directory.name}, {plan.model.source}"
+        draw_report(read_metrics(folder), title, folder.report)

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_cl.cluster.batch import main
 from qwen_cl.cluster.job import act
-from qwen_cl.cluster.truth import require_no_job
+from qwen_cl.cluster.truth import refresh, require_no_job
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.job import JobAction, JobConfig
@@ -118,6 +118,11 @@ def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
         look(str(tmp_path))
     RunFolder(tmp_path).update_status(state="COMPLETED")
     with pytest.raises(UserError, match=r"^task.run \(.*\) is a run of this machine; task=job is for runs that were"):
+        look(str(tmp_path))
+    RunFolder(tmp_path).update_status(state="RUNNING", job=None)  # submitted once, and gone on with here
+    assert refresh(RunFolder(tmp_path)) is None
+    assert RunFolder(tmp_path).status()["state"] == "RUNNING"
+    with pytest.raises(UserError, match=r"is a run of this machine"):
         look(str(tmp_path))
     with pytest.raises(UserError, match=r"^lr=1 would change nothing: all about the run is in its folder; remove it$"):
         look(str(tmp_path), "task=job", "lr=1")

@@ -23,7 +23,10 @@ from qwen_cl.source.reference import is_hub_reference
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
 """Environment variables that only their owner may read: named here, never with a value."""
-KEPT = ("accelerator", "devices", "tensor_parallel", "pipeline_parallel", "precision")
+KEPT = (
+    *("accelerator", "devices", "tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel"),
+    *("precision", "timeout_minutes"),
+)
 """Of the group cluster: what the machine in the container is told too."""
 
 

@@ -42,7 +42,7 @@ def follow(folder: RunFolder, console: Console) -> None:
         raise
     if notice := wandb_notice(folder.status()):
         console.print(notice, highlight=False, soft_wrap=True, markup=False)
-    judge(folder)
+    judge(folder, interrupted=False)
     print_result(folder, console, _seconds(folder))
 
 

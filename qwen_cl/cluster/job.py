@@ -42,7 +42,7 @@ def act(task: JobConfig, overrides: Sequence[str]) -> None:
 
 def _find(directory: str) -> RunFolder:
     folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
-    if "job" not in folder.status():
+    if not folder.status().get("job"):
         what = "a run of this machine" if folder.status() else "not the folder of a run: it has no status.json"
         raise UserError(f"task.run ({folder.directory}) is {what}; task=job is for runs that were submitted")
     return folder

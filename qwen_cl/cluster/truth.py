@@ -19,7 +19,7 @@ asks must not write to the status of a run that is going."""
 
 def job_of(status: dict[str, Any]) -> str | None:
     """Number of the job that a run was submitted in last; None for a run of this machine."""
-    number = status.get("job", {}).get("id")
+    number = (status.get("job") or {}).get("id")
     return None if number is None else str(number)
 
 

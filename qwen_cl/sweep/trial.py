@@ -44,11 +44,6 @@ class Trial:
         """Of its last start; empty before the first."""
         return read_record(self.record_file)
 
-    def make_room(self) -> None:
-        """For a run that is not to go on from what there is of it."""
-        if not isinstance(self.plan.config.resume, AutoResumeConfig):
-            self.folder.move_aside()
-
     def begin(self, before: dict[str, Any], gpus: float) -> None:
         """``before`` is the record of its last start, whose costs count; ``gpus`` is how many it takes, or what part
         of one."""
@@ -67,6 +62,11 @@ class Trial:
             "started": time.time(),
         }
         write_json(record, self.record_file)
+
+    def make_room(self) -> None:
+        """Before it starts again: it goes on in its folder, or begins in a new one."""
+        if not isinstance(self.plan.config.resume, AutoResumeConfig):
+            self.folder.move_aside()
 
     def renew(self) -> None:
         """What tells it from the others may have become more since it was started: a command added values."""
