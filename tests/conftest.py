@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 from qwen_cl.megatron.imports import import_megatron
 from qwen_cl.run_folder import RunFolder
 
+pytest_plugins = ["tests.fault_table"]
 import_megatron()  # before a test module imports Megatron by itself
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started the tests in the background did that
@@ -73,17 +74,6 @@ def launch_once(shared: Path, name: str, *arguments: str, environment: dict[str,
             record.write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}", encoding="utf-8")
     returncode, stdout, stderr = record.read_text(encoding="utf-8").split("\0")
     return Launched(int(returncode), stdout, stderr, RunFolder(directory))
-
-
-Row = Callable[[str, str, str], None]
-FAULT = "fault"
-"""Property of a test's report: a line of docs/faults.md."""
-
-
-@pytest.fixture
-def row(record_property: Callable[[str, object], None]) -> Row:
-    """To be called at the end of a test that injects a fault: what it was, what happened, what was lost."""
-    return lambda fault, happened, lost: record_property(FAULT, (fault, happened, lost))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault_table import Row
 from tests.hub import Fault, Hub, client_environment
 from tests.machine import INDEX, SHARD, SMALL_FILES, WEIGHT_FILES, Machine, model_files, new_machine
 
@@ -130,7 +131,7 @@ def test_a_cache_filled_by_another_tool_is_judged_by_its_files(machine: Machine)
 
 @pytest.mark.parametrize("by", ["us", "another tool"])
 @pytest.mark.parametrize(("name", "size"), [(SHARD, "13.0 kB"), ("merges.txt", "15 bytes")])
-def test_one_changed_byte_is_caught(name: str, size: str, by: str, machine: Machine) -> None:
+def test_one_changed_byte_is_caught(name: str, size: str, by: str, machine: Machine, row: Row) -> None:
     """By sha256 in LFS, by git's blob id elsewhere, and by the blob's name where we have no manifest."""
     directory = Path(by_huggingface_hub(machine, *WHOLE)[0])
     if by == "us":
@@ -150,6 +151,11 @@ def test_one_changed_byte_is_caught(name: str, size: str, by: str, machine: Mach
     ]
     assert (directory / name).read_bytes() == model_files(3)[name]
     assert machine.hub.fetched() == {name}
+    row(
+        "a byte changed in the Hub's cache",
+        "found by its hash, and fetched again; refused where there is no Hub",
+        "nothing",
+    )
 
 
 def test_a_file_that_cannot_be_read(machine: Machine) -> None:

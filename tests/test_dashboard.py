@@ -19,6 +19,7 @@ from qwen_cl.dashboard.identity import identify, sync_command
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import wandb_notice
 from tests.conftest import ROOT, Launched
+from tests.fault_table import Row
 from tests.test_config import compose_run
 from tests.wandb_server import wandb_server
 
@@ -153,7 +154,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     ],
 )
 def test_a_server_that_does_not_start_the_run_leaves_it_offline(
-    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str
+    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str, row: Row
 ) -> None:
     """One record, the one the sync command names, with all that was logged in it."""
     folder, status = failures[case]
@@ -162,6 +163,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     (record,) = (path for path in (folder / "wandb").glob("*run-*") if path.is_dir() and not path.is_symlink())
     assert status["sync"] == f"wandb sync {record}"
     assert losses_of(record) == [3.0, 1.0, 2.0]
+    row("W&B unreachable, or refusing, when a run starts", "the run goes on and logs offline, and says so", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     ],
 )
 def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
-    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str
+    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str, row: Row
 ) -> None:
     _, status = failures[case]
     assert status["mode"] == "online"
@@ -184,6 +186,7 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
     assert notice == f"W&B: {status['reason']}, not all of it is there; later: {status['sync']}"
     if case in ("fails later", "withdrawn key"):  # the service lived, and all is on disk
         assert losses_of(Path(status["directory"])) == [3.0, 1.0, 2.0]
+    row("W&B failing in mid-run", "the run goes on, and says how to upload the rest", "nothing")
 
 
 def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, dict[str, Any]]]) -> None:

@@ -21,7 +21,7 @@ from qwen_cl.checkpoints.folder import PARTIAL, newest_good, whole_checkpoints
 from qwen_cl.checkpoints.manifest import verify
 from qwen_cl.config.errors import UserError
 from qwen_cl.run_folder import RunFolder
-from tests.conftest import ROOT, Row
+from tests.conftest import ROOT
 from tests.cut_off import (
     AtRecord,
     AtSave,
@@ -34,6 +34,7 @@ from tests.cut_off import (
     watch_files,
     whole_and_killed,
 )
+from tests.fault_table import Row
 
 LORA = overrides_of("lora")
 NOTHING = "nothing: losses to the last bit those of a run that was left alone"

@@ -23,10 +23,12 @@ from qwen_cl.run_folder import RunFolder, State
 from tests import faulty_rank
 from tests.conftest import ROOT
 from tests.exporting import composed
+from tests.fault_table import Row
 from tests.ranks import start_rank
 
 RUN = ["experiment=smoke", "wandb.mode=disabled", "cluster.accelerator=cpu", "cluster.devices=2", "retention=none"]
 RUN += ["model.verify=none", "task.sample_prompts=0", "task.val_check_interval=1000"]
+SINCE_THE_LAST = "the steps since the last checkpoint"
 
 
 class Forked:
@@ -67,20 +69,21 @@ def run_group(directory: Path, faults: dict[int, str], *overrides: str, timeout_
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_rank_that_raised_is_the_reason(rank: int, tmp_path: Path) -> None:
+def test_the_rank_that_raised_is_the_reason(rank: int, tmp_path: Path, row: Row) -> None:
     folder = run_group(tmp_path, {rank: "raises"})
     status = folder.status()
     assert status["state"] == "FAILED"
     assert status["reason"] == f"rank {rank}: ValueError: the adapter of this rank is made of cheese"
     assert status["worker_lost"] is False
     assert "gloo" in folder.log.read_text(errors="replace"), "the other rank failed of nothing, so this shows little"
+    row("an error in one of two ranks", "FAILED with that rank's error as the reason", SINCE_THE_LAST)
 
 
 @pytest.mark.parametrize(
     ("fault", "said"), [("SIGSTOP", ", and no sign of life"), ("spins", ", while the others wait for it")]
 )
 def test_a_rank_that_hangs_is_named_and_says_where_it_is(
-    fault: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    fault: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], row: Row
 ) -> None:
     folder = run_group(tmp_path, {1: fault}, timeout_minutes=0.1)
     status = folder.status()
@@ -91,17 +94,23 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_is(
     zero, strikes, _ = folder.log.read_text(encoding="utf-8", errors="replace").partition("in _strike")
     assert strikes
     assert "distributed_c10d.py" in zero  # where it waits
+    row(
+        "one of two ranks hanging",
+        "FAILED after cluster.timeout_minutes, the rank named, stacks in run.log",
+        SINCE_THE_LAST,
+    )
 
 
-def test_ranks_asked_at_different_steps_stop_at_the_same(tmp_path: Path) -> None:
+def test_ranks_asked_at_different_steps_stop_at_the_same(tmp_path: Path, row: Row) -> None:
     folder = run_group(tmp_path, {1: "SIGTERM"}, "task.max_steps=1000")
     status = folder.status()
     assert (status["state"], status["reason"]) == ("PREEMPTED", "stopped on request")
     assert [path.name for path in folder.checkpoints.iterdir()] == [f"step={faulty_rank.STEP}"]
     assert status["step"] == faulty_rank.STEP
+    row("SIGTERM to one of two ranks", "both stop after the same step and save; PREEMPTED", "nothing")
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
@@ -110,9 +119,10 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert status["reason"] == (
         f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
     )
+    row("the port in use", "FAILED at once, the port named; without MASTER_PORT a free one is taken", "nothing")
 
 
-def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_command(tmp_path: Path, row: Row) -> None:
     """From the command line on, with the signal from outside; nothing is left running."""
     folder = RunFolder(tmp_path / "run")
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={folder.directory}", *RUN]
@@ -129,6 +139,7 @@ def test_a_killed_rank_ends_the_command(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     assert folder.status()["worker_lost"] is True
     assert not any(each.is_running() for each in family)
+    row("kill -9 of one of two ranks", "FAILED, the rank and the signal named; no process is left", SINCE_THE_LAST)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

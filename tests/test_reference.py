@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import launch
+from tests.fault_table import Row
 from tests.hub import client_environment
 from tests.machine import SMALL_FILES, TOKEN, WEIGHT_FILES, Machine, model_files, new_machine
 
@@ -68,7 +69,7 @@ def test_what_is_needed_is_fetched_and_nothing_else(machine: Machine) -> None:
 
 @pytest.mark.parametrize("server", ["offline", "stopped"])
 @pytest.mark.parametrize("revision", ["", "@v1.0", "@feature/japanese", "@commit"])
-def test_the_cache_serves_without_the_hub(revision: str, server: str, machine: Machine) -> None:
+def test_the_cache_serves_without_the_hub(revision: str, server: str, machine: Machine, row: Row) -> None:
     source = f"hf://org/tiny{revision}".replace("@commit", f"@{machine.tagged}")
     before = machine.resolve(source, weights=True)
     machine.hub.requests.clear()
@@ -77,17 +78,19 @@ def test_the_cache_serves_without_the_hub(revision: str, server: str, machine: M
     after = machine.resolve(source, weights=True, **offline(server))
     assert after == before
     assert machine.hub.requests == []
+    row("the Hub unreachable, the model in the cache", "the run starts from the cache", "nothing")
 
 
 @pytest.mark.parametrize("server", ["offline", "stopped"])
 @pytest.mark.parametrize("revision", ["", "@main", "@" + NO_COMMIT])
-def test_neither_hub_nor_cache(revision: str, server: str, machine: Machine) -> None:
+def test_neither_hub_nor_cache(revision: str, server: str, machine: Machine, row: Row) -> None:
     if server == "stopped":
         machine.hub.stop()
     message = machine.resolve(f"hf://org/tiny{revision}", **offline(server))["error"]
     assert f"model.source (hf://org/tiny{revision})" in message
     assert "cache" in message
     assert "model=local model.source=DIRECTORY" in message
+    row("the Hub unreachable, the cache empty", "refused with exit code 2, with the ways out", "nothing")
 
 
 @pytest.mark.parametrize("server", ["offline", "stopped"])

@@ -33,6 +33,7 @@ from tests.cut_off import (
     whole_and_killed,
     worker,
 )
+from tests.fault_table import Row
 from tests.ranks import run_ranks
 
 BASE = ROOT / "qwen_cl/demo/model"
@@ -119,7 +120,7 @@ def test_a_finished_run_goes_further_only_if_that_is_said(lora: tuple[RunFolder,
     ],
 )
 def test_another_run_is_refused_and_nothing_is_changed(
-    said: list[str], shown: str, lora: tuple[RunFolder, RunFolder]
+    said: list[str], shown: str, lora: tuple[RunFolder, RunFolder], row: Row
 ) -> None:
     killed = lora[1]
     before = {path: path.stat().st_mtime_ns for path in killed.directory.rglob("*") if not path.name.endswith(".lock")}
@@ -132,6 +133,24 @@ def test_another_run_is_refused_and_nothing_is_changed(
     assert ("resume.allow=[" in message) == (said != ["peft.rank=4"])
     after = {path: path.stat().st_mtime_ns for path in killed.directory.rglob("*") if not path.name.endswith(".lock")}
     assert after == before
+    row(
+        "another config, or other data, in a run's folder", "refused with exit code 2, each difference shown", "nothing"
+    )
+
+
+def test_a_model_that_moved_is_refused(lora: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
+    """A branch resolves to another commit now; a directory has other weights."""
+    folder = copy_of(lora[1], tmp_path / "run")
+    config: dict[str, Any] = yaml.safe_load(folder.config.read_text())
+    config["model"]["source"] = f"hf://org/tiny@{'a' * 40}"
+    folder.config.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Say it as then"):
+        start(folder, *LORA, "resume.allow=[model]")
+    row("another commit of the model", "refused with exit code 2: its checkpoints fit nothing else", "nothing")
+    changed = copy_of(lora[1], tmp_path / "changed")
+    changed.update_status(model_fingerprint="0" * 64)
+    with pytest.raises(UserError, match=r"model\.fingerprint was 0000"):
+        start(changed, *LORA, "resume.allow=[model]")
 
 
 def test_what_may_differ_and_what_is_allowed_to(lora: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT, Launched, launch
+from tests.fault_table import Row
 
 
 def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> None:
@@ -72,7 +73,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(trained: Launched) -> None:
     assert (trained.folder.status_file.read_bytes(), trained.folder.config.read_bytes()) == before
 
 
-def test_in_use_then_interrupted(tmp_path: Path) -> None:
+def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     folder = RunFolder(tmp_path / "run")
     arguments = ["experiment=smoke", "task.max_steps=100000", "task.val_check_interval=100000", "wandb.mode=disabled"]
     process = subprocess.Popen(
@@ -91,6 +92,7 @@ def test_in_use_then_interrupted(tmp_path: Path) -> None:
     second = launch(*arguments, directory=folder.directory)
     assert second.returncode == 2
     assert "is in use by another run" in second.stderr
+    row("the same folder twice", "the second is refused with exit code 2", "nothing")
 
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as a launcher gets several at once where what started it is killed
