@@ -15,6 +15,7 @@ from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
 from torch.distributed.checkpoint.api import CheckpointException
 
+from qwen_cl import member
 from qwen_cl.callbacks import RunRecorder, require_finite
 from qwen_cl.checkpoints.folder import clear_leftovers, partial_path, prune, publish, size_of
 from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
@@ -108,6 +109,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
     def _together(self, trainer: pl.Trainer, partial: Path, action: Any) -> None:
         """Do it on every rank; where one of them fails, all of them do, and nothing half-written is left."""
         fault: BaseException | None = None
+        member.progress()
         try:
             action()
         except (Exception, CheckpointException) as error:  # torch's is no Exception

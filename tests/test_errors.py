@@ -53,6 +53,7 @@ def refuse(*arguments: str, directory: Path) -> str:
         ("lr=0", "lr (0.0) must be above 0"),
         ("peft.dropout=1.0", "peft.dropout (1.0) must be below 1"),
         ("peft.target_modules=[q_proj]", "must name one or more of linear_qkv"),
+        ("task.max_time=90", "task.max_time (90) must read [D-]HH:MM:SS and be above 0, like 01:30:00 or 2-12:00:00"),
         ("hydra.run.dir=/proc/nope", "hydra.run.dir (/proc/nope) cannot be made"),
     ],
 )
