@@ -25,6 +25,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started th
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SLOWEST = ("test_sweep", "test_parallel", "test_faults", "test_continual", "test_slurm", "test_initial_loss")
+"""Files that start first: each is one process's work, and the last to start would be waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @dataclass(frozen=True)
 class Launched:
     """A finished `python launch.py` and what it left."""

@@ -47,7 +47,6 @@ SHORT = [
     "task.sample_prompts=1",
     "task.sample_tokens=2",
 ]
-METHODS = ("lora", "dora", "none")
 Fault = Callable[[RunFolder], None]
 
 

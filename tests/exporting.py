@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.config.tasks import ExportConfig
@@ -25,3 +27,11 @@ def run_export(*said: str) -> None:
     config = composed("task=export", *said)
     assert isinstance(config.task, ExportConfig)
     export(config, config.task, list(said))
+
+
+def seal(checkpoint: Path) -> None:
+    """A manifest of what is there now, as a run that saved it would have written, or whoever spoilt it might."""
+    names = file_names(checkpoint)
+    hashes = hash_files(checkpoint, names)
+    files = {name: SavedFile((checkpoint / name).stat().st_size, hashes[name]) for name in names}
+    write_manifest(checkpoint, Manifest(int(checkpoint.name.partition("=")[2]), None, files))

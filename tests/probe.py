@@ -13,6 +13,7 @@ from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.worker import load_recipe, prepare
+from tests.exporting import seal
 
 
 def main(directory: Path) -> None:
@@ -29,6 +30,9 @@ def main(directory: Path) -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 0:
                 trainer.save_checkpoint(str(folder.checkpoints / "step=0"), weights_only=True)
+                torch.distributed.barrier()
+                if trainer.is_global_zero:
+                    seal(folder.checkpoints / "step=0")
                 _disturb_adapters(trainer.strategy.megatron_parallel)
                 for optimizer in trainer.strategy.optimizers:
                     optimizer.reload_model_params()

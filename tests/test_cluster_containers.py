@@ -18,7 +18,8 @@ from tests.test_config import compose_run
 OVERRIDES = ["experiment=smoke", "name=a b", "lr=1e-3"]
 FOLDER = RunFolder("/runs/My Runs/20250101-120000")
 HERE = ["cluster=local", "cluster.accelerator=gpu", "cluster.devices=2", "cluster.tensor_parallel=2"]
-HERE += ["cluster.pipeline_parallel=1", "cluster.precision=bf16"]
+HERE += ["cluster.pipeline_parallel=1", "cluster.context_parallel=1", "cluster.sequence_parallel=False"]
+HERE += ["cluster.precision=bf16", "cluster.timeout_minutes=30.0"]
 
 
 def render(choice: str, *more: str) -> str:

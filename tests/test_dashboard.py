@@ -309,4 +309,3 @@ def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool
     ]
     assert (status["id"], status["mode"], status["reason"]) == ("abcde12345", "online", None)
     assert {asked["name"] for asked in server.started} <= {"abcde12345"}
-    assert any("wandb-history.jsonl" in part.get("files", {}) for part in server.streamed)

@@ -20,12 +20,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.card import licence_of
 from qwen_cl.source.fingerprint import fingerprint
 from tests.conftest import ROOT, Launched, launch
-from tests.exporting import composed, run_export
+from tests.exporting import composed, run_export, seal
 from tests.models import DEMO_MODEL
 
 
@@ -137,14 +136,6 @@ def _unfinished(run: Path) -> None:
     (run / "checkpoints/step=40/manifest.json").unlink()
 
 
-def _seal(checkpoint: Path) -> None:
-    """As whoever spoilt it might: its manifest is right again, so that what is behind that has to see the fault."""
-    names = file_names(checkpoint)
-    hashes = hash_files(checkpoint, names)
-    files = {name: SavedFile((checkpoint / name).stat().st_size, hashes[name]) for name in names}
-    write_manifest(checkpoint, Manifest(int(checkpoint.name.partition("=")[2]), None, files))
-
-
 SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "no folder": (shutil.rmtree, [], "is not the folder of a run: it has no config.yaml"),
     "not a run's config": (
@@ -243,7 +234,7 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_refused(name: str, sealed: b
     spoil, *messages = SPOILT_WEIGHTS[name]
     spoil(weights)
     if sealed:
-        _seal(weights.parent)
+        seal(weights.parent)
     with pytest.raises(UserError, match=messages[sealed]):
         run_export(f"task.run={run}")
     assert not list(run.glob("*export*"))
@@ -280,7 +271,7 @@ def test_metadata_that_would_run_code_does_not(weights: Path, run: Path, tmp_pat
     (weights / ".metadata").write_bytes(pickle.dumps(_Canary(canary)))
     with pytest.raises(UserError, match=r"step=40 is damaged: weights/\.metadata has"):
         run_export(f"task.run={run}")
-    _seal(weights.parent)
+    seal(weights.parent)
     with pytest.raises(UserError, match=r"\.metadata is not the metadata of a checkpoint"):
         run_export(f"task.run={run}")
     assert not canary.exists()
@@ -293,7 +284,7 @@ def test_a_shard_that_would_run_code_does_not(weights: Path, run: Path, tmp_path
         path.write_bytes(pickle.dumps(_Canary(canary)).ljust(size, b"\0"))
     with pytest.raises(UserError, match=r"step=40 is damaged: weights/__0_0\.distcp is not what was saved \(sha256"):
         run_export(f"task.run={run}")
-    _seal(weights.parent)
+    seal(weights.parent)
     with pytest.raises(UserError, match=r"checkpoint is"):
         run_export(f"task.run={run}")
     assert not canary.exists()
@@ -355,7 +346,7 @@ with appearing(Path(sys.argv[2])) as temporary:
 STOP_AN_EXPORT = """
 import os, sys
 from qwen_cl.source.merged import MergedModel
-from tests.exporting import composed, run_export
+from tests.exporting import composed, run_export, seal
 stock = MergedModel.read
 def read(model, name):
     if name == "model.norm.weight":

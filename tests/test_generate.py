@@ -19,7 +19,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import quote_free_text, quoted
 from tests.asking import ask, check
 from tests.conftest import ROOT, Launched, launch
-from tests.exporting import run_export
+from tests.exporting import run_export, seal
 from tests.models import DEMO_MODEL
 
 PROMPTS = ["日本の首都はどこですか。", "春", "尺八とはどのような楽器ですか。木ですか。"]
@@ -194,6 +194,7 @@ def test_without_a_chat_template_raw_is_proposed(tmp_path: Path) -> None:
 def test_a_mistake_the_child_meets_reads_like_any_other(trained: Launched, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained.folder.directory, tmp_path / "run", ignore=shutil.ignore_patterns("wandb")))
     next((run / "checkpoints/step=40/weights").glob("*.distcp")).unlink()
+    seal(run / "checkpoints/step=40")  # else the launcher would see it
     done = launch("task=generate", f"task.run={run}", "task.prompt=a", directory=tmp_path / "o")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

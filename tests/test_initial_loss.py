@@ -32,13 +32,8 @@ SHAPES: list[tuple[dict[str, Any], list[str]]] = [
         {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
         ["peft=lora", "cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"],
     ),
-    # The embedding is on the first stage, its tied copy on the last.
-    (
-        {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
-        ["peft=none", "cluster.accelerator=cpu", "cluster.devices=2", "cluster.pipeline_parallel=2"],
-    ),
 ]
-IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2", "tied-full-pp2"]
+IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2"]
 
 
 @pytest.mark.parametrize(("shape", "arguments"), SHAPES, ids=IDS)

@@ -26,10 +26,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"devices": 2},
     "cp2": {"devices": 2, "context_parallel": 2},
     "tp2-pp2": {"devices": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
-    "sp2-pp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "pipeline_parallel": 2},
     "sp2-cp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "context_parallel": 2},
 }
-OF_ONE_METHOD = {"sp2": "lora", "sp2-pp2": "none", "sp2-cp2": "lora"}
+OF_ONE_METHOD = {"sp2": "lora", "cp2": "lora", "sp2-cp2": "lora"}
 """For every weight, a wider layout says more of sequence parallelism."""
 CASES = [(method, layout) for method in ("lora", "none") for layout in LAYOUTS]
 CASES = [case for case in CASES if case[0] == OF_ONE_METHOD.get(case[1], case[0])] + [("dora", "one"), ("dora", "sp2")]
