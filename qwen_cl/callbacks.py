@@ -12,8 +12,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from nemo.lightning.pytorch.callbacks import ModelTransform
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.data.named_sets import TARGET
@@ -48,31 +46,6 @@ class Seed(pl.Callback):
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-class ScheduleFromConfig(pl.Callback):
-    """A run that goes on keeps its place in the schedule and takes the schedule itself from its config: with
-    ``resume.allow`` the learning rate, or the number of steps, may be another one. Its checkpoint has all of the old
-    one, in the scheduler's state and in the optimizer's."""
-
-    def __init__(self) -> None:
-        self._done = False
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Not before: with an adapter, NeMo has just loaded both."""
-        if self._done:
-            return
-        self._done = True
-        module = next(callback for callback in trainer.callbacks if isinstance(callback, MegatronOptimizerModule))
-        for config in trainer.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            groups = scheduler.optimizer.param_groups
-            unused = [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": module.config.lr} for _ in groups]
-            said = module.lr_scheduler.scheduler(pl_module, torch.optim.SGD(unused))["lr_scheduler"]["scheduler"]
-            kept = {name: getattr(scheduler, name) for name in ("optimizer", "last_epoch", "_step_count")}
-            scheduler.__dict__.update({**vars(said), **kept})
-            for group, rate in zip(groups, scheduler.get_lr()):
-                group["lr"] = rate
-
-
 class MaskPaddedVocabulary(pl.Callback):
     """See :func:`qwen_cl.megatron.steps.mask_padded_vocabulary`."""
 
@@ -81,22 +54,6 @@ class MaskPaddedVocabulary(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         mask_padded_vocabulary(trainer.strategy.megatron_parallel, self.vocab_size)
-
-
-class ConcludeAnyway(pl.Callback):
-    """A run that was killed after its last step was saved has no step left. Lightning would leave out what comes at the
-    end of training: the samples, the adapter."""
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loop = trainer.fit_loop
-        loop.__class__ = type("FitLoop", (type(loop),), {"skip": False})
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps:
-            return
-        for callback in trainer.callbacks:
-            if isinstance(callback, ModelTransform):  # NeMo makes the adapters when the first epoch begins
-                callback.on_train_epoch_start(trainer, pl_module)
 
 
 class RunRecorder(pl.Callback):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import nemo_run as run
 
-from qwen_cl.callbacks import ConcludeAnyway, MaskPaddedVocabulary, RunRecorder, SaveAdapter, ScheduleFromConfig, Seed
+from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
+from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
 from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.progress import TellProgress
 from qwen_cl.samples import RecordSamples
