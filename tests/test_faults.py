@@ -114,8 +114,8 @@ def test_the_newest_checkpoint_is_spoilt(
         assert not (folder.directory / "canary").exists()
     row(
         fault,
-        f"told before anything is opened ({reason.partition(' (')[0].strip()}); goes on from the one before",
-        NOTHING,
+        "told before anything in it is opened; goes on from the one before",
+        "nothing: what came after is trained again",
     )
 
 
@@ -220,7 +220,11 @@ def test_asked_to_stop(moment: str, runs: tuple[RunFolder, RunFolder], tmp_path:
     assert folder.adapter.is_dir()
     if moment == "in saving":  # the others would go on alike
         goes_on(folder, runs[0])
-    row(f"a signal to stop {moment}", "saves after the step, PREEMPTED, exit code 75", NOTHING)
+    row(
+        f"a signal to stop {moment}",
+        "saves after the step, PREEMPTED, exit code 75",
+        "nothing: all that was trained is saved",
+    )
 
 
 def test_out_of_time(tmp_path: Path, row: Row) -> None:
