@@ -52,8 +52,6 @@ class Resumption:
     """Where to go on from; None for the beginning."""
     notes: list[str] = field(default_factory=list)
     """For the user."""
-    again: bool = False
-    """Whether there was a run here before."""
 
 
 def resume(
@@ -112,7 +110,7 @@ def continue_run(folder: RunFolder, progress: Progress | None = None) -> Resumpt
         resume_from=None if checkpoint is None else str(checkpoint.path),
         resumed=[*before.get("resumed", []), {"time": now(), "step": step, "state": before.get("state")}],
     )
-    return Resumption(checkpoint, notes, again=True)
+    return Resumption(checkpoint, notes)
 
 
 def leaves_then(folder: RunFolder) -> dict[str, Any]:

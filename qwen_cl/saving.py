@@ -140,7 +140,6 @@ class StepCheckpoint(nl.ModelCheckpoint):
         trainer.save_checkpoint(str(partial))
         if trainer.is_global_zero:
             TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
-        torch.distributed.barrier()
 
     def _publish(self, trainer: pl.Trainer, partial: Path, hashes: list[dict[str, str]]) -> None:
         if not trainer.is_global_zero:
