@@ -43,7 +43,7 @@ def text_files(directory: Path, texts: list[str]) -> Path:
     for number, text in enumerate(texts):
         place, content = directory / "part" / f"{number:03}.txt", text.encode()
         if number % 3 == 0:
-            place.with_suffix(".txt.gz").write_bytes(gzip.compress(content))
+            place.with_suffix(".txt.gz").write_bytes(gzip.compress(content, mtime=0))
         elif number % 3 == 1:
             place.with_suffix(".txt.zst").write_bytes(zstd(content))
         else:
@@ -82,10 +82,11 @@ def _globbed(directory: Path, texts: list[str]) -> Path:
 
 FORMS: dict[str, Callable[[Path, list[str]], Path]] = {
     "jsonl": _written("a.jsonl", json_lines),
-    "jsonl.gz": _written("a.jsonl.gz", lambda texts: gzip.compress(json_lines(texts))),
+    "jsonl.gz": _written("a.jsonl.gz", lambda texts: gzip.compress(json_lines(texts), mtime=0)),
     # As `cat a.gz b.gz` makes.
     "members.gz": _written(
-        "a.json.gz", lambda texts: gzip.compress(json_lines(texts[:4])) + gzip.compress(json_lines(texts[4:]))
+        "a.json.gz",
+        lambda texts: gzip.compress(json_lines(texts[:4]), mtime=0) + gzip.compress(json_lines(texts[4:]), mtime=0),
     ),
     "jsonl.zst": _written("a.ndjson.zst", lambda texts: zstd(json_lines(texts[:9])) + zstd(json_lines(texts[9:]))),
     "parquet": _parquet,

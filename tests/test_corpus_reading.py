@@ -146,7 +146,7 @@ def test_a_column_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS), mtime=0))
     (tmp_path / "a.jsonl.gz").chmod(0)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: Permission denied$"):
         read(tmp_path / "a.jsonl.gz")

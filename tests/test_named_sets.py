@@ -59,7 +59,7 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
         parquet.write_table(Table.from_pylist(ROWS[1:]), tmp_path / name)
         expected = [pair("c", "d")]
     else:
-        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+        (tmp_path / name).write_bytes(gzip.compress(lines, mtime=0) if name.endswith("gz") else lines)
         expected = [pair("a", "b"), pair("c", "d")]
     (found,) = read_sets({"old": str(tmp_path / name)}, "replay.sets")
     assert found.rows == expected
@@ -69,7 +69,7 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n\n{"te\n'), "{path}:3: not JSON (Unterminated string"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n\n{"te\n', mtime=0), "{path}:3: not JSON (Unterminated string"),
         (
             "a.jsonl.zst",
             zstd(json_lines(["x"]) + b'{"text": "\xe9"}\n'),
@@ -82,8 +82,12 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'{"text": "x"}\n{"text": "  "}\n', "{path}:2: field 'text' is empty; remove the row or fill it"),
         ("a.jsonl", b'{"prompt": "x"}\n', "{path}:1: field 'completion' is missing"),
-        ("a.jsonl.gz", gzip.compress(b"\n \n"), "{path} is empty; it must hold one JSON object a line, or a text"),
-        ("a.txt.gz", gzip.compress(b"\n"), "{path}: the text is empty; remove the row or fill it"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"\n \n", mtime=0),
+            "{path} is empty; it must hold one JSON object a line, or a text",
+        ),
+        ("a.txt.gz", gzip.compress(b"\n", mtime=0), "{path}: the text is empty; remove the row or fill it"),
         ("a.csv", b"text\nx\n", "retention.sets.old: {path} is of an unknown format; known are .txt, .jsonl"),
     ],
 )

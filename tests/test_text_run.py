@@ -45,7 +45,7 @@ def write_corpus(path: Path) -> list[str]:
     trained, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
     texts[trained[0]] = texts[measured[1]]
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    path.write_bytes(gzip.compress("".join(lines).encode()))
+    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     return texts
 
 
@@ -239,7 +239,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
     remember(stage)
     stage.folder.update_status(**text_run.run.folder.status())
     assert is_finished(stage)
-    path.write_bytes(gzip.compress(b'{"text": "another"}\n'))
+    path.write_bytes(gzip.compress(b'{"text": "another"}\n', mtime=0))
     with pytest.raises(UserError, match="stage text was completed with something else: the content of its data; say"):
         is_finished(stage)
 
