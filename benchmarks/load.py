@@ -54,6 +54,7 @@ def shape(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocabular
 SHAPES = {
     "tiny": shape(512, 2048, 8, 8, 2, 8192, True),
     "0.5b": shape(896, 4864, 24, 14, 2, 151936, True),
+    "1.5b": shape(1536, 8960, 28, 12, 2, 151936, True),
     "7b": shape(3584, 18944, 28, 28, 4, 152064, False),
 }
 SIDE_SECONDS = 150

@@ -99,6 +99,7 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.bytes = 0
+        self._busy: list[tuple[float, int]] = []
         self._device = device
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -110,6 +111,11 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
+    def busy_between(self, start: float, seconds: list[float]) -> float | None:
+        """Part of the time in which any kernel ran, from ``start`` (as ``time.time()``) on; None without a GPU."""
+        found = [share for when, share in self._busy if start <= when <= start + sum(seconds)]
+        return statistics.mean(found) / 100 if found else None
+
     def _sample(self) -> None:
         if self._device != "cuda":
             return
@@ -119,6 +125,7 @@ class PeakMemory:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         while not self._done.wait(SAMPLE_SECONDS):
             self.bytes = max(self.bytes, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            self._busy.append((time.time(), pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
 
 
 def _print(sides: dict[int, dict[str, Any]], device: str) -> None:

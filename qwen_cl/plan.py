@@ -24,6 +24,7 @@ from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
+from qwen_cl.levers import settle_speed
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Plan:
     config: RunConfig
-    """With model.source pinned, model.cache absolute, and accelerator and precision settled."""
+    """With model.source pinned, model.cache absolute, and accelerator, precision and speed settled."""
     model: ModelFiles
     architecture: Architecture
     device: Device
@@ -90,6 +91,7 @@ def make_plan(config: RunConfig) -> Plan:
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
+        speed=settle_speed(config, device.kind),
     )
     return Plan(
         config=settled,

@@ -27,6 +27,7 @@ from qwen_cl.run_folder import RunFolder, State, now
 MAY_DIFFER = (
     "resume.",
     "cluster.",
+    "speed.",
     "model.verify",
     "model.locked",
     "task.micro_batch_size",

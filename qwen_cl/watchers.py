@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import nemo_run as run
@@ -9,6 +10,7 @@ import nemo_run as run
 from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
+from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
 from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.progress import TellProgress
@@ -17,6 +19,7 @@ from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes
 from qwen_cl.source.nemo_context import is_nemo_checkpoint
 from qwen_cl.source.reference import local_directory
+from qwen_cl.speed import Accelerate
 from qwen_cl.verification import RefuseChance, VerifyLogits
 
 VERIFIED_PARAMETERS = 10**9
@@ -31,6 +34,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(ScheduleFromConfig),
         run.Config(ConcludeAnyway),
         run.Config(TellProgress),
+        run.Config(Accelerate, **_levers(config.speed)),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
@@ -44,6 +48,10 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         ),
         *_adapter(config, output_dir),
     ]
+
+
+def _levers(speed: SpeedConfig) -> dict[str, bool]:
+    return {name: value in (True, When.always) for name, value in asdict(speed).items()}
 
 
 def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:

@@ -16,6 +16,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import MixedReplayConfig, ReplayConfig, RetentionConfig
 from qwen_cl.config.resume import ResumeConfig
 from qwen_cl.config.rules import require
+from qwen_cl.config.speed import SpeedConfig
 from qwen_cl.config.tasks import TaskConfig, TrainingConfig
 
 
@@ -198,6 +199,7 @@ class RunConfig:
     retention: RetentionConfig
     resume: ResumeConfig
     cluster: ClusterConfig
+    speed: SpeedConfig
     wandb: WandbConfig
     lr: float
     """Peak learning rate; the only place it is set."""

@@ -8,7 +8,7 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, stages, sweep, tasks
+from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, speed, stages, sweep, tasks
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -46,6 +46,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "kubernetes_schema": clusters.KubernetesConfig,
         "skypilot_schema": clusters.SkypilotConfig,
     },
+    "speed": {"speed_schema": speed.SpeedConfig},
 }
 
 

@@ -63,13 +63,16 @@ class CausalAttention(torch.nn.Module):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
         """Shapes: (batch, heads, sequence, width). Where there are more keys than queries, they begin earlier."""
-        square = query.shape[2] == key.shape[2]
+        if query.shape[2] == key.shape[2]:
+            mask, is_causal = None, True
+        else:
+            mask, is_causal = causal_lower_right(query.shape[2], key.shape[2]), False
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if square else causal_lower_right(query.shape[2], key.shape[2]),
-            is_causal=square,
+            attn_mask=mask,
+            is_causal=is_causal,
             scale=self.softmax_scale,
             dropout_p=dropout,
             enable_gqa=query.shape[1] != key.shape[1],

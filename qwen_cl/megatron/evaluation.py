@@ -44,6 +44,8 @@ def _own_share(batches: list[list[Example]]) -> list[list[Example]]:
 
 
 def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Not compiled, also where training is: rows have every length, and compiling for them would not pay."""
+
     def step(iterator: Any, chunk: torch.nn.Module) -> Any:
         needed: Any = data_step(iterator)
 
@@ -52,14 +54,15 @@ def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Te
 
         return forward_step(chunk, needed), total
 
-    outputs = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter(batches) if len(model) == 1 else [iter(batches) for _ in model],
-        model=list(model),
-        num_microbatches=len(batches),
-        seq_length=batches[0]["tokens"].shape[1],
-        micro_batch_size=len(batches[0]["tokens"]),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    with torch.compiler.set_stance("force_eager"):
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches) if len(model) == 1 else [iter(batches) for _ in model],
+            model=list(model),
+            num_microbatches=len(batches),
+            seq_length=batches[0]["tokens"].shape[1],
+            micro_batch_size=len(batches[0]["tokens"]),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     return list(outputs)

@@ -55,7 +55,7 @@ def _likeliest(chunk: Any, rows: Sequence[Sequence[int]], device: torch.device) 
     width = padded_width([len(row) for row in rows])
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     positions = torch.arange(width, device=device).expand(len(rows), width).contiguous()
-    with without_function_mode():
+    with without_function_mode(), torch.compiler.set_stance("force_eager"):  # rows grow with each token
         logits = chunk(input_ids=tokens, position_ids=positions, attention_mask=None)
     ends = torch.tensor([len(row) - 1 for row in rows], device=device)
     return logits[torch.arange(len(rows), device=device), ends].float().argmax(dim=-1).tolist()

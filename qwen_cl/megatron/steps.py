@@ -14,6 +14,8 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from qwen_cl.megatron.cpu import without_function_mode
 
 Batch = dict[str, torch.Tensor]
+NOT_COUNTED = -100
+"""The label of a token whose loss is not counted, as everywhere in PyTorch."""
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
@@ -33,13 +35,15 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
 
 
 def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
-    """Loss of every token, shape (batch, sequence), on the last stage."""
+    """Loss of every token, shape (batch, sequence), on the last stage; of those that do not count it means nothing."""
+    labels, counted = batch["labels"], batch["loss_mask"]
     with without_function_mode():
         return model(
             input_ids=batch["tokens"],
             position_ids=batch["position_ids"],
             attention_mask=batch.get("segments"),
-            labels=batch["labels"],
+            # NeMo's model takes no mask; Megatron's loss takes any label outside the vocabulary.
+            labels=labels if labels is None else labels.masked_fill(counted == 0, NOT_COUNTED),
         )
 
 

@@ -1,0 +1,250 @@
+"""Training speed beside other libraries, in one command: ``python benchmarks/throughput.py [--help]``.
+
+The sides train in turn, in the order A-B-C-C-B-A, each in its own process, from the same weights on the same tokens:
+ours as ``python launch.py`` runs it, and transformers with PEFT, as it comes and under torch.compile. On a GPU, a
+Qwen2.5-0.5B of random weights, rows of 2,048 tokens, 16 a step, in bf16; on a CPU, the embedded model in fp32. Prints a
+table in Markdown and writes what it measured to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks/results"
+SEED, LR, SIDE_SECONDS = 1234, 1e-4, 240
+SHOWN_VERSIONS = ("torch", "nemo_toolkit", "megatron-core", "transformers", "peft", "liger-kernel")
+PEERS = {
+    "transformers, eager": {"compiled": False, "liger": False},
+    "transformers, compiled": {"compiled": True, "liger": False},
+    "transformers, liger": {"compiled": False, "liger": True},
+}
+OURS = "qwen_cl"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    parser.add_argument("--shape", default="0.5b", help="on a GPU: 0.5b, 1.5b or 7b")
+    parser.add_argument("--training", choices=("lora", "full"), nargs="+", default=["lora", "full"])
+    parser.add_argument("--sides", nargs="+", default=[OURS, *list(PEERS)[:2]], help=f"of: {OURS}; {'; '.join(PEERS)}")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=None, help="default 4; on a CPU 2")
+    parser.add_argument("--sequence-length", type=int, help="default 2048; on a CPU 128")
+    parser.add_argument("--global-batch", type=int, help="rows of a step; default 16; on a CPU 8")
+    parser.add_argument("--warmup-steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--visits", type=int, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
+    parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
+    parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE.json")
+    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        return 0
+    results = measure(arguments)
+    print(table(results))
+    return 1 if any("error" in visit for visit in results["visits"] if visit["side"] == OURS) else 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+
+    device = arguments.device or _default_device()
+    on_gpu = device == "cuda"
+    common = {
+        "device": device,
+        "sequence_length": arguments.sequence_length or (2048 if on_gpu else 128),
+        "global_batch_size": arguments.global_batch or (16 if on_gpu else 8),
+        "warmup_steps": arguments.warmup_steps,
+        "timed_steps": arguments.steps,
+        "lr": LR,
+    }
+    results = {
+        "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": _machine(device),
+        "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
+        "versions": {name: found for name in SHOWN_VERSIONS if (found := _version(name))},
+        **common,
+        "visits": [],
+    }
+    output = arguments.output or RESULTS / f"throughput-{device}-{arguments.shape if on_gpu else 'embedded'}.json"
+    with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
+        base = Path(temporary)
+        model = base / "model" if on_gpu else ROOT / "qwen_cl/demo/model"
+        if on_gpu:
+            write_model(model, SHAPES[arguments.shape])
+        common |= {"model": str(model), "tokens": str(base / "tokens.npy")}
+        rows = _write_tokens(common, json.loads((model / "config.json").read_text())["vocab_size"])
+        for training in arguments.training:
+            for micro in arguments.micro_batch or ([4] if on_gpu else [2]):
+                sides = arguments.sides + (arguments.sides[::-1] if arguments.visits > 1 else [])
+                for number, side in enumerate(sides):
+                    specification = {**common, "training": training, "micro_batch_size": micro, "rows": rows}
+                    visit = _visit(side, specification, base / f"{training}-{micro}-{number}", arguments.overrides)
+                    results["visits"].append({"side": side, "training": training, "micro_batch": micro, **visit})
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    output.write_text(json.dumps(results, indent=1) + "\n")  # what is measured stays, if it is cut off
+    return results
+
+
+def _write_tokens(common: dict[str, Any], vocab_size: int) -> int:
+    """The rows that ``data=mock`` has (qwen_cl/data/sources.py), in the order in which a run takes them."""
+    import numpy as np
+
+    from qwen_cl.data.batches import epoch_order
+
+    size = common["global_batch_size"]
+    rows = size * (common["warmup_steps"] + common["timed_steps"])
+    drawn = np.random.default_rng(SEED).integers(0, vocab_size, (rows, common["sequence_length"] + 1))
+    np.save(common["tokens"], drawn[epoch_order(rows, SEED, 0, 0)])
+    return rows
+
+
+def _visit(side: str, specification: dict[str, Any], directory: Path, overrides: list[str]) -> dict[str, Any]:
+    from benchmarks.sweep import PeakMemory
+
+    print(f"{side}, {specification['training']}, micro batch {specification['micro_batch_size']} …", file=sys.stderr)
+    specification = {**specification, "started": time.time()}
+    if side == OURS:
+        command = _our_command(specification, directory, overrides)
+    else:
+        path = directory.with_suffix(".json")
+        path.write_text(json.dumps({**specification, **PEERS[side]}))
+        command = [sys.executable, "-m", "benchmarks.peers", str(path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    memory = PeakMemory(specification["device"])
+    try:
+        with memory:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=SIDE_SECONDS
+            )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {SIDE_SECONDS} s"}
+    if done.returncode:
+        log = directory / "run.log"
+        print(log.read_text(encoding="utf-8")[-4000:] if log.exists() else done.stderr[-4000:], file=sys.stderr)
+        lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line or "FAILED" in line]
+        return {"error": (errors or lines or [f"exit code {done.returncode}"])[-1][:300]}
+    record = _our_record(specification, directory) if side == OURS else json.loads(done.stdout.splitlines()[-1])
+    busy = memory.busy_between(record.pop("ended") - sum(record["seconds"]), record["seconds"])
+    return {**record, "driver_peak": memory.bytes, "busy": busy}
+
+
+def _our_command(specification: dict[str, Any], directory: Path, overrides: list[str]) -> list[str]:
+    steps = specification["warmup_steps"] + specification["timed_steps"]
+    lora = specification["training"] == "lora"
+    accelerator = "gpu" if specification["device"] == "cuda" else "cpu"
+    return [
+        *(sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}"),
+        *("task=pretrain", "data=mock", "retention=none", "model=local", f"model.source={specification['model']}"),
+        *("model.verify=none", "wandb.mode=disabled", f"cluster.accelerator={accelerator}", f"seed={SEED}"),
+        *(["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"] if lora else ["peft=none"]),
+        *(f"lr={LR}", "task.lr_schedule=constant", "task.warmup_steps=0", "task.sample_prompts=0"),
+        *(f"task.max_steps={steps}", f"task.val_check_interval={steps}", f"task.checkpoint_interval={steps}"),
+        *(f"task.{name}={specification[name]}" for name in ("sequence_length", "global_batch_size")),
+        *(f"task.micro_batch_size={specification['micro_batch_size']}", f"data.rows={specification['rows']}"),
+        *("task.log_interval=1", *overrides),
+    ]
+
+
+def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    ends = [line["time"] for line in steps]
+    timed = ends[specification["warmup_steps"] - 1 :]
+    return {
+        "losses": [line["train/loss"] for line in steps],
+        "first_step": ends[0] - specification["started"],
+        "seconds": [end - start for start, end in pairwise(timed)],
+        "peak": int(steps[-1]["memory/peak_gib"] * 2**30),
+        "mfu": statistics.median(line.get("throughput/mfu", 0.0) for line in steps[specification["warmup_steps"] :]),
+        "ended": timed[-1],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits."""
+    lines = [
+        f"{results['model']}; {results['machine']}; rows of {results['sequence_length']} tokens, "
+        f"{results['global_batch_size']} a step; {results['date']}; `{results['command']}`; "
+        + ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        "",
+        "| training | micro batch | side | tokens/s (p10-p90) | times best peer | peak GiB | first step | GPU busy |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    groups = dict.fromkeys((visit["training"], visit["micro_batch"]) for visit in results["visits"])
+    for training, micro in groups:
+        visits = [v for v in results["visits"] if (v["training"], v["micro_batch"]) == (training, micro)]
+        sides = {name: [v for v in visits if v["side"] == name] for name in dict.fromkeys(v["side"] for v in visits)}
+        rates = {name: _rates(results, own) for name, own in sides.items() if not any("error" in v for v in own)}
+        peers = [statistics.median(rate) for name, rate in rates.items() if name != OURS]
+        for name, own in sides.items():
+            lines.append(f"| {training} | {micro} | {name} | {_cells(name, own, rates, max(peers, default=None))} |")
+    lines += ["", _losses(results)]
+    return "\n".join(lines)
+
+
+def _rates(results: dict[str, Any], visits: list[dict[str, Any]]) -> list[float]:
+    tokens = results["sequence_length"] * results["global_batch_size"]
+    return sorted(tokens / seconds for visit in visits for seconds in visit["seconds"])
+
+
+def _cells(name: str, visits: list[dict[str, Any]], rates: dict[str, list[float]], best: float | None) -> str:
+    if name not in rates:
+        return f"{next(visit['error'] for visit in visits if 'error' in visit)} | | | |"
+    rate = rates[name]
+    median = statistics.median(rate)
+    low, high = rate[len(rate) // 10], rate[-1 - len(rate) // 10]
+    peak, first = max(visit["peak"] for visit in visits), max(visit["first_step"] for visit in visits)
+    busy = [visit["busy"] for visit in visits if visit["busy"] is not None]
+    return " | ".join([
+        f"{median:,.0f} ({low:,.0f}-{high:,.0f})",
+        f"{median / best:.2f}" if best else "-",
+        f"{peak / 2**30:.1f}" if peak else "-",
+        f"{first:.0f} s",
+        f"{statistics.mean(busy):.0%}" if busy else "-",
+    ])  # fmt: skip
+
+
+def _losses(results: dict[str, Any]) -> str:
+    """That all sides begin with the same model on the same tokens, and how far apart they come: random adapters
+    are not the same."""
+    found = []
+    for training in dict.fromkeys(visit["training"] for visit in results["visits"]):
+        curves = [v["losses"] for v in results["visits"] if v["training"] == training and "error" not in v]
+        spreads = [max(losses) - min(losses) for losses in zip(*curves)]
+        if spreads:
+            verdict = "agree" if spreads[0] < 1e-2 else "DO NOT AGREE"
+            found.append(
+                f"{training}: losses of all sides {verdict} at step 1 ({spreads[0]:.4f} apart) "
+                f"and are at most {max(spreads):.4f} apart in {len(spreads)} steps"
+            )
+    return "; ".join(found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

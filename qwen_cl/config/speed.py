@@ -1,0 +1,32 @@
+"""Levers on speed that do not change what is computed, beyond rounding. See schema.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class When(str, Enum):
+    auto = "auto"
+    """Where it is known to work and to gain (qwen_cl/levers.py)."""
+    always = "always"
+    """Or the run is refused."""
+    never = "never"
+
+
+@dataclass(kw_only=True, slots=True)
+class SpeedConfig:
+    compile: When
+    """Compile each transformer layer, as one graph."""
+    linear_cross_entropy: When
+    """Output layer and loss together, some tokens at a time."""
+    low_rank_products: When
+    """LoRA's products joined with those of the layer it adapts."""
+    cuda_graphs: When
+    """Record the forward and backward pass of a micro batch, and replay it."""
+    rotary_tables: bool
+    """Sines and cosines of positions once per pass and not once per layer, for queries and for keys."""
+    fused_adam: bool
+    """Adam's step of all weights in one kernel, and not an operation at a time."""
+    foreach_gradients: bool
+    """Norm and clipping of all gradients at once, without waiting for the GPU after each."""

@@ -1,0 +1,68 @@
+"""Which levers of the group ``speed`` a run uses: settles ``auto`` and refuses what cannot work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.schema import Accelerator, DoraConfig, LocalConfig, LoraConfig, RunConfig
+from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.config.tasks import FinetuneConfig
+
+SETTLED = ("compile", "linear_cross_entropy", "low_rank_products", "cuda_graphs")
+
+
+def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
+    """``kind`` is the run's device. Afterwards nothing is auto.
+
+    Raises:
+        UserError: a lever is asked for that this run cannot use.
+    """
+    speed = config.speed
+    chosen: dict[str, Any] = {}
+    for name in SETTLED:
+        wanted = getattr(speed, name)
+        obstacle = _obstacle(name, config, kind)
+        if wanted is When.always and obstacle:
+            raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
+        gains = kind is Accelerator.gpu and not obstacle
+        chosen[name] = When.always if wanted is When.always or (wanted is When.auto and gains) else When.never
+    return replace(speed, **chosen)
+
+
+def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
+    """Why this run cannot use the lever; None where it can."""
+    cluster, peft = config.cluster, config.peft
+    if name == "low_rank_products" and (not isinstance(peft, LoraConfig) or isinstance(peft, DoraConfig)):
+        return "there is no LoRA in this run (peft=lora)"
+    if name == "low_rank_products" and isinstance(peft, LoraConfig) and peft.dropout > 0:
+        return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
+    if cluster.tensor_parallel > 1:
+        return f"it works on whole layers, and cluster.tensor_parallel is {cluster.tensor_parallel}"
+    if name == "compile":
+        return _compile_obstacle(config, kind)
+    if name == "cuda_graphs" and kind is not Accelerator.gpu:
+        return "there is no GPU"
+    if name == "cuda_graphs" and cluster.pipeline_parallel * cluster.context_parallel > 1:
+        return "it records passes through the whole model, and cluster.pipeline_parallel or context_parallel is not 1"
+    if name == "cuda_graphs" and isinstance(peft, LoraConfig) and peft.dropout > 0:
+        return f"recorded passes do not draw from the run's seed, and peft.dropout is {peft.dropout}"
+    return None
+
+
+def _compile_obstacle(config: RunConfig, kind: Accelerator) -> str | None:
+    if config.cluster.context_parallel > 1:
+        return f"attention talks to other ranks, and cluster.context_parallel is {config.cluster.context_parallel}"
+    if kind is not Accelerator.gpu and isinstance(config.task, FinetuneConfig) and config.task.packing:
+        return "attention of packed rows has no kernel on a CPU, and task.packing is true"
+    if isinstance(config.cluster, LocalConfig) and not _has_compiler(kind):
+        return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
+    return None
+
+
+def _has_compiler(kind: Accelerator) -> bool:
+    names = [os.environ.get("CC"), "gcc", "clang"] if kind is Accelerator.gpu else [os.environ.get("CXX"), "g++"]
+    return any(shutil.which(name) for name in names if name)

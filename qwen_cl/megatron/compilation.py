@@ -1,0 +1,48 @@
+"""torch.compile of transformer layers, each as one graph.
+
+A layer is a few dozen small operations around its matrix products. Run one by one they cost more time to start than
+to compute, and each reads and writes whole activations; compiled they are a handful of kernels. All layers of a model
+share one compiled graph, because they differ in their weights alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch._dynamo import config as compiler
+
+GROUP_GETTER = "get_tensor_model_parallel_group_if_none"
+
+
+def compile_layers(model: torch.nn.Module) -> int:
+    """Compile every layer at its next call, and return how many there are. Parameters keep their names.
+
+    ``fullgraph`` makes an operation that cannot be compiled an error rather than a slow run. Shapes are compiled as
+    they are first seen; from the second length on, lengths are symbols, so that rows of every length share a graph.
+    """
+    _silence_group_getter()
+    compiler.disable = False
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    for layer in layers:
+        layer.compile(fullgraph=True)
+    return len(layers)
+
+
+def _silence_group_getter() -> None:
+    """megatron/core/utils.py warns of a deprecation on each call, and a warning cannot be a part of a graph. Modules
+    have imported the function by its name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and hasattr(module, GROUP_GETTER):
+            setattr(module, GROUP_GETTER, _group_or_default)
+
+
+def _group_or_default(tp_group: Any, is_expert: bool = False, check_initialized: bool = True) -> Any:
+    if tp_group is not None or not torch.distributed.is_initialized():
+        return tp_group if torch.distributed.is_initialized() else None
+    if is_expert:
+        return parallel_state.get_expert_tensor_parallel_group(check_initialized=check_initialized)
+    return parallel_state.get_tensor_model_parallel_group(check_initialized=check_initialized)

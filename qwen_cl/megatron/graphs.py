@@ -1,0 +1,115 @@
+"""CUDA graphs of a micro batch: its forward and backward pass recorded once, then replayed by one call.
+
+A small model's passes are a thousand kernels of some microseconds, and Python takes as long to start them. Megatron's
+own ``enable_cuda_graph`` cannot be reached through NeMo 2.7 (its config asserts when it is read a second time), and
+its per-layer graphs want Transformer Engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config, get_model_type
+
+from qwen_cl.megatron.steps import Batch, data_step
+
+PLAIN_FIRST = 3
+"""Micro batches of a shape before it is recorded: what is compiled or allocated at first use must be done."""
+
+
+class RecordedSchedule:
+    """In place of ``forward_backward_no_pipelining`` (megatron/core/pipeline_parallel/schedules.py), with its results.
+
+    One shape is recorded, the largest a run can have; micro batches of others pass as they always do.
+    """
+
+    def __init__(self, model: Any, micro_batch_size: int, sequence_length: int) -> None:
+        self.shape = (micro_batch_size, sequence_length)
+        self._seen = 0
+        self._recording: _Recording | None = None
+        for part in model:
+            if isinstance(part, DistributedDataParallel):
+                _free_accumulators(part)
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        num_microbatches: int,
+        forward_only: bool = False,
+        **others: Any,
+    ) -> list[Any]:
+        if forward_only:
+            outputs: list[Any] = schedules.forward_backward_no_pipelining(
+                forward_step_func=forward_step_func,
+                data_iterator=data_iterator,
+                model=model,
+                num_microbatches=num_microbatches,
+                forward_only=True,
+                **others,
+            )
+            return outputs
+        chunk = model[0] if isinstance(model, list) else model
+        batches = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+        passes = [self._pass(forward_step_func, batches, chunk, num_microbatches) for _ in range(num_microbatches)]
+        config = get_model_config(chunk)
+        if config.finalize_model_grads_func is not None:
+            tokens = torch.stack([tokens for _, tokens in passes]).sum().to(torch.int)
+            config.finalize_model_grads_func([chunk], tokens if config.calculate_per_token_loss else None)
+        return [reduced for reduced, _ in passes]
+
+    def _pass(self, step: Any, batches: Iterator[Any], model: Any, count: int) -> tuple[Any, torch.Tensor]:
+        batch: Any = {name: value for name, value in data_step(batches).items() if value is not None}
+        if tuple(batch["tokens"].shape) != self.shape or "segments" in batch:
+            return _both_passes(step, batch, model, count)
+        self._seen += 1
+        if self._seen <= PLAIN_FIRST:
+            return _both_passes(step, batch, model, count)
+        if self._recording is None:
+            self._recording = _Recording(step, batch, model, count)
+        return self._recording.replay(batch)
+
+
+class _Recording:
+    def __init__(self, step: Any, batch: Batch, model: Any, count: int) -> None:
+        self.batch = {name: value.clone() for name, value in batch.items()}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what passes have used so far serves the recorded ones
+        self.graph = torch.cuda.CUDAGraph()
+        # Angles are kept between passes: those of a recording live and die with it.
+        RotaryEmbedding.forward.cache_clear()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.reduced, self.tokens = _both_passes(step, self.batch, model, count)
+        RotaryEmbedding.forward.cache_clear()
+
+    def replay(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.reduced.items()}, self.tokens.clone()
+
+
+def _both_passes(step: Any, batch: Batch, model: Any, count: int) -> tuple[Any, torch.Tensor]:
+    reduced: list[Any] = []
+    config = get_model_config(model)
+    output, tokens = schedules.forward_step(
+        step, iter([batch]), model, count, None, reduced, config, cp_group_size=1, is_last_stage=True
+    )
+    schedules.backward_step(None, output, None, get_model_type(model), config)
+    return reduced[0], tokens
+
+
+def _free_accumulators(model: DistributedDataParallel) -> None:
+    """Megatron hooks the autograd nodes that accumulate gradients, and so keeps them, and the stream they were made on,
+    which no recording can use. A hook on the weight itself works on whatever stream its pass runs on."""
+    model.grad_accs.clear()
+    for parameter in model.module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(model._make_backward_post_hook(parameter))

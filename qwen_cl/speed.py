@@ -1,0 +1,96 @@
+"""Puts the levers of the group ``speed`` into a run's model and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning.megatron_parallel import MegatronStep
+
+from qwen_cl.megatron import cross_entropy, gradients, low_rank, rotary
+from qwen_cl.megatron.compilation import compile_layers
+from qwen_cl.megatron.graphs import RecordedSchedule
+
+
+class Accelerate(pl.Callback):
+    """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without."""
+
+    def __init__(
+        self,
+        *,
+        compile: bool,
+        linear_cross_entropy: bool,
+        low_rank_products: bool,
+        cuda_graphs: bool,
+        rotary_tables: bool,
+        fused_adam: bool,
+        foreach_gradients: bool,
+    ) -> None:
+        self.compile = compile
+        self.linear_cross_entropy = linear_cross_entropy
+        self.low_rank_products = low_rank_products
+        self.cuda_graphs = cuda_graphs
+        self.rotary_tables = rotary_tables
+        self.fused_adam = fused_adam
+        self.foreach_gradients = foreach_gradients
+        self._begun = False
+        self._schedule: RecordedSchedule | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Not before: with an adapter, NeMo has just changed the model, and made or loaded the optimizer's state."""
+        if self._begun:
+            return
+        self._begun = True
+        model = trainer.strategy.megatron_parallel
+        if self.foreach_gradients:
+            gradients.install()
+        if self.rotary_tables:
+            rotary.install(model)
+        if self.low_rank_products:
+            low_rank.join_products(model)
+        if self.linear_cross_entropy:
+            cross_entropy.install(model, compiled=self.compile)
+        if self.compile:
+            compile_layers(model)
+        if self.cuda_graphs:
+            data = trainer.datamodule
+            self._schedule = RecordedSchedule(model, data.micro_batch_size, data.seq_length)
+        for optimizer in trainer.optimizers:
+            fuse_adam(optimizer.mcore_optimizer, self.fused_adam)
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        """NeMo takes what this returns for the step."""
+        if self._schedule is None:
+            return step
+        fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(MegatronStep)}
+        return _ScheduledStep(**fields, schedule=self._schedule)
+
+
+@dataclasses.dataclass
+class _ScheduledStep(MegatronStep):
+    schedule: RecordedSchedule | None = None
+
+    @property
+    def forward_backward_func(self) -> Any:
+        return self.schedule
+
+
+def fuse_adam(optimizer: Any, fused: bool) -> None:
+    """Of torch's Adam; Transformer Engine's and apex's are fused already.
+
+    What was read from a checkpoint says how the optimizer was set that wrote it, and has its step count where that
+    optimizer wanted it: with the parameter if fused, else on the CPU.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        for group in adam.param_groups:
+            group.update(fused=fused, foreach=False if fused else None)
+            for parameter in group["params"]:
+                state = adam.state.get(parameter, {})
+                if "step" in state:
+                    place = parameter.device if fused else torch.device("cpu")
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=place)
