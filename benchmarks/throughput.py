@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--visits", type=int, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
     parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE.json")
+    parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
     parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "visits": [],
     }
     output = arguments.output or RESULTS / f"throughput-{device}-{arguments.shape if on_gpu else 'embedded'}.json"
-    with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="throughput-") as temporary:
         base = Path(temporary)
         model = base / "model" if on_gpu else ROOT / "qwen_cl/demo/model"
         if on_gpu:
@@ -99,6 +100,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     results["visits"].append({"side": side, "training": training, "micro_batch": micro, **visit})
                     output.parent.mkdir(parents=True, exist_ok=True)
                     output.write_text(json.dumps(results, indent=1) + "\n")  # what is measured stays, if it is cut off
+                    if side == OURS and "error" in visit:
+                        return results  # nothing to compare with
     return results
 
 
@@ -180,7 +183,8 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits."""
+    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits. Seconds to the end
+    of the first step are those of its first visit and of its last, which finds what was compiled."""
     lines = [
         f"{results['model']}; {results['machine']}; rows of {results['sequence_length']} tokens, "
         f"{results['global_batch_size']} a step; {results['date']}; `{results['command']}`; "
@@ -212,13 +216,14 @@ def _cells(name: str, visits: list[dict[str, Any]], rates: dict[str, list[float]
     rate = rates[name]
     median = statistics.median(rate)
     low, high = rate[len(rate) // 10], rate[-1 - len(rate) // 10]
-    peak, first = max(visit["peak"] for visit in visits), max(visit["first_step"] for visit in visits)
+    peak = max(visit["peak"] for visit in visits)
+    first = " / ".join(dict.fromkeys(f"{visit['first_step']:.0f} s" for visit in (visits[0], visits[-1])))
     busy = [visit["busy"] for visit in visits if visit["busy"] is not None]
     return " | ".join([
         f"{median:,.0f} ({low:,.0f}-{high:,.0f})",
         f"{median / best:.2f}" if best else "-",
         f"{peak / 2**30:.1f}" if peak else "-",
-        f"{first:.0f} s",
+        first,
         f"{statistics.mean(busy):.0%}" if busy else "-",
     ])  # fmt: skip
 
