@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other spin on a busy core
+
 import signal
 import subprocess
 import sys
