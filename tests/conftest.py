@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from qwen_cl.megatron.imports import import_megatron
 from qwen_cl.run_folder import RunFolder
+from tests.warm import warm_environment
 
 pytest_plugins = ["tests.fault_table"]
 import_megatron()  # before a test module imports Megatron by itself
@@ -46,12 +47,13 @@ class Launched:
     folder: RunFolder
 
 
-def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None) -> Launched:
-    """Run the launcher as a user would, into ``directory``."""
+def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None, warm: bool = False) -> Launched:
+    """Run the launcher as a user would, into ``directory``; ``warm``: what it starts has NeMo already (tests.warm)."""
+    variables = {**os.environ, **(environment or {})}
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        env=warm_environment(variables) if warm else variables,
         capture_output=True,
         text=True,
         check=False,
@@ -75,13 +77,15 @@ def cache(shared_directory: Path) -> Iterator[None]:
         yield
 
 
-def launch_once(shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Launched:
+def launch_once(
+    shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None, warm: bool = False
+) -> Launched:
     """A run that several tests look at: the first that asks starts it, in whatever process of the session it is."""
     directory, record = shared / name / "run", shared / f"{name}.txt"
     directory.parent.mkdir(exist_ok=True)
     with FileLock(f"{record}.lock"):
         if not record.exists():
-            done = launch(*arguments, directory=directory, environment=environment)
+            done = launch(*arguments, directory=directory, environment=environment, warm=warm)
             record.write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}", encoding="utf-8")
     returncode, stdout, stderr = record.read_text(encoding="utf-8").split("\0")
     return Launched(int(returncode), stdout, stderr, RunFolder(directory))

@@ -107,6 +107,7 @@ def forgetting(shared_directory: Path) -> Forgetting:
         f"task.decay_ratio={DECAY / STEPS}",
         f"task.min_lr_ratio={LEAST}",
         "task.val_check_interval=4",
+        warm=True,
     )
     assert run.returncode == 0, run.stderr + run.folder.log.read_text()[-3000:]
     records = [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]

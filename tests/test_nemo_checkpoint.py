@@ -157,6 +157,7 @@ def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: 
         "lr=1e-3",
         *("cluster.devices=2", "cluster.tensor_parallel=2"),
         directory=tmp_path / "first",
+        warm=True,
     )
     assert first.returncode == 0, first.stderr + first.folder.log.read_text()[-3000:]
     assert _initial_loss(first) == pytest.approx(_expected_loss(base / "models/qwen3-untied"), abs=1e-4)
@@ -164,7 +165,8 @@ def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: 
     checkpoint = first.folder.checkpoints / "step=1"
     keys = DistributedWeights(checkpoint / "weights").keys
     assert any("optimizer" in key for key in keys), "it holds no optimizer state, so this test shows less than it says"
-    second = launch(*settings, f"model.source='{checkpoint}'", "peft=lora", directory=tmp_path / "second")
+    said = [f"model.source='{checkpoint}'", "peft=lora"]
+    second = launch(*settings, *said, directory=tmp_path / "second", warm=True)
     assert second.returncode == 0, second.stderr + second.folder.log.read_text()[-3000:]
     exported = launch("task=export", f"task.run={first.folder.directory}", "task.step=1", directory=tmp_path / "unused")
     assert exported.returncode == 0, exported.stderr

@@ -109,7 +109,7 @@ def text_run(shared_directory: Path) -> TextRun:
         "task.warmup_steps=1",
         "lr=1e-3",
     ]
-    run = launch_once(shared_directory, "text", *command, "data.allow_overlap=true")
+    run = launch_once(shared_directory, "text", *command, "data.allow_overlap=true", warm=True)
     assert run.returncode == 0, run.stderr + run.stdout
     return TextRun(run, command, texts, Reference.load(place / "model"))
 
@@ -254,7 +254,11 @@ def test_raw_text_is_for_pretraining(tmp_path: Path) -> None:
 def test_a_dry_run_tokenises_nothing(text_run: TextRun, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = launch(
-        *text_run.command, "dry_run=true", directory=tmp_path / "run", environment={"QWEN_CL_CACHE": str(cache)}
+        *text_run.command,
+        "dry_run=true",
+        directory=tmp_path / "run",
+        environment={"QWEN_CL_CACHE": str(cache)},
+        warm=True,
     )
     assert done.returncode == 0, done.stderr
     assert "target='tokenised when the run starts'" in done.stdout
