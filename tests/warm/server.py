@@ -38,21 +38,28 @@ def keep(connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     line, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not line.endswith(b"\n"):
-        line += connection.recv(1 << 20)
+        more = connection.recv(1 << 20)
+        if not more:  # who asked is gone
+            os._exit(1)
+        line += more
     process = os.fork()
     if process == 0:
         connection.close()
         become(json.loads(line), streams)
     for stream in streams:
         os.close(stream)
-    connection.sendall(f"{process}\n".encode())
+    tell(connection, process)
     ended = os.pidfd_open(process)
     if ended not in select.select([ended, connection.fileno()], [], [])[0]:
         os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
-    with suppress(BrokenPipeError):
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    tell(connection, os.waitstatus_to_exitcode(status))
     os._exit(0)
+
+
+def tell(connection: socket.socket, number: int) -> None:
+    with suppress(OSError):  # it is gone
+        connection.sendall(f"{number}\n".encode())
 
 
 def become(asked: dict[str, Any], streams: list[int]) -> None:
