@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other spin on a busy core
+
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from filelock import FileLock
 
 from qwen_cl.megatron.imports import import_megatron
 from qwen_cl.run_folder import RunFolder
+from tests.warm import warm_environment
 
 pytest_plugins = ["tests.fault_table"]
 import_megatron()  # before a test module imports Megatron by itself
@@ -23,9 +27,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started th
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+FEW = f"data.instructions={ROOT}/tests/few/instructions"
+"""The demo's rows, of which five validate: for runs whose validation is no more than a step among others."""
 
 
-SLOWEST = ("test_sweep", "test_parallel", "test_faults", "test_continual", "test_slurm", "test_initial_loss")
+SLOWEST = ("test_sweep", "test_slurm", "test_faults", "test_parallel", "test_continual", "test_library", "test_run")
 """Files that start first: each is one process's work, and the last to start would be waited for."""
 
 
@@ -43,12 +49,13 @@ class Launched:
     folder: RunFolder
 
 
-def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None) -> Launched:
-    """Run the launcher as a user would, into ``directory``."""
+def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None, warm: bool = False) -> Launched:
+    """Run the launcher as a user would, into ``directory``; ``warm``: what it starts has NeMo already (tests.warm)."""
+    variables = {**os.environ, **(environment or {})}
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        env=warm_environment(variables) if warm else variables,
         capture_output=True,
         text=True,
         check=False,
@@ -72,13 +79,15 @@ def cache(shared_directory: Path) -> Iterator[None]:
         yield
 
 
-def launch_once(shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Launched:
+def launch_once(
+    shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None, warm: bool = False
+) -> Launched:
     """A run that several tests look at: the first that asks starts it, in whatever process of the session it is."""
     directory, record = shared / name / "run", shared / f"{name}.txt"
     directory.parent.mkdir(exist_ok=True)
     with FileLock(f"{record}.lock"):
         if not record.exists():
-            done = launch(*arguments, directory=directory, environment=environment)
+            done = launch(*arguments, directory=directory, environment=environment, warm=warm)
             record.write_text(f"{done.returncode}\0{done.stdout}\0{done.stderr}", encoding="utf-8")
     returncode, stdout, stderr = record.read_text(encoding="utf-8").split("\0")
     return Launched(int(returncode), stdout, stderr, RunFolder(directory))

@@ -28,13 +28,14 @@ from qwen_cl.opening import open_run
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.resume import Resumption
 from qwen_cl.run_folder import RunFolder
-from tests.conftest import ROOT
+from tests.conftest import FEW, ROOT
 from tests.ranks import Ended, run_ranks
 
 STEPS = 6
 SHORT = [
     "cluster.accelerator=cpu",
     "wandb.mode=disabled",
+    FEW,
     "model.verify=none",
     "lr=0.01",
     f"task.max_steps={STEPS}",

@@ -16,6 +16,7 @@ import psutil
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep.processes import processes_of
 from tests.conftest import ROOT
+from tests.warm import warm_environment
 
 
 def write_data(directory: Path) -> list[str]:
@@ -43,16 +44,18 @@ def write_data(directory: Path) -> list[str]:
     ]
 
 
-def start_sweep(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_sweep(directory: Path, *arguments: str, warm: bool = False) -> subprocess.Popen[str]:
+    """``warm``: its trials have NeMo already (tests.warm)."""
+    environment = warm_environment(os.environ) if warm else dict(os.environ)
     command = [sys.executable, str(ROOT / "launch.py"), "-m", f"hydra.sweep.dir={directory}", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def sweep(directory: Path, *arguments: str) -> tuple[int, str, str]:
+def sweep(directory: Path, *arguments: str, warm: bool = False) -> tuple[int, str, str]:
     """To its end: exit code, what it printed, and what it said on stderr."""
-    process = start_sweep(directory, *arguments)
+    process = start_sweep(directory, *arguments, warm=warm)
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus
+from qwen_cl.plan import make_plan
 from tests.building import (
     built,
     corpus_with_blanks,
@@ -17,6 +19,7 @@ from tests.building import (
     tokenizer,
 )
 from tests.corpora import FORMS, TEXTS, json_lines
+from tests.test_config import compose_run
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,10 @@ def test_order_and_whole_are_kept_over_many_batches(tmp_path: Path) -> None:
     chosen = [*range(0, 2500, 97), 1023, 1024, 1025, 1699, 1700, 1701, 2499]
     assert len(documents) == 2500
     assert [documents[number] for number in chosen] == [expected_ids(texts[number]) for number in chosen]
+
+
+def test_raw_text_is_for_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    message = r"^data=text is raw text, for task=pretrain; task=finetune takes data=jsonl$"
+    with pytest.raises(UserError, match=message):
+        make_plan(compose_run("task=finetune", "data=text", f"data.path='{tmp_path / 'a.txt'}'"))

@@ -11,6 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.prepare import prepare_corpus
+from qwen_cl.data.corpus.reader import read_bounds, read_ids
 from qwen_cl.data.examples import Example
 from tests.building import (
     EOS,
@@ -92,3 +93,18 @@ def test_an_indexed_dataset_that_cannot_be_used(
             content[place : place + len(replacement)] = replacement
         (tmp_path / f"mine.{suffix}").write_bytes(content)
     assert refusal(tmp_path / "mine", tmp_path / "cache").startswith(f"data.path ({tmp_path}/mine{message}")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_the_launcher_reads_an_indexed_dataset_as_megatron_does(dtype: str, tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    documents = [[[1, 2, 3], [4]], [[5, 6]], [[7], [8], [9, 10]]]  # of several sequences too
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(dtype).type)
+    for document in documents:
+        builder.add_document(torch.tensor([token for ids in document for token in ids]), [len(ids) for ids in document])
+    builder.finalize(str(tmp_path / "a.idx"))
+    prefix = str(tmp_path / "a")
+    assert read_ids(prefix).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert read_bounds(prefix).tolist() == [0, 4, 6, 10]

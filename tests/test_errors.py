@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.ranks import run_ranks
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -17,16 +20,38 @@ def refuse(*arguments: str, directory: Path) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *arguments],
         cwd=directory,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Error executing job" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return _refused(done.returncode, done.stdout, directory)
+
+
+def refuse_forked(*arguments: str, directory: Path) -> str:
+    """The same of a process that has imported everything."""
+    ended = run_ranks(_launch, arguments, directory)
+    return _refused(ended.returncode, ended.log, directory)
+
+
+def _launch(arguments: tuple[str, ...], directory: Path) -> None:
+    os.chdir(directory)
+    sys.argv = [str(ROOT / "launch.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _refused(returncode: int, said: str, directory: Path) -> str:
+    """What was said on both streams."""
+    assert returncode == 2, said
+    assert "Traceback" not in said
+    assert "Error executing job" not in said
+    assert len(said.strip().splitlines()) == 1, said
     assert not (directory / "outputs").exists()
-    return done.stderr
+    return said
+
+
+REAL = ("peft.rnk=8", "peft.rank=big", "lr=0", "hydra.run.dir=/proc/nope")
+"""One of Hydra, of OmegaConf, of our own rules, and of the file system; the others are forked."""
 
 
 @pytest.mark.parametrize(
@@ -58,13 +83,14 @@ def refuse(*arguments: str, directory: Path) -> str:
     ],
 )
 def test_config(arguments: str, message: str, tmp_path: Path) -> None:
-    assert message in refuse(*arguments.split(), directory=tmp_path)
+    refused = (refuse if arguments in REAL else refuse_forked)(*arguments.split(), directory=tmp_path)
+    assert message in refused
 
 
 def test_a_typo_in_an_experiment_file(tmp_path: Path) -> None:
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/typo.yaml").write_text("# @package _global_\npeft:\n  rnk: 8\n")
-    message = refuse(f"--config-dir={tmp_path}/conf", "experiment=typo", directory=tmp_path)
+    message = refuse_forked(f"--config-dir={tmp_path}/conf", "experiment=typo", directory=tmp_path)
     assert message.startswith("conf/experiment/typo.yaml: peft.rnk: Key 'rnk' not in 'LoraConfig'")
 
 
@@ -83,7 +109,7 @@ def test_a_typo_in_an_experiment_file(tmp_path: Path) -> None:
 def test_rows(content: bytes, line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    said = refuse("data=jsonl", f"data.path={path}", directory=tmp_path)
+    said = refuse_forked("data=jsonl", f"data.path={path}", directory=tmp_path)
     assert f"{path}{line}" in said
     assert message in said
 
@@ -103,7 +129,7 @@ def test_model_directories(config: str | None, message: str, tmp_path: Path) -> 
     (model / "pytorch_model.bin").write_bytes(b"")
     if config is not None:
         (model / "config.json").write_text(config)
-    assert message in refuse("model=local", f"model.source={model}", directory=tmp_path)
+    assert message in refuse_forked("model=local", f"model.source={model}", directory=tmp_path)
 
 
 @pytest.mark.parametrize("arguments", ["peft.rnk=8", "--help", "--cfg job", "lr=0"])

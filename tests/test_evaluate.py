@@ -47,6 +47,7 @@ def told(trained: Launched, tmp_path_factory: pytest.TempPathFactory) -> tuple[L
         "task.max_new_tokens=4",
         f"task.output={directory / 'out/evaluation.json'}",
         directory=directory / "outputs/run",
+        warm=True,
     )
     assert done.returncode == 0, done.stderr
     assert not (directory / "outputs/run").exists()

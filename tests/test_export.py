@@ -18,6 +18,7 @@ from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
 from qwen_cl.run_folder import RunFolder
 from tests import probe
+from tests.conftest import FEW
 from tests.exporting import composed, run_export
 from tests.models import LLAMA_3, save_random_model
 from tests.ranks import run_ranks
@@ -121,7 +122,7 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _train(model: Path, case: Case, folder: Path) -> None:
-    overrides = [f"peft={case.method}", "experiment=smoke", "wandb.mode=disabled", "model=local"]
+    overrides = [f"peft={case.method}", "experiment=smoke", "wandb.mode=disabled", "model=local", "retention=none", FEW]
     overrides += [f"model.source={model}", "cluster.accelerator=cpu"]
     overrides += [f"cluster.tensor_parallel={case.tensor_parallel}"]
     overrides += [f"cluster.pipeline_parallel={case.pipeline_parallel}"]

@@ -90,7 +90,8 @@ def test_a_trained_model_passes_and_what_is_not_finite_is_not_saved(tmp_path: Pa
 
 def test_a_run_that_is_not_to_be_compared_ends_before_a_step_that_is_no_number(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", heads=2, kv_groups=1, vocab_size=1536)
-    done = launch(*SMOKE, "model=local", f"model.source={model}", "model.verify=none", *BAD, directory=tmp_path / "run")
+    said = ["model=local", f"model.source={model}", "model.verify=none"]
+    done = launch(*SMOKE, *said, *BAD, directory=tmp_path / "run", warm=True)
     assert done.returncode == 1
     status = done.folder.status()
     assert status["state"] == "FAILED"

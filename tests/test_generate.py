@@ -47,13 +47,14 @@ def tokenizer() -> Any:
 def test_a_run_answers_as_its_export_does(trained: Launched, tmp_path: Path, tokenizer: Any) -> None:
     """The command, in its own processes; a Japanese prompt needs no quotes of Hydra's."""
     run = f"task.run={trained.folder.directory}"
-    done = launch("task=generate", run, f"task.prompt={PROMPTS[0]}", "task.max_new_tokens=8", directory=tmp_path / "o")
+    asked = ["task=generate", run, f"task.prompt={PROMPTS[0]}", "task.max_new_tokens=8"]
+    done = launch(*asked, directory=tmp_path / "o", warm=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "o").exists()
     run_export(run, f"task.output={tmp_path / 'merged'}", "task.dtype=fp32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
-    expected = by_hand(model, asked, 8)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
+    expected = by_hand(model, prompt, 8)
     if END_OF_TURN in expected:
         expected = expected[: expected.index(END_OF_TURN)]
     assert done.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
@@ -195,7 +196,7 @@ def test_a_mistake_the_child_meets_reads_like_any_other(trained: Launched, tmp_p
     run = Path(shutil.copytree(trained.folder.directory, tmp_path / "run", ignore=shutil.ignore_patterns("wandb")))
     next((run / "checkpoints/step=40/weights").glob("*.distcp")).unlink()
     seal(run / "checkpoints/step=40")  # else the launcher would see it
-    done = launch("task=generate", f"task.run={run}", "task.prompt=a", directory=tmp_path / "o")
+    done = launch("task=generate", f"task.run={run}", "task.prompt=a", directory=tmp_path / "o", warm=True)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "checkpoint is" in done.stderr

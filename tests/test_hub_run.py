@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 
 from qwen_cl.config.file import load_config
-from tests.conftest import launch
+from tests.conftest import FEW, launch
 from tests.hub import Hub, client_environment
 from tests.models import DEMO_MODEL
 
@@ -23,6 +23,7 @@ def test_a_run_from_the_hub_is_pinned_to_a_commit(tmp_path: Path) -> None:
         commit = hub.publish("org/tiny", {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}, "main")
         done = launch(
             "experiment=smoke",
+            *("task.max_steps=1", "task.val_check_interval=1", "task.sample_prompts=0", "retention=none", FEW),
             "model=hub",
             "model.source=hf://org/tiny",
             f"model.endpoint={hub.url}",

@@ -50,6 +50,7 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
         "model.verify=logits",
         *arguments,
         directory=tmp_path / "run",
+        warm=True,
     )
     assert done.returncode == 0, done.stderr + done.folder.log.read_text()[-3000:]
     records = [json.loads(line) for line in done.folder.metrics_file.read_text().splitlines()]

@@ -13,6 +13,7 @@ from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
 from qwen_cl.run_folder import RunFolder
 from tests import parallel_probe
+from tests.conftest import FEW
 from tests.exporting import composed
 from tests.parallel_probe import Training
 from tests.ranks import run_ranks
@@ -68,7 +69,7 @@ def _training(folder: Path, method: str, layout: str, last_step: int, before: Pa
     overrides += [f"cluster.{key}={value}" for key, value in LAYOUTS[layout].items()]
     overrides += ["task.micro_batch_size=1", "task.global_batch_size=2", "task.sequence_length=160", "retention=none"]
     overrides += [f"task.max_steps={STEPS}", "task.val_check_interval=100", "task.checkpoint_interval=100"]
-    overrides += ["task.sample_prompts=0", "model.verify=none", "lr=2e-3"]
+    overrides += ["task.sample_prompts=0", "model.verify=none", "lr=2e-3", FEW]
     folder.mkdir()
     write_worker_inputs(make_plan(composed(*overrides)), RunFolder(folder))
     return Training(folder, last_step, before, saves="moved" in folder.name)

@@ -21,13 +21,13 @@ from qwen_cl.plan import make_plan
 from qwen_cl.ranks import Group
 from qwen_cl.run_folder import RunFolder, State
 from tests import faulty_rank
-from tests.conftest import ROOT
+from tests.conftest import FEW, ROOT
 from tests.exporting import composed
 from tests.fault_table import Row
 from tests.ranks import start_rank
 
 RUN = ["experiment=smoke", "wandb.mode=disabled", "cluster.accelerator=cpu", "cluster.devices=2", "retention=none"]
-RUN += ["model.verify=none", "task.sample_prompts=0", "task.val_check_interval=1000"]
+RUN += [FEW, "model.verify=none", "task.sample_prompts=0", "task.val_check_interval=1000"]
 SINCE_THE_LAST = "the steps since the last checkpoint"
 
 

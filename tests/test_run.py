@@ -109,7 +109,7 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     [[], ["cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p", "task.packing=false"]],
 )
 def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_path: Path) -> None:
-    done = launch("dry_run=true", *arguments, directory=tmp_path / "outputs/run")
+    done = launch("dry_run=true", *arguments, directory=tmp_path / "outputs/run", warm=bool(arguments))
     assert done.returncode == 0, done.stderr
     assert "run.Partial(\n    finetune," in done.stdout
     assert f"restore_config=run.Config(\n            RestoreConfig,\n            path='{ROOT}" in done.stdout

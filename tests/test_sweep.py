@@ -57,7 +57,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     before = finished(directory)
     assert len(before) >= 2
 
-    returncode, stdout, stderr = sweep(directory, *base, *GRID)
+    returncode, stdout, stderr = sweep(directory, *base, *GRID, warm=True)
     assert returncode == 1, stderr
     assert "FAILED: 5 COMPLETED, 1 FAILED" in stderr, stderr
     assert left_running(directory) == []
@@ -167,7 +167,7 @@ def test_a_search_stops_who_falls_behind_and_repeats_nothing(tmp_path: Path) -> 
     # Of this seed the first two points differ, and the third is one of them again.
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.seed=0", "peft.alpha=1e-30,8"]
     halving = ["hydra.sweeper.reduction_factor=2", "task.val_check_interval=2", "task.max_steps=120", "lr=1e-3"]
-    returncode, stdout, stderr = sweep(directory, *base, *search, *halving, "hydra.launcher.cpu_slots=1")
+    returncode, stdout, stderr = sweep(directory, *base, *search, *halving, "hydra.launcher.cpu_slots=1", warm=True)
     assert returncode == 0, stderr
     assert states(directory) == {"00": "COMPLETED", "01": "PREEMPTED"}
     pruned = trial_folders(directory)["01"].status()

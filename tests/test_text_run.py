@@ -20,7 +20,6 @@ from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.stages import StageConfig
 from qwen_cl.config.store import register_schemas
-from qwen_cl.data.corpus.reader import read_bounds, read_ids
 from qwen_cl.data.corpus.split import held_out
 from qwen_cl.data.corpus.target import TextTarget
 from qwen_cl.data.examples import Example
@@ -97,19 +96,11 @@ def text_run(shared_directory: Path) -> TextRun:
         f"data.validation_share={SHARE}",
         "data.workers=1",
         *REPLAY,
-        "retention=none",
-        "cluster.accelerator=cpu",
-        "wandb.mode=disabled",
-        f"seed={SEED}",
-        f"task.max_steps={STEPS}",
-        f"task.global_batch_size={BATCH}",
-        "task.micro_batch_size=2",
-        f"task.sequence_length={LENGTH}",
-        "task.lr_schedule=constant",
-        "task.warmup_steps=1",
-        "lr=1e-3",
     ]
-    run = launch_once(shared_directory, "text", *command, "data.allow_overlap=true")
+    command += ["retention=none", "cluster.accelerator=cpu", "wandb.mode=disabled", f"seed={SEED}", "lr=1e-3"]
+    command += [f"task.max_steps={STEPS}", f"task.global_batch_size={BATCH}", "task.micro_batch_size=2"]
+    command += [f"task.sequence_length={LENGTH}", "task.lr_schedule=constant", "task.warmup_steps=1"]
+    run = launch_once(shared_directory, "text", *command, "data.allow_overlap=true", warm=True)
     assert run.returncode == 0, run.stderr + run.stdout
     return TextRun(run, command, texts, Reference.load(place / "model"))
 
@@ -244,34 +235,16 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
         is_finished(stage)
 
 
-def test_raw_text_is_for_pretraining(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    message = r"^data=text is raw text, for task=pretrain; task=finetune takes data=jsonl$"
-    with pytest.raises(UserError, match=message):
-        make_plan(compose_run("task=finetune", "data=text", f"data.path='{tmp_path / 'a.txt'}'"))
-
-
 def test_a_dry_run_tokenises_nothing(text_run: TextRun, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = launch(
-        *text_run.command, "dry_run=true", directory=tmp_path / "run", environment={"QWEN_CL_CACHE": str(cache)}
+        *text_run.command,
+        "dry_run=true",
+        directory=tmp_path / "run",
+        environment={"QWEN_CL_CACHE": str(cache)},
+        warm=True,
     )
     assert done.returncode == 0, done.stderr
     assert "target='tokenised when the run starts'" in done.stdout
     assert not cache.exists()
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_the_launcher_reads_an_indexed_dataset_as_megatron_does(dtype: str, tmp_path: Path) -> None:
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    documents = [[[1, 2, 3], [4]], [[5, 6]], [[7], [8], [9, 10]]]  # of several sequences too
-    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(dtype).type)
-    for document in documents:
-        builder.add_document(torch.tensor([token for ids in document for token in ids]), [len(ids) for ids in document])
-    builder.finalize(str(tmp_path / "a.idx"))
-    prefix = str(tmp_path / "a")
-    assert read_ids(prefix).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert read_bounds(prefix).tolist() == [0, 4, 6, 10]
