@@ -183,8 +183,8 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits. Seconds to the end
-    of the first step are those of its first visit and of its last, which finds what was compiled."""
+    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits. Seconds to the
+    end of the first step are those of its first visit and of its last, which finds what was compiled."""
     lines = [
         f"{results['model']}; {results['machine']}; rows of {results['sequence_length']} tokens, "
         f"{results['global_batch_size']} a step; {results['date']}; `{results['command']}`; "
