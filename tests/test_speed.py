@@ -1,0 +1,140 @@
+"""The levers of the group ``speed``: the same losses, gradients and checkpoints with and without."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qwen_cl.levers as levers
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.schema import Accelerator, RunConfig
+from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.megatron.steps import NOT_COUNTED
+from tests.conftest import FEW, Launched, launch, launch_once
+
+ON_CPU = ["speed.linear_cross_entropy=always", "speed.low_rank_products=always"]
+RUN = ["task.max_steps=6", "task.warmup_steps=1", "task.val_check_interval=3", "task.checkpoint_interval=3", FEW]
+RUN += ["task.sample_prompts=0", "wandb.mode=disabled"]
+UNALIKE = ("time", "throughput/tokens_per_second", "memory/peak_gib")
+
+
+@pytest.fixture(scope="module")
+def plain(shared_directory: Path) -> Launched:
+    return launch_once(shared_directory, "speed-plain", "speed=plain", *RUN, warm=True)
+
+
+def records(run: Launched) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in run.folder.metrics_file.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in UNALIKE} for line in lines]
+
+
+def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> None:
+    assert run.returncode == other.returncode == 0, run.stderr + other.stderr
+    for one, two in zip(records(run), records(other), strict=True):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert math.isclose(value, two[key], rel_tol=tolerance), (one["step"], key, value, two[key])
+
+
+def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
+    assert_alike(plain, launch(*ON_CPU, *RUN, directory=tmp_path / "run", warm=True))
+
+
+def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp_path: Path) -> None:
+    """Adam's state too: a fused one counts its steps beside the weights, any other on the CPU."""
+    directory = tmp_path / "run"
+    for steps, speed in ((3, ["speed=plain"]), (6, ["speed=fast", *ON_CPU])):
+        arguments = [*RUN, *speed, f"task.max_steps={steps}", "task.lr_schedule=constant", "task.warmup_steps=0"]
+        arguments += ["resume.allow=[task.max_steps]"]
+        done = launch(*arguments, directory=directory, warm=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    whole = launch(
+        *RUN, "speed=plain", "task.lr_schedule=constant", "task.warmup_steps=0", directory=tmp_path / "whole", warm=True
+    )
+    ends = [next(line for line in reversed(records(run)) if "train/loss" in line) for run in (done, whole)]
+    assert ends[0]["step"] == ends[1]["step"] == 6
+    assert math.isclose(ends[0]["train/loss"], ends[1]["train/loss"], rel_tol=3e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 50 * 7], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_cl.megatron import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
+    torch.manual_seed(0)
+    labels = torch.randint(0, 50, (33,)).masked_fill(torch.rand(33) < 0.3, NOT_COUNTED)
+    hidden, weight = torch.randn(33, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    ours = cross_entropy.linear_cross_entropy(hidden, weight, labels, compiled)
+    theirs = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum() / 3, (hidden, weight)), torch.autograd.grad(theirs.sum() / 3, (hidden, weight))
+    )
+
+
+@pytest.mark.parametrize("rank", [8, 5], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (24, 24)], ids=["narrows", "widens", "square"])
+def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, int]) -> None:
+    from qwen_cl.megatron.low_rank import _JoinedProducts
+
+    torch.manual_seed(0)
+    x, down, up = (
+        torch.randn(*size, dtype=torch.float64, requires_grad=True)
+        for size in ((10, shape[1]), (rank, shape[1]), (shape[0], rank))
+    )
+    weight, bias = torch.randn(*shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
+    for added in (bias, None):
+        ours = _JoinedProducts.apply(x, weight, added, down, up, 0.5)  # type: ignore[no-untyped-call]
+        theirs = torch.nn.functional.linear(x, weight, added) + 0.5 * (x @ down.t()) @ up.t()
+        torch.testing.assert_close(ours, theirs)
+        weights = torch.randn_like(ours)
+        for one, two in zip(*(torch.autograd.grad((out * weights).sum(), (x, down, up)) for out in (ours, theirs))):
+            torch.testing.assert_close(one, two)
+
+
+def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
+    return levers.settle_speed(replace(config, speed=replace(config.speed, **keys)), kind)
+
+
+def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
+    on_gpu = settled(default_config, Accelerator.gpu)
+    assert {getattr(on_gpu, name) for name in levers.SETTLED} == {When.always}
+    on_cpu = settled(default_config, Accelerator.cpu)
+    assert {getattr(on_cpu, name) for name in levers.SETTLED} == {When.never}
+    split = replace(default_config, cluster=replace(default_config.cluster, devices=2, tensor_parallel=2))
+    assert {getattr(settled(split, Accelerator.gpu), name) for name in levers.SETTLED} == {When.never}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rule"),
+    [
+        ("cuda_graphs", Accelerator.cpu, "there is no GPU"),
+        ("compile", Accelerator.cpu, "attention of packed rows has no kernel on a CPU"),
+    ],
+)
+def test_a_lever_that_cannot_work_is_refused(
+    default_config: RunConfig, name: str, kind: Accelerator, rule: str
+) -> None:
+    with pytest.raises(UserError, match=rf"speed\.{name}=always: {rule}.*; set speed\.{name}=auto or never"):
+        settled(default_config, kind, **{name: When.always})
+
+
+@pytest.fixture
+def default_config() -> RunConfig:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from qwen_cl.config.store import register_schemas
+
+    register_schemas()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config"))
+    assert isinstance(config, RunConfig)
+    return config
