@@ -51,10 +51,12 @@ def main() -> int:
     parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE.json")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
-    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", help="print the tables of files of results, and measure nothing"
+    )
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        print("\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.table))
         return 0
     results = measure(arguments)
     print(table(results))
@@ -75,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "lr": LR,
     }
     results = {
-        "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
+        "command": _command(arguments),
         "date": date.today().isoformat(),
         "machine": _machine(device),
         "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
@@ -242,6 +244,14 @@ def _losses(results: dict[str, Any]) -> str:
                 f"and are at most {max(spreads):.4f} apart in {len(spreads)} steps"
             )
     return "; ".join(found)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What was asked for, without what names a place on this machine."""
+    said = [argument for argument in sys.argv[1:] if argument not in (str(arguments.output), str(arguments.directory))]
+    return shlex.join(
+        ["python", "benchmarks/throughput.py", *(a for a in said if a not in ("--output", "--directory"))]
+    )
 
 
 def _version(name: str) -> str | None:

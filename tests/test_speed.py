@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,30 @@ def default_config() -> RunConfig:
         config = OmegaConf.to_object(compose("config"))
     assert isinstance(config, RunConfig)
     return config
+
+
+def test_the_readme_has_the_figures_of_the_results() -> None:
+    """As `python benchmarks/throughput.py --table` prints them."""
+    from benchmarks.throughput import RESULTS, table
+
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [
+        line
+        for path in RESULTS.glob("throughput-*.json")
+        for line in table(json.loads(path.read_text(encoding="utf-8"))).splitlines()
+        if line.startswith(("| lora", "| full"))
+    ]
+    assert len(rows) >= 6 and [row for row in rows if row not in readme] == []
+
+
+def test_the_benchmark_runs_on_a_cpu_and_its_sides_begin_alike(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/throughput.py", "--device", "cpu", "--steps", "2", "--warmup-steps", "1"]
+    command += ["--training", "full", "--visits", "1", "--sides", "qwen_cl", "transformers, eager"]
+    command += ["--output", str(tmp_path / "results.json")]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "losses of all sides agree at step 1" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 2]
+    assert str(tmp_path) not in results["command"]
