@@ -1,14 +1,23 @@
-"""Importing megatron-core without what its import does for inference."""
+"""Importing megatron-core and NeMo without what their imports do, and bring in, for other uses than ours."""
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Sequence
 from typing import Any
 
 
 def import_megatron() -> None:
-    """Before anything else of Megatron or NeMo is imported; idempotent.
+    """Before anything else of Megatron or NeMo is imported; idempotent."""
+    _skip_lepton()
+    _skip_inference_library()
 
-    ``megatron/core/inference/unified_memory.py`` compiles a CUDA library on import, for inference. That takes half a
+
+def _skip_inference_library() -> None:
+    """``megatron/core/inference/unified_memory.py`` compiles a CUDA library on import, for inference. That takes half a
     minute where there is an nvcc, and where there is one and no GPU it ends in an IndexError. Training never uses it.
     """
     import warnings
@@ -26,3 +35,44 @@ def import_megatron() -> None:
             import megatron.core.inference.unified_memory  # noqa: F401
     finally:
         cpp_extension.load_inline = stock
+
+
+def _skip_lepton() -> None:
+    """``nemo_run/core/execution/lepton.py`` imports the client of a service, and with it a web server, to name its
+    classes. No cluster of ours is on it, and in a process that trains nobody submits."""
+    if "leptonai" not in sys.modules and not any(isinstance(finder, _Unused) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Unused())
+
+
+class _Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds leptonai's modules, which have every name and do nothing."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if name.partition(".")[0] != "leptonai":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _UnusedModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _UnusedModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _UnusedType(name, (), {"__module__": self.__name__})
+
+
+class _UnusedType(type):
+    """A class that can be named, and whose states can, but nothing more."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError(f"{cls.__module__} is not imported in a process that trains")
