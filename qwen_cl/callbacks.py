@@ -17,6 +17,7 @@ from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.flops import TrainingFlops, peak_flops
 from qwen_cl.megatron.evaluation import sum_losses
+from qwen_cl.megatron.first_adapters import draw_from
 from qwen_cl.megatron.steps import TokenWeightedLoss, mask_padded_vocabulary
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.adapter import AdapterShape, save_adapter
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Seed(pl.Callback):
-    """What comes after the weights (adapters, dropout) is drawn from the run's seed; NeMo's own is fixed at 1234.
+    """What comes after the weights, adapters and dropout, is drawn from the run's seed; NeMo's own is fixed at 1234.
 
     And from the step, so that a run that goes on draws what it would have drawn, with no generator's state to keep.
     """
@@ -36,6 +37,7 @@ class Seed(pl.Callback):
         self.seed = seed
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        draw_from(self.seed)
         pl.seed_everything(self.seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), verbose=False)
         tensor_parallel.model_parallel_cuda_manual_seed(self.seed)
 

@@ -1,13 +1,11 @@
 """Trains run folders one after another in one group of ranks, each in the layout its config says.
 
-Run by ``tests.ranks``. What a run recorded is in its own metrics.jsonl. Adapters start with values of their own, the
-same in every layout: Megatron draws each stage's anew.
+Run by ``tests.ranks``. What a run recorded is in its own metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +58,6 @@ def _train(training: Training, store: Any) -> None:
     import lightning.pytorch as pl
 
     class Probe(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == 0:
-                _fill_adapters(trainer.strategy.megatron_parallel)
-                for optimizer in trainer.strategy.optimizers:
-                    optimizer.reload_model_params()
-
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             trainer.should_stop = trainer.should_stop or trainer.global_step == training.last_step
 
@@ -94,20 +86,3 @@ def forget_training() -> None:
         torch.distributed.destroy_process_group()
     unset_num_microbatches_calculator()
     random.get_cuda_rng_tracker().reset()
-
-
-def _fill_adapters(model: Any) -> None:
-    """Each shard is cut out of the same whole tensor."""
-    import torch
-
-    from qwen_cl.source.shards import layer_of, local_shards
-
-    for shard in local_shards(model.sharded_state_dict()):
-        if ".adapter." not in shard.key or "magnitude" in shard.key:
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{shard.key} {layer_of(shard)}".encode()))
-        skipped = shard.prepend_axis_num
-        whole = torch.randn(shard.global_shape[skipped:], generator=generator) * 0.02
-        offset = shard.global_offset[skipped:]
-        part = tuple(slice(start, start + size) for start, size in zip(offset, shard.data.shape))
-        shard.data.detach().copy_(whole[part])

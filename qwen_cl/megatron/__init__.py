@@ -19,10 +19,11 @@ def prepare(*, cpu: bool) -> None:
     import lightning.pytorch.loggers
     import lightning.pytorch.utilities.types  # noqa: F401
 
-    from qwen_cl.megatron import adapters, checkpointing, norms
+    from qwen_cl.megatron import adapters, checkpointing, first_adapters, norms
     from qwen_cl.source import nemo
 
     adapters.install()
+    first_adapters.install()
     norms.install()
     checkpointing.install(cpu=cpu)
     nemo.install()
