@@ -22,6 +22,7 @@ from qwen_cl.config.file import leaves_of_consequence, read_run_config, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
+from qwen_cl.durable import replacing
 from qwen_cl.run_folder import RunFolder, State, now
 
 MAY_DIFFER = (
@@ -192,9 +193,8 @@ def _cut(folder: RunFolder, step: int) -> None:
     for path, last in ((folder.metrics_file, step), (folder.samples, 0)):  # samples are of the beginning and the end
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in (kept if step else [])), encoding="utf-8")
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in (kept if step else [])), encoding="utf-8")
     shutil.rmtree(folder.adapter, ignore_errors=True)  # of a step that is trained again
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.durable import flush, replacing
 
 CUT_OFF = ".cut-off-"
 RESERVE_BYTES = 2**16
@@ -127,13 +128,9 @@ class RunFolder:
             self._write_status(status)
 
     def _write_status(self, status: dict[str, Any]) -> None:
-        temporary = self.status_file.with_name(f".status.{os.getpid()}.json")
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(status, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.status_file)
+        with replacing(self.status_file) as temporary:
+            temporary.write_text(json.dumps(status, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            flush(temporary)
 
     def keep_reserve(self) -> None:
         """Room on the disk for the run to say how it ended when all else is full."""

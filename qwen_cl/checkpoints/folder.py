@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, Manifest, Progress, read_manifest, verify
+from qwen_cl.durable import flush
 
 NAME = re.compile(r"step=(\d+)")
 PARTIAL = ".saving-"
@@ -67,10 +67,10 @@ def partial_path(directory: Path, step: int) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """After its manifest was written: on the disk first, then under its name, in one step."""
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        flush(path)
     remove(final)  # of a run that came here before, and is older than what was just trained
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def remove(path: Path) -> None:
@@ -125,11 +125,3 @@ def _readable(checkpoint: Checkpoint) -> Manifest | None:
         return read_manifest(checkpoint.path)
     except DamagedCheckpointError:
         return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

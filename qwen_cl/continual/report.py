@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.data.named_sets import TARGET
+from qwen_cl.durable import replacing
 
 RETENTION = "retention/"
 BITS, LOSS = "bits_per_byte", "loss"
@@ -81,9 +82,8 @@ def draw_comparison(runs: dict[str, list[Curve]], title: str, path: Path) -> Non
 
 def _save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _draw_by_step(axes: Any, curves: list[Curve]) -> None:

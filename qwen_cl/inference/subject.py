@@ -13,6 +13,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import LoraConfig, ModelConfig, RunConfig
 from qwen_cl.devices import alone, pick_device
+from qwen_cl.durable import replacing
 from qwen_cl.plan import check_weights
 from qwen_cl.run_folder import State
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -120,6 +121,5 @@ def output_file(task: AnswersConfig) -> Path | None:
 def write_whole(path: Path, content: str) -> None:
     """The file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")

@@ -13,6 +13,7 @@ from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.dashboard.identity import sync_command
+from qwen_cl.durable import replacing
 from qwen_cl.report.figures import pictures
 from qwen_cl.report.page import render_page
 from qwen_cl.report.trials import Trial, read_trial, read_trials
@@ -82,10 +83,9 @@ def _find(task: ReportConfig) -> tuple[Path, list[Trial]]:
 
 
 def _write(output: Path, content: str | bytes) -> None:
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(output)
+        with replacing(output) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error.strerror}; choose another with task.output=FILE"

@@ -6,13 +6,13 @@ Without it nobody can say later, offline, whether a cached snapshot is whole, or
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from qwen_cl.durable import replacing
 
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 OURS = ".qwen_cl"
@@ -63,14 +63,10 @@ def write_manifest(repository: Path, manifest: Manifest) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Atomic, and no failure where the cache cannot be written to: what is kept here only saves work later."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _path(repository: Path, commit: str) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.durable import flush
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def appearing(directory: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors writes for the owner alone
-            _flush(path)
+            flush(path)
         temporary.chmod(0o755)
         temporary.rename(directory)
     except BaseException:
@@ -60,12 +61,3 @@ def require_room(key: str, directory: Path, size: int) -> None:
 
 def _amount(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _flush(path: Path) -> None:
-    """On the disk, so that a machine that goes down after the rename has not renamed empty files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from qwen_cl.config.file import leaves_of_consequence, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
+from qwen_cl.durable import replacing
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import CUT_OFF, RunFolder
 
@@ -146,9 +147,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_json(content: Any, path: Path) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sanitised(text: str) -> str:

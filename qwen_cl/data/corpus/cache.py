@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
+from qwen_cl.durable import flush
 
 FORMAT_VERSION = 1
 """Part of every entry's name: raise it when the same input would be written otherwise."""
@@ -82,12 +83,7 @@ def write_manifest(entry: Path, content: str, counts: Counts) -> None:
     """Last, when all other files are on disk."""
     sizes = {path.name: path.stat().st_size for path in sorted(entry.iterdir())}
     for name in sizes:
-        _flush(entry / name)
+        flush(entry / name)
     manifest = {"version": FORMAT_VERSION, "content": content, "counts": asdict(counts), "sizes": sizes}
     (entry / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _flush(entry / MANIFEST)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    flush(entry / MANIFEST)

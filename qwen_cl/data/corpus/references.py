@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.durable import replacing
 
 
 def remember(root: Path, source: TextSource, commit: str) -> None:
     """No failure where the cache cannot be written to: this only helps later."""
     path = _path(root, source)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(commit, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(commit, encoding="utf-8")
 
 
 def recall(root: Path, source: TextSource) -> str | None:
