@@ -28,7 +28,7 @@ def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
         obstacle = _obstacle(name, config, kind)
         if wanted is When.always and obstacle:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
-        gains = kind is Accelerator.gpu and not obstacle
+        gains = kind is Accelerator.gpu and not obstacle and not _untried(name, config)
         chosen[name] = When.always if wanted is When.always or (wanted is When.auto and gains) else When.never
     return replace(speed, **chosen)
 
@@ -42,6 +42,9 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
     if cluster.tensor_parallel > 1:
         return f"it works on whole layers, and cluster.tensor_parallel is {cluster.tensor_parallel}"
+    compiles = name == "compile" or (name == "linear_cross_entropy" and kind is Accelerator.gpu)
+    if compiles and isinstance(cluster, LocalConfig) and not _has_compiler(kind):
+        return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
     if name == "compile":
         return _compile_obstacle(config, kind)
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
@@ -56,11 +59,18 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
 def _compile_obstacle(config: RunConfig, kind: Accelerator) -> str | None:
     if config.cluster.context_parallel > 1:
         return f"attention talks to other ranks, and cluster.context_parallel is {config.cluster.context_parallel}"
-    if kind is not Accelerator.gpu and isinstance(config.task, FinetuneConfig) and config.task.packing:
+    if kind is not Accelerator.gpu and _packed(config):
         return "attention of packed rows has no kernel on a CPU, and task.packing is true"
-    if isinstance(config.cluster, LocalConfig) and not _has_compiler(kind):
-        return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
     return None
+
+
+def _packed(config: RunConfig) -> bool:
+    return isinstance(config.task, FinetuneConfig) and config.task.packing
+
+
+def _untried(name: str, config: RunConfig) -> bool:
+    """What nobody has run on a GPU is there to be asked for, and is nobody's default."""
+    return name == "compile" and _packed(config)
 
 
 def _has_compiler(kind: Accelerator) -> bool:

@@ -51,7 +51,8 @@ class Accelerate(pl.Callback):
         if self.low_rank_products:
             low_rank.join_products(model)
         if self.linear_cross_entropy:
-            cross_entropy.install(model, compiled=self.compile)
+            # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
+            cross_entropy.install(model, compiled=self.compile or torch.cuda.is_available())
         if self.compile:
             compile_layers(model)
         if self.cuda_graphs:

@@ -17,6 +17,7 @@ import qwen_cl.levers as levers
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.megatron.steps import NOT_COUNTED
 from tests.conftest import FEW, Launched, launch, launch_once
 
@@ -64,6 +65,12 @@ def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp
     assert math.isclose(ends[0]["train/loss"], ends[1]["train/loss"], rel_tol=3e-6)
 
 
+def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
+    arguments = [*RUN, "task.max_steps=3", "task.packing=false", "retention=none"]
+    plain = launch(*arguments, "speed=plain", directory=tmp_path / "plain", warm=True)
+    assert_alike(plain, launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True))
+
+
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 50 * 7], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +113,11 @@ def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
 
 
 def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
-    on_gpu = settled(default_config, Accelerator.gpu)
+    assert settled(default_config, Accelerator.gpu).compile is When.never, "packed rows"
+    assert settled(default_config, Accelerator.gpu, compile=When.always).compile is When.always
+    task = default_config.task
+    assert isinstance(task, FinetuneConfig)
+    on_gpu = settled(replace(default_config, task=replace(task, packing=False)), Accelerator.gpu)
     assert {getattr(on_gpu, name) for name in levers.SETTLED} == {When.always}
     on_cpu = settled(default_config, Accelerator.cpu)
     assert {getattr(on_cpu, name) for name in levers.SETTLED} == {When.never}
