@@ -20,9 +20,7 @@ def main(specification: dict[str, Any]) -> None:
     device = specification["device"]
     tokens = torch.from_numpy(np.load(specification["tokens"])).to(device)
     model, trained = _model(specification)
-    optimizer = torch.optim.AdamW(
-        trained, lr=specification["lr"], betas=(0.9, 0.999), weight_decay=0.1, fused=True
-    )  # as NeMo's defaults
+    optimizer = torch.optim.AdamW(trained, lr=specification["lr"], weight_decay=0.1, fused=True)  # as ours
     called = torch.compile(model) if specification["compiled"] else model
     size, micro = specification["global_batch_size"], specification["micro_batch_size"]
     total = specification["warmup_steps"] + specification["timed_steps"]

@@ -60,14 +60,14 @@ def _sweep(directory: Path, at_once: int, device: str, steps: int, said: list[st
     command += [f"cluster.accelerator={accelerator}", "wandb.mode=disabled", "task.sample_prompts=0"]
     command += [f"task.max_steps={steps}", "task.warmup_steps=1", "task.log_interval=1"]
     command += [f"task.val_check_interval={steps}", f"task.checkpoint_interval={steps}"]
-    peak = PeakMemory(device)
+    watch = DeviceWatch(device)
     started = time.monotonic()
-    with peak:
+    with watch:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     seconds = time.monotonic() - started
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-    return {"seconds": seconds, "memory": peak.bytes, **_figures(directory)}
+    return {"seconds": seconds, "memory": watch.bytes, **_figures(directory)}
 
 
 def _figures(directory: Path) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-class PeakMemory:
-    """Of the first visible GPU, all processes together, as the driver sees it; nothing on a CPU."""
+class DeviceWatch:
+    """Most memory and busy time of the first visible GPU, all processes together, as the driver sees it."""
 
     def __init__(self, device: str) -> None:
         self.bytes = 0

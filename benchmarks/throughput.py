@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ def main() -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from qwen_cl.run_folder import versions
 
     device = arguments.device or _default_device()
     on_gpu = device == "cuda"
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": _machine(device),
         "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
-        "versions": {name: found for name in SHOWN_VERSIONS if (found := _version(name))},
+        "versions": versions(SHOWN_VERSIONS),
         **common,
         "visits": [],
     }
@@ -121,7 +121,7 @@ def _write_tokens(common: dict[str, Any], vocab_size: int) -> int:
 
 
 def _visit(side: str, specification: dict[str, Any], directory: Path, overrides: list[str]) -> dict[str, Any]:
-    from benchmarks.sweep import PeakMemory
+    from benchmarks.sweep import DeviceWatch
 
     print(f"{side}, {specification['training']}, micro batch {specification['micro_batch_size']} …", file=sys.stderr)
     specification = {**specification, "started": time.time()}
@@ -133,9 +133,9 @@ def _visit(side: str, specification: dict[str, Any], directory: Path, overrides:
         command = [sys.executable, "-m", "benchmarks.peers", str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    memory = PeakMemory(specification["device"])
+    watch = DeviceWatch(specification["device"])
     try:
-        with memory:
+        with watch:
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False, timeout=SIDE_SECONDS
             )
@@ -148,8 +148,8 @@ def _visit(side: str, specification: dict[str, Any], directory: Path, overrides:
         errors = [line for line in lines if "Error" in line or "FAILED" in line]
         return {"error": (errors or lines or [f"exit code {done.returncode}"])[-1][:300]}
     record = _our_record(specification, directory) if side == OURS else json.loads(done.stdout.splitlines()[-1])
-    busy = memory.busy_between(record.pop("ended") - sum(record["seconds"]), record["seconds"])
-    return {**record, "driver_peak": memory.bytes, "busy": busy}
+    busy = watch.busy_between(record.pop("ended") - sum(record["seconds"]), record["seconds"])
+    return {**record, "driver_peak": watch.bytes, "busy": busy}
 
 
 def _our_command(specification: dict[str, Any], directory: Path, overrides: list[str]) -> list[str]:
@@ -252,13 +252,6 @@ def _command(arguments: argparse.Namespace) -> str:
     return shlex.join(
         ["python", "benchmarks/throughput.py", *(a for a in said if a not in ("--output", "--directory"))]
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from qwen_cl.config.errors import UserError
@@ -69,8 +70,12 @@ def _packed(config: RunConfig) -> bool:
 
 
 def _untried(name: str, config: RunConfig) -> bool:
-    """What nobody has run on a GPU is there to be asked for, and is nobody's default."""
-    return name == "compile" and _packed(config)
+    """What nobody has run on a GPU is there to be asked for, and is nobody's default: several GPUs, a cluster, whose
+    containers may have Transformer Engine's layers, those layers, and compiling for packed rows."""
+    if name not in ("compile", "cuda_graphs"):
+        return False
+    elsewhere = not isinstance(config.cluster, LocalConfig) or config.cluster.world_size > 1
+    return elsewhere or find_spec("transformer_engine") is not None or (name == "compile" and _packed(config))
 
 
 def _has_compiler(kind: Accelerator) -> bool:

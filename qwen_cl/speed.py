@@ -12,13 +12,16 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from qwen_cl.megatron import cross_entropy, gradients, low_rank, rotary
 from qwen_cl.megatron.compilation import compile_layers
 from qwen_cl.megatron.graphs import RecordedSchedule
+from qwen_cl.run_folder import RunFolder
 
 
 class Accelerate(pl.Callback):
-    """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without."""
+    """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without. status.json says under
+    ``levers`` what is in place, and on how many things."""
 
     def __init__(
         self,
+        output_dir: str,
         *,
         compile: bool,
         linear_cross_entropy: bool,
@@ -28,6 +31,7 @@ class Accelerate(pl.Callback):
         fused_adam: bool,
         foreach_gradients: bool,
     ) -> None:
+        self.folder = RunFolder(output_dir)
         self.compile = compile
         self.linear_cross_entropy = linear_cross_entropy
         self.low_rank_products = low_rank_products
@@ -44,26 +48,31 @@ class Accelerate(pl.Callback):
             return
         self._begun = True
         model = trainer.strategy.megatron_parallel
-        if self.foreach_gradients:
-            gradients.install()
+        done = {}
         if self.rotary_tables:
-            rotary.install(model)
+            done["rotary_tables"] = rotary.install(model)
         if self.low_rank_products:
-            low_rank.join_products(model)
+            done["low_rank_products"] = low_rank.join_products(model)
         if self.linear_cross_entropy:
             # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
-            cross_entropy.install(model, compiled=self.compile or torch.cuda.is_available())
+            compiled = self.compile or torch.cuda.is_available()
+            done["linear_cross_entropy"] = cross_entropy.install(model, compiled)
         if self.compile:
-            compile_layers(model)
+            done["compile"] = compile_layers(model)
+        if self.foreach_gradients:
+            done["foreach_gradients"] = gradients.install()
+        optimizers = [optimizer.mcore_optimizer for optimizer in trainer.optimizers]
+        done["fused_adam"] = sum(fuse_adam(optimizer, self.fused_adam) for optimizer in optimizers)
         if self.cuda_graphs:
             data = trainer.datamodule
             self._schedule = RecordedSchedule(model, data.micro_batch_size, data.seq_length)
-        for optimizer in trainer.optimizers:
-            fuse_adam(optimizer.mcore_optimizer, self.fused_adam)
+            done["cuda_graphs"] = 1
+        if trainer.is_global_zero:
+            self.folder.update_status(levers={name: count for name, count in done.items() if count})
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
         """NeMo takes what this returns for the step."""
-        if self._schedule is None:
+        if self._schedule is None or step.forward_only:
             return step
         fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(MegatronStep)}
         return _ScheduledStep(**fields, schedule=self._schedule)
@@ -78,16 +87,18 @@ class _ScheduledStep(MegatronStep):
         return self.schedule
 
 
-def fuse_adam(optimizer: Any, fused: bool) -> None:
-    """Of torch's Adam; Transformer Engine's and apex's are fused already.
+def fuse_adam(optimizer: Any, fused: bool) -> int:
+    """Of torch's Adam; Transformer Engine's and apex's are fused already. Returns how many are fused now.
 
     What was read from a checkpoint says how the optimizer was set that wrote it, and has its step count where that
     optimizer wanted it: with the parameter if fused, else on the CPU.
     """
+    count = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = part.optimizer
         if not isinstance(adam, torch.optim.Adam):
             continue
+        count += fused
         for group in adam.param_groups:
             group.update(fused=fused, foreach=False if fused else None)
             for parameter in group["params"]:
@@ -95,3 +106,4 @@ def fuse_adam(optimizer: Any, fused: bool) -> None:
                 if "step" in state:
                     place = parameter.device if fused else torch.device("cpu")
                     state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=place)
+    return count

@@ -34,7 +34,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(ScheduleFromConfig),
         run.Config(ConcludeAnyway),
         run.Config(TellProgress),
-        run.Config(Accelerate, **_levers(config.speed)),
+        run.Config(Accelerate, output_dir=str(output_dir), **_levers(config.speed)),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts

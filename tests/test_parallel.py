@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen_cl.config.speed import When
 from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
 from qwen_cl.run_folder import RunFolder
@@ -29,6 +31,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2": {"devices": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
     "sp2-cp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "context_parallel": 2},
 }
+SPEED: dict[str, dict[str, Any]] = {
+    "pp2": {"linear_cross_entropy": When.always},
+    "dp2": {"linear_cross_entropy": When.always, "cuda_graphs": When.always},
+}
+"""Levers that one process does without. Without a GPU the schedule of recorded passes is all there is of them: none of
+these rows is as long as one that is recorded."""
 OF_ONE_METHOD = {"sp2": "lora", "cp2": "lora", "sp2-cp2": "lora"}
 """For every weight, a wider layout says more of sequence parallelism."""
 CASES = [(method, layout) for method in ("lora", "none") for layout in LAYOUTS]
@@ -71,7 +79,9 @@ def _training(folder: Path, method: str, layout: str, last_step: int, before: Pa
     overrides += [f"task.max_steps={STEPS}", "task.val_check_interval=100", "task.checkpoint_interval=100"]
     overrides += ["task.sample_prompts=0", "model.verify=none", "lr=2e-3", FEW]
     folder.mkdir()
-    write_worker_inputs(make_plan(composed(*overrides)), RunFolder(folder))
+    plan = make_plan(composed(*overrides))
+    config = replace(plan.config, speed=replace(plan.config.speed, **SPEED.get(layout, {})))
+    write_worker_inputs(replace(plan, config=config), RunFolder(folder))
     return Training(folder, last_step, before, saves="moved" in folder.name)
 
 
@@ -91,6 +101,14 @@ def test_a_layout_trains_what_one_process_trains(method: str, layout: str, direc
     assert [list(record) for record in found] == [list(record) for record in expected]
     for one, other in zip(expected, found):
         _check(other, one)
+
+
+@pytest.mark.parametrize("layout", SPEED)
+def test_levers_are_in_place_where_they_are_said_to_change_nothing(layout: str, directory: Path) -> None:
+    for method in ("lora", "none"):
+        levers = RunFolder(directory / f"{method}-{layout}").status()["levers"]
+        # Of a pipeline, the first rank speaks, and has no output layer.
+        assert levers.keys() >= SPEED[layout].keys() - ({"linear_cross_entropy"} if layout == "pp2" else set())
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])

@@ -19,7 +19,8 @@ from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.megatron.steps import NOT_COUNTED
-from tests.conftest import FEW, Launched, launch, launch_once
+from tests.conftest import FEW, ROOT, Launched, launch, launch_once
+from tests.exporting import composed
 
 ON_CPU = ["speed.linear_cross_entropy=always", "speed.low_rank_products=always"]
 RUN = ["task.max_steps=6", "task.warmup_steps=1", "task.val_check_interval=3", "task.checkpoint_interval=3", FEW]
@@ -46,7 +47,16 @@ def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> Non
 
 
 def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
-    assert_alike(plain, launch(*ON_CPU, *RUN, directory=tmp_path / "run", warm=True))
+    fast = launch(*ON_CPU, *RUN, directory=tmp_path / "run", warm=True)
+    assert_alike(plain, fast)
+    assert plain.folder.status()["levers"] == {}
+    assert fast.folder.status()["levers"] == {
+        "rotary_tables": 1,
+        "low_rank_products": 16,
+        "linear_cross_entropy": 1,
+        "foreach_gradients": 2,
+        "fused_adam": 1,
+    }
 
 
 def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp_path: Path) -> None:
@@ -68,7 +78,9 @@ def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp
 def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     arguments = [*RUN, "task.max_steps=3", "task.packing=false", "retention=none"]
     plain = launch(*arguments, "speed=plain", directory=tmp_path / "plain", warm=True)
-    assert_alike(plain, launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True))
+    compiled = launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True)
+    assert_alike(plain, compiled)
+    assert compiled.folder.status()["levers"]["compile"] == 4
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 50 * 7], ids=["one chunk", "many chunks"])
@@ -119,6 +131,8 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
     assert isinstance(task, FinetuneConfig)
     on_gpu = settled(replace(default_config, task=replace(task, packing=False)), Accelerator.gpu)
     assert {getattr(on_gpu, name) for name in levers.SETTLED} == {When.always}
+    several = settled(replace(default_config, cluster=replace(default_config.cluster, devices=2)), Accelerator.gpu)
+    assert (several.cuda_graphs, several.low_rank_products) == (When.never, When.always)
     on_cpu = settled(default_config, Accelerator.cpu)
     assert {getattr(on_cpu, name) for name in levers.SETTLED} == {When.never}
     split = replace(default_config, cluster=replace(default_config.cluster, devices=2, tensor_parallel=2))
@@ -141,23 +155,14 @@ def test_a_lever_that_cannot_work_is_refused(
 
 @pytest.fixture
 def default_config() -> RunConfig:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from qwen_cl.config.store import register_schemas
-
-    register_schemas()
-    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config"))
-    assert isinstance(config, RunConfig)
-    return config
+    return composed()
 
 
 def test_the_readme_has_the_figures_of_the_results() -> None:
     """As `python benchmarks/throughput.py --table` prints them."""
     from benchmarks.throughput import RESULTS, table
 
-    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [
         line
         for path in RESULTS.glob("throughput-*.json")
@@ -171,8 +176,7 @@ def test_the_benchmark_runs_on_a_cpu_and_its_sides_begin_alike(tmp_path: Path) -
     command = [sys.executable, "benchmarks/throughput.py", "--device", "cpu", "--steps", "2", "--warmup-steps", "1"]
     command += ["--training", "full", "--visits", "1", "--sides", "qwen_cl", "transformers, eager"]
     command += ["--output", str(tmp_path / "results.json")]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "losses of all sides agree at step 1" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

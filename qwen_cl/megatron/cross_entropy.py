@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from qwen_cl.megatron.steps import NOT_COUNTED
 
 CHUNK_BYTES = 3 * 2**29
-"""Of the logits of one chunk, in their own type; more makes no product faster on an H200."""
+"""Of the logits of one chunk, in their own type: 5,000 tokens of Qwen2.5 in bf16, whose products fill any GPU."""
 
 
 def install(model: torch.nn.Module, compiled: bool) -> int:

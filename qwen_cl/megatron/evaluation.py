@@ -44,7 +44,7 @@ def _own_share(batches: list[list[Example]]) -> list[list[Example]]:
 
 
 def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Not compiled, also where training is: rows have every length, and compiling for them would not pay."""
+    """Not compiled, also where training is: rows have every length, and each may be compiled for anew."""
 
     def step(iterator: Any, chunk: torch.nn.Module) -> Any:
         needed: Any = data_step(iterator)

@@ -11,12 +11,13 @@ from megatron.core.optimizer import clip_grads
 from torch.nn.utils import get_total_norm
 
 
-def install() -> None:
-    """In place of Megatron's own for want of a library, never of a library's; idempotent."""
+def install() -> int:
+    """In place of Megatron's own for want of a library, never of a library's; idempotent. Returns how many are ours."""
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
         clip_grads.l2_norm_impl = _l2_norm
     if clip_grads.multi_tensor_scale_impl.__module__ == "megatron.core.utils":
         clip_grads.multi_tensor_scale_impl = _scale
+    return (clip_grads.l2_norm_impl is _l2_norm) + (clip_grads.multi_tensor_scale_impl is _scale)
 
 
 def _l2_norm(

@@ -43,19 +43,8 @@ class RecordedSchedule:
         data_iterator: Any,
         model: Any,
         num_microbatches: int,
-        forward_only: bool = False,
         **others: Any,
     ) -> list[Any]:
-        if forward_only:
-            outputs: list[Any] = schedules.forward_backward_no_pipelining(
-                forward_step_func=forward_step_func,
-                data_iterator=data_iterator,
-                model=model,
-                num_microbatches=num_microbatches,
-                forward_only=True,
-                **others,
-            )
-            return outputs
         chunk = model[0] if isinstance(model, list) else model
         batches = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         passes = [self._pass(forward_step_func, batches, chunk, num_microbatches) for _ in range(num_microbatches)]

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import attention
 
@@ -22,8 +23,7 @@ def install(model: torch.nn.Module) -> int:
             embedding = module.rotary_pos_emb
             embedding.forward = MethodType(_tables(embedding.forward), embedding)
             found += 1
-    if found and attention.apply_rotary_pos_emb is not _apply:
-        _apply.stock = attention.apply_rotary_pos_emb  # type: ignore[attr-defined]
+    if found:
         attention.apply_rotary_pos_emb = _apply
     return found
 
@@ -51,7 +51,7 @@ def _tables(stock: Any) -> Any:
 def _apply(t: torch.Tensor, freqs: torch.Tensor, config: Any, cu_seqlens: Any = None, **options: Any) -> torch.Tensor:
     """Shapes: t (positions, batch, heads, width); freqs as of :func:`_tables`, or the angles of any other model."""
     if freqs.dim() != 5:
-        turned: torch.Tensor = _apply.stock(t, freqs, config, cu_seqlens, **options)  # type: ignore[attr-defined]
+        turned: torch.Tensor = apply_rotary_pos_emb(t, freqs, config, cu_seqlens, **options)
         return turned
     cos, sin = freqs.to(t.dtype).unbind(0)
     half = t.shape[-1] // 2
