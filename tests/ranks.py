@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from qwen_cl.cluster.batch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 _context = multiprocessing.get_context("forkserver")
@@ -37,11 +38,9 @@ def run_ranks(
 
     What ``target`` returns is its exit code. When one rank fails, the others are killed.
     """
-    with tempfile.NamedTemporaryFile() as log, socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.NamedTemporaryFile() as log:
         said = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
-        said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         if ranks > 1:
             said |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
         processes = [_start(target, arguments, rank, ranks, said, log.name) for rank in range(ranks)]

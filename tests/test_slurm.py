@@ -231,7 +231,7 @@ def test_a_sweep_is_an_array_that_goes_on_when_it_is_left(tmp_path: Path) -> Non
 
     second = start_sweep(directory, *base)
     stdout, stderr = second.communicate(timeout=300)
-    assert second.returncode == 0, stderr
+    assert second.returncode == 0, (stderr, [folder.status() for folder in trial_folders(directory).values()])
     assert states(directory) == {"00": "COMPLETED", "01": "COMPLETED"}
     assert {name: job(folder) for name, folder in trial_folders(directory).items()} == numbers
     results = json.loads((directory / "sweep.json").read_text())["results"]
