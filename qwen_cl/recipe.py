@@ -76,7 +76,7 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             pipeline_dtype=_pipeline_dtype(config),
             context_parallel_size=cluster.context_parallel,
             sequence_parallel=cluster.sequence_parallel,
-            ckpt_async_save=False,
+            ckpt_async_save=True,
             # torch's Adam keeps a scalar step, which the default format of the distributed optimizer refuses.
             ckpt_optim_fully_reshardable=True,
         ),
@@ -143,6 +143,7 @@ def _log(config: RunConfig, output_dir: Path) -> run.Config:
             StepCheckpoint,
             dirpath=str(output_dir / "checkpoints"),
             every_n_train_steps=config.training.checkpoint_interval,
+            async_save=config.training.async_save,
             keep_last=config.training.keep_last,
             keep_best=config.training.keep_best,
         ),

@@ -1,44 +1,60 @@
-"""Saving while a run trains: a checkpoint appears whole, with the sha256 of each of its files, or not at all."""
+"""Saving while a run trains: a checkpoint appears whole, with the sha256 of each of its files, or not at all.
+
+With ``task.async_save`` training goes on as soon as the state is copied: Megatron's writers are forked processes, which
+see what was in memory when they were, and a thread of each rank hashes. What is left to all ranks together, such as
+giving the checkpoint its name, is done between steps, once all are through.
+"""
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil
 import torch
-from megatron.core import parallel_state
 from nemo import lightning as nl
 from nemo.lightning.io.pl import TrainerContext
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen_cl import member
 from qwen_cl.callbacks import RunRecorder, require_finite
 from qwen_cl.checkpoints.folder import clear_leftovers, partial_path, prune, publish, size_of
 from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
+from qwen_cl.disk_room import NO_ROOM, NoRoomError, expected_size, require_room, told
+from qwen_cl.megatron.writers import Writers
 
 logger = logging.getLogger(__name__)
-ADAM_BYTES = 12
-"""Per parameter: its fp32 copy, and Adam's two moments."""
-SMALL_FILES = 64 * 2**20
-"""Bytes allowed for what else is in a checkpoint: the tokenizer, NeMo's context, indices."""
 
 
-class NoRoomError(OSError):
-    """The disk cannot take a checkpoint; what was saved before is untouched."""
+@dataclass(slots=True)
+class _Unfinished:
+    """A checkpoint that is being written."""
+
+    step: int
+    val_loss: float | None
+    partial: Path
+    hashes: Future[dict[str, str]] | None = None
+    """None while Megatron's writers are at work."""
 
 
-class StepCheckpoint(nl.ModelCheckpoint):
+class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
     """Every so many steps, and at the end of training whatever ended it; with the optimizer's state each time, so that
     all of them can be gone on from.
 
-    What NeMo's own class knows of the checkpoints there are, it writes into each: here the disk says it.
+    What NeMo's own class knows of the checkpoints there are, it writes into each: here the disk says it. And NeMo adds
+    a callback that finishes asynchronous saves, where there is none: this is one.
     """
 
-    def __init__(self, *, dirpath: str, every_n_train_steps: int, keep_last: int, keep_best: int) -> None:
+    def __init__(
+        self, *, dirpath: str, every_n_train_steps: int, async_save: bool, keep_last: int, keep_best: int
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="{step}",
@@ -51,7 +67,11 @@ class StepCheckpoint(nl.ModelCheckpoint):
         )
         self.directory = Path(dirpath)
         self.interval, self.keep_last, self.keep_best = every_n_train_steps, keep_last, keep_best
+        self.waits = not async_save  # NeMo's own name for it says that of the strategy, which always is
         self._saved_step = 0
+        self._writers: Writers
+        self._unfinished: _Unfinished | None = None
+        self._thread = ThreadPoolExecutor(1, "hashes")
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -68,12 +88,14 @@ class StepCheckpoint(nl.ModelCheckpoint):
         # Not NeMo's: it writes the checkout's diff, whatever that holds, beside its logs.
         pl.callbacks.ModelCheckpoint.on_train_start(self, trainer, pl_module)
         self._saved_step = trainer.global_step
+        self._writers = Writers(trainer.strategy.checkpoint_io.async_calls_queue)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.interval == 0:
             self.save(trainer)
+        self.finish(trainer, wait=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pass
@@ -83,9 +105,19 @@ class StepCheckpoint(nl.ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
+        self.finish(trainer, wait=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """What was saved before is not lost by what came after; of several ranks, others may be past helping."""
+        if trainer.world_size > 1:
+            return
+        try:
+            self.finish(trainer, wait=True)
+        except (RuntimeError, OSError) as error:  # the run has its reason already
+            logger.warning("The checkpoint that was being written is lost too: %s", error)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Unless this step is saved; every rank calls.
+        """Begin to, unless this step is saved, and wait for it where training may not go on; every rank calls.
 
         Raises:
             FloatingPointError: the last step's loss or gradient is not finite.
@@ -94,19 +126,45 @@ class StepCheckpoint(nl.ModelCheckpoint):
         step = trainer.global_step
         if step in (self._saved_step, 0):
             return
+        self.finish(trainer, wait=True)  # the one before: never two at a time
         require_finite(trainer)  # and the last good checkpoint stays the newest
         partial = partial_path(self.directory, step)
         self._together(trainer, partial, lambda: self._begin(trainer))
         self._together(trainer, partial, lambda: self._write(trainer, partial))
-        names = _own_names(partial, trainer)
-        hashes: dict[str, str] = {}
-        self._together(trainer, partial, lambda: hashes.update(hash_files(partial, names)))
-        every: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(every, hashes)
-        self._together(trainer, partial, lambda: self._publish(trainer, partial, every))
+        self._unfinished = _Unfinished(step, _val_loss(trainer), partial)
         self._saved_step = step
+        if not _everywhere(trainer, self._may_go_on()):
+            self.finish(trainer, wait=True)
 
-    def _together(self, trainer: pl.Trainer, partial: Path, action: Any) -> None:
+    def finish(self, trainer: pl.Trainer, *, wait: bool) -> None:
+        """What has been begun, as far as it goes without waiting; every rank calls.
+
+        Raises:
+            NoRoomError: on every rank, where the disk is full.
+        """
+        if (unfinished := self._unfinished) is None:
+            return
+        self._unfinished = None  # whatever is raised, it ends here
+        partial = unfinished.partial
+        if unfinished.hashes is None:
+            through: list[bool] = []
+            self._together(trainer, partial, lambda: through.append(self._writers.are_through(wait=wait)))
+            if through[0]:
+                unfinished.hashes = self._thread.submit(hash_files, partial, _own_names(partial, trainer))
+        if unfinished.hashes is None or not (wait or _everywhere(trainer, unfinished.hashes.done())):
+            self._unfinished = unfinished
+            return
+        hashes, own = unfinished.hashes, dict[str, str]()
+        every: list[dict[str, str]] = [{}] * trainer.world_size
+        self._together(trainer, partial, lambda: own.update(hashes.result()))
+        torch.distributed.all_gather_object(every, own)
+        self._together(trainer, partial, lambda: self._publish(trainer, unfinished, every))
+
+    def _may_go_on(self) -> bool:
+        """While the writers of this rank write. On a CPU what they read, and training changes, is there twice."""
+        return not self.waits and psutil.virtual_memory().available > (size_of(self.directory) or 0)
+
+    def _together(self, trainer: pl.Trainer, partial: Path, action: Callable[[], Any]) -> None:
         """Do it on every rank; where one of them fails, all of them do, and nothing half-written is left."""
         fault: BaseException | None = None
         member.progress()
@@ -115,53 +173,46 @@ class StepCheckpoint(nl.ModelCheckpoint):
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             fault = error
         faults: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(faults, None if fault is None else _told(fault, self.directory))
-        told = next((text for text in faults if text is not None), None)
-        if told is None:
+        torch.distributed.all_gather_object(faults, None if fault is None else told(fault, self.directory))
+        reason = next((text for text in faults if text is not None), None)
+        if reason is None:
             return
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        raise (NoRoomError(told) if told.startswith("no room") else RuntimeError(told)) from fault
+        raise (NoRoomError(reason) if reason.startswith(NO_ROOM) else RuntimeError(reason)) from fault
 
     def _begin(self, trainer: pl.Trainer) -> None:
         needed = expected_size(trainer)
-        if not trainer.is_global_zero:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(self.directory)
-        needed = size_of(self.directory) or needed
-        free = shutil.disk_usage(self.directory).free
-        if needed > free:
-            raise NoRoomError(
-                errno.ENOSPC, f"a checkpoint takes {_amount(needed)} and {_amount(free)} are free", str(self.directory)
-            )
+        if trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.directory)
+            require_room(self.directory, size_of(self.directory) or needed)
 
     def _write(self, trainer: pl.Trainer, partial: Path) -> None:
         trainer.save_checkpoint(str(partial))
         if trainer.is_global_zero:
             TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
 
-    def _publish(self, trainer: pl.Trainer, partial: Path, hashes: list[dict[str, str]]) -> None:
+    def _publish(self, trainer: pl.Trainer, saved: _Unfinished, hashes: list[dict[str, str]]) -> None:
         if not trainer.is_global_zero:
             return
+        partial = saved.partial
         files = {
             name: SavedFile((partial / name).stat().st_size, digest)
             for name, digest in sorted(item for own in hashes for item in own.items())
         }
-        step = trainer.global_step
-        write_manifest(partial, Manifest(step, _val_loss(trainer), files))
-        publish(partial, self.directory / f"step={step}")
+        write_manifest(partial, Manifest(saved.step, saved.val_loss, files))
+        publish(partial, self.directory / f"step={saved.step}")
         for checkpoint in prune(self.directory, self.keep_last, self.keep_best):
             logger.info("Removed %s", checkpoint.path)
 
 
-def expected_size(trainer: pl.Trainer) -> int:
-    """Bytes of a checkpoint on all ranks together, before there is one to measure; every rank calls."""
-    trained = [parameter for parameter in trainer.strategy.megatron_parallel.parameters() if parameter.requires_grad]
-    own = sum(parameter.numel() * (parameter.element_size() + ADAM_BYTES) for parameter in trained)
-    total = torch.tensor(float(own), device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total)
-    return int(total) // parallel_state.get_data_parallel_world_size() + SMALL_FILES
+def _everywhere(trainer: pl.Trainer, done: bool) -> bool:
+    if trainer.world_size == 1:
+        return done
+    everywhere = torch.tensor(int(done), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def _own_names(partial: Path, trainer: pl.Trainer) -> list[str]:
@@ -172,21 +223,3 @@ def _own_names(partial: Path, trainer: pl.Trainer) -> list[str]:
 def _val_loss(trainer: pl.Trainer) -> float | None:
     recorder = next((callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)), None)
     return None if recorder is None else recorder.val_loss_at(trainer.global_step)
-
-
-def _told(error: BaseException, directory: Path) -> str:
-    """What went wrong, to every rank. Torch wraps what writing raises, so a full disk is asked for too."""
-    text = " ".join(str(error).split())
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
-    full = full or shutil.disk_usage(directory).free < (size_of(directory) or 0)  # its writer has words of its own
-    if not full:
-        return f"{type(error).__name__}: {text[:500]}"
-    detail = error.strerror if isinstance(error, NoRoomError) else "the disk is full"
-    return (
-        f"no room for a checkpoint in {directory}: {detail}. What was saved before is untouched; make room, and the "
-        "same command goes on from there"
-    )
-
-
-def _amount(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,10 +1,11 @@
 """One process of a run: ``python -m qwen_cl.worker RUN_DIRECTORY``, one per rank.
 
-This module stays light: saving a checkpoint spawns a process that imports it again.
+This module stays light: a run that is asked to stop while NeMo is imported says so.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from qwen_cl import member
-from qwen_cl.config.errors import EXIT_PREEMPTED, NOT_FINITE_ADVICE, UserError
+from qwen_cl.config.errors import EXIT_PREEMPTED, NO_ROOM_ADVICE, NOT_FINITE_ADVICE, UserError
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.store import register_schemas
@@ -136,6 +137,8 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     if found := MEGATRON_NOT_FINITE.search(text):
         return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return f"{text}: the disk is full. {NO_ROOM_ADVICE}"
     fix = "; lower task.micro_batch_size or task.sequence_length" if type(error).__name__ == "OutOfMemoryError" else ""
     return f"{type(error).__name__}: {text[:500]}{fix}"
 

@@ -83,13 +83,15 @@ def overrides_of(method: str) -> list[str]:
 
 
 def whole_and_killed(shared: Path, method: str) -> tuple[RunFolder, RunFolder]:
-    """A run that was left alone, and the same one killed in its fifth step; made once for a session's tests."""
+    """A run that was left alone, and the same one killed in its fifth step, with checkpoints of 2 and 4; made once for
+    a session's tests."""
     directory = shared / f"cut-off-{method}"
     whole, killed = RunFolder(directory / "whole"), RunFolder(directory / "killed")
     with FileLock(shared / f"cut-off-{method}.lock"):
         if not directory.exists():
             assert train(whole, *overrides_of(method)).returncode == 0
-            ended = train(killed, *overrides_of(method), fault=AtRecord(5, signal.SIGKILL))
+            waiting = [*overrides_of(method), "task.async_save=false"]
+            ended = train(killed, *waiting, fault=AtRecord(5, signal.SIGKILL))
             assert ended.returncode == -signal.SIGKILL, ended.log[-2000:]
     return whole, killed
 

@@ -296,6 +296,7 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
         filling.write_bytes(bytes(shutil.disk_usage(disk).free - 4_000_000))
         assert train(folder, *LORA).returncode == 1
         assert folder.status()["state"] == "FAILED"
+        assert "no room for a checkpoint in" in folder.status()["reason"]
         assert "a checkpoint takes" in folder.status()["reason"]
         checks(folder)
         filling.unlink()
@@ -306,14 +307,14 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
         filling.unlink()
         goes_on(folder, runs[0])
     row(
-        "a full disk, before or while a checkpoint is written",
+        "a full disk, before a checkpoint is written or meanwhile",
         "FAILED, says how much is needed; no half checkpoint",
         NOTHING,
     )
 
 
 def checks(folder: RunFolder) -> None:
-    assert "no room for a checkpoint in" in folder.status()["reason"]
+    assert "What was saved before is untouched; make room" in folder.status()["reason"]
     assert [checkpoint.step for checkpoint in whole_checkpoints(folder.checkpoints)] == [4, 2]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step=2", "step=4"]
 

@@ -76,7 +76,8 @@ def kill_at_adapter(folder: RunFolder) -> None:
 def test_killed_after_its_last_step_it_is_brought_to_its_end(lora: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
     whole, killed = lora
     folder = copy_of(killed, tmp_path / "run")
-    assert train(folder, *LORA, fault=kill_at_adapter).returncode == -signal.SIGKILL
+    saved = "task.async_save=false"
+    assert train(folder, *LORA, saved, fault=kill_at_adapter).returncode == -signal.SIGKILL
     assert (folder.checkpoints / "step=6").is_dir()
     assert not folder.adapter.exists()
     assert train(folder, *LORA).returncode == 0

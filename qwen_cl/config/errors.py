@@ -16,6 +16,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+NO_ROOM_ADVICE = "What was saved before is untouched; make room, and the same command goes on from there"
 NOT_FINITE_ADVICE = "lower lr or task.clip_grad, or raise task.warmup_steps (the newest checkpoint is from before)"
 
 

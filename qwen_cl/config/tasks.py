@@ -69,6 +69,8 @@ class TrainingConfig(TaskConfig):
     """Optimizer steps between validations; step 0 and the last step are always validated."""
     checkpoint_interval: int
     """Optimizer steps between checkpoints; the last step is always saved."""
+    async_save: bool
+    """Training goes on while a checkpoint is written."""
     keep_last: int
     """How many of the newest checkpoints stay on disk."""
     keep_best: int

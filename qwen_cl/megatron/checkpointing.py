@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
+import tempfile
 from typing import Any
 
 import torch
@@ -14,17 +16,35 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 def install(*, cpu: bool) -> None:
     """Idempotent.
 
-    The writer's processes hand their results to this one, which puts them in a queue for itself: with
-    ``ckpt_async_save=False`` nobody else reads it. Megatron spawns a manager for that queue, which imports torch
-    again: three seconds of a laptop's first checkpoint.
+    Megatron spawns a manager for what its writers report, which imports torch again: three seconds of a laptop's first
+    checkpoint.
     """
-    filesystem_async._results_queue = queue.Queue()
+    filesystem_async._get_write_results_queue = Report  # one for each save of each rank
     if not distrib_optimizer.HAVE_APEX_OR_TE and not hasattr(DistributedOptimizer, "_resumes_torch_adam"):
         _resume_torch_adam()
     if cpu:
         from nemo.lightning.io import pl
 
         pl._fix_tensors_device = lambda checkpoint: checkpoint  # NeMo moves what it loaded to the GPU it is on
+
+
+class Report:
+    """One object that a forked process leaves for its parent, of any size, whether or not the parent is waiting."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  as long as this object
+
+    def put(self, report: Any) -> None:
+        pickle.dump(report, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        """Raises queue.Empty where none was left."""
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
 
 
 def _resume_torch_adam() -> None:

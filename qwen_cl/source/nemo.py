@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 from nemo.lightning.pytorch.strategies import MegatronStrategy
@@ -109,7 +110,7 @@ def _replace_load() -> None:
         if not (in_hugging_face_layout(source) or _gives_weights(self, source, selective_restore)):
             return stock_load(self, checkpoint_path, selective_restore)
         load_weights(self, source)
-        trained = _trainer_state(self.checkpoint_io, checkpoint_path) if _is_adapter(checkpoint_path) else {}
+        trained = _trainer_state(_adapter_io(self), checkpoint_path) if _is_adapter(checkpoint_path) else {}
         return {**trained, FILLED: True}
 
     def load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], strict: bool = True) -> None:
@@ -137,6 +138,16 @@ def _reference(path: Any) -> str:
     """NeMo passes references through ``Path``, which makes hf:/ORG/NAME of hf://ORG/NAME."""
     text = str(path)
     return text.replace("hf:/", "hf://", 1) if text.startswith("hf:/") and not is_hub_reference(text) else text
+
+
+def _adapter_io(strategy: MegatronStrategy) -> WrappedAdapterIO | None:
+    """Asynchronous saving wraps it once more."""
+    io = strategy.checkpoint_io
+    while not isinstance(io, WrappedAdapterIO):
+        if not isinstance(io, _WrappingCheckpointIO):
+            return None
+        io = io.checkpoint_io
+    return io
 
 
 def _trainer_state(checkpoint_io: WrappedAdapterIO, path: AdapterPath) -> dict[str, Any]:
@@ -174,8 +185,8 @@ def load_weights(strategy: MegatronStrategy, source: str) -> None:
         checkpoint = Checkpoint(directory)
         shards = fill(sharded, parameters, checkpoint, architecture, progress=_progress(strategy))
     strategy.base_model_source = source
-    if isinstance(strategy.checkpoint_io, WrappedAdapterIO):
-        strategy.checkpoint_io.model_ckpt_path = source  # recorded in every adapter checkpoint
+    if (adapter_io := _adapter_io(strategy)) is not None:
+        adapter_io.model_ckpt_path = source  # recorded in every adapter checkpoint
     logger.info(
         "Loaded %s: %d shards, %.1f MB read in %.2f s by rank %d",
         source,

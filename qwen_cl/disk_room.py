@@ -1,0 +1,61 @@
+"""Room on the disk for a checkpoint: looked for before, and what is said where there was none."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+
+from qwen_cl.checkpoints.folder import size_of
+from qwen_cl.config.errors import NO_ROOM_ADVICE
+from qwen_cl.megatron.writers import LOST
+
+ADAM_BYTES = 12
+"""Per parameter: its fp32 copy, and Adam's two moments."""
+SMALL_FILES = 64 * 2**20
+"""Bytes allowed for what else is in a checkpoint: the tokenizer, NeMo's context, indices."""
+NO_ROOM = "no room"
+"""How what is said of it begins."""
+
+
+class NoRoomError(OSError):
+    """The disk cannot take a checkpoint; what was saved before is untouched."""
+
+
+def expected_size(trainer: pl.Trainer) -> int:
+    """Bytes of a checkpoint on all ranks together, before there is one to measure; every rank calls."""
+    trained = [parameter for parameter in trainer.strategy.megatron_parallel.parameters() if parameter.requires_grad]
+    own = sum(parameter.numel() * (parameter.element_size() + ADAM_BYTES) for parameter in trained)
+    total = torch.tensor(float(own), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    return int(total) // parallel_state.get_data_parallel_world_size() + SMALL_FILES
+
+
+def require_room(directory: Path, needed: int) -> None:
+    """Raises NoRoomError where fewer bytes are free than ``needed``."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise NoRoomError(
+            errno.ENOSPC, f"a checkpoint takes {_amount(needed)} and {_amount(free)} are free", str(directory)
+        )
+
+
+def told(error: BaseException, directory: Path) -> str:
+    """What went wrong, to every rank. Torch wraps what writing raises, so a full disk is asked for too."""
+    text = " ".join(str(error).split())
+    if LOST in text:
+        return "a process that wrote the checkpoint ended before it was through; killed, for want of memory?"
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
+    full = full or shutil.disk_usage(directory).free < (size_of(directory) or 0)  # its writer has words of its own
+    if not full:
+        return f"{type(error).__name__}: {text[:500]}"
+    detail = error.strerror if isinstance(error, NoRoomError) else "the disk is full"
+    return f"{NO_ROOM} for a checkpoint in {directory}: {detail}. {NO_ROOM_ADVICE}"
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
