@@ -1,4 +1,5 @@
-"""What a rank tells the parent of its group (qwen_cl/ranks.py): that it lives, that it gets on, and why it failed.
+"""What a rank tells the parent of its group (qwen_cl/ranks.py, or qwen_cl/cluster/step.py): that it lives, that it gets
+on, and why it failed.
 
 Outside such a group (one process, or ranks that something else started) every function does nothing.
 """
@@ -70,7 +71,7 @@ def join() -> None:
     global _member
     if address := os.environ.get(GROUP):
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # the parent asks where a rank is that hangs
-        _member = _Member(address, int(os.environ["RANK"]))
+        _member = _Member(address, int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]))
 
 
 def begin_steps() -> None:

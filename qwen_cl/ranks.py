@@ -7,23 +7,22 @@ SIGTERM to the ranks that a failure leaves would be a wish to save here, and it 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qwen_cl.blame import Beat, Fallen, root_cause, who_hangs
+from qwen_cl.blame import Fallen, root_cause
 from qwen_cl.config.errors import EXIT_PREEMPTED
 from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.execute import die_with_parent, out_of_memory_kills
 from qwen_cl.member import GROUP
+from qwen_cl.rendezvous import Watch, failures, meeting_variables, open_store
 from qwen_cl.run_folder import RunFolder, State, now
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class Group:
         """To the end of all ranks; the exit code. What went wrong is in the folder's status."""
         killed_before = out_of_memory_kills()
         try:
-            store = _open_store()
+            store = open_store()
         except RuntimeError as error:
             self._fail(" ".join(str(error).split()))
             return 1
@@ -82,7 +81,7 @@ class Group:
             self.processes.append(start(_environment(rank, self.size, store.port)))
         if self.asked:  # while they were started
             self.ask_to_stop()
-        hanging = self._follow(_Watch(store, self.size, self.timeout_minutes))
+        hanging = self._follow(Watch(store, self.size, self.timeout_minutes))
         if hanging is not None:
             self._show_stacks()
             self._kill()
@@ -99,7 +98,7 @@ class Group:
         self._fail(reason + (" when it was asked to stop" if self.asked and lost else ""), worker_lost=lost)
         return 1
 
-    def _follow(self, watch: _Watch) -> str | None:
+    def _follow(self, watch: Watch) -> str | None:
         """Until all have ended or one has failed; or why nobody gets on any more."""
         while True:
             returncodes = self._returncodes()
@@ -120,10 +119,9 @@ class Group:
 
     def _fallen(self, store: TCPStore, left: Sequence[int]) -> list[Fallen]:
         """Whom we killed is no reason, but what it said may be."""
-        fallen = []
+        reported, fallen = failures(store, self.size), []
         for rank, code in enumerate(self._returncodes()):
-            key = f"failure/{rank}"
-            number, reason = json.loads(store.get(key)) if store.check([key]) else (0, None)
+            number, reason = reported.get(rank, (0, None))
             code = 0 if rank in left or not _failed(code) else code
             if code or reason:
                 fallen.append(Fallen(rank, code or 0, reason, number))
@@ -168,73 +166,16 @@ def _failed(returncode: int | None) -> bool:
     return returncode not in (None, 0, EXIT_PREEMPTED)
 
 
-class _Watch:
-    """Whether any rank gets on, by what they say of themselves."""
-
-    def __init__(self, store: TCPStore, size: int, timeout_minutes: float) -> None:
-        self.store = store
-        self.timeout_minutes = timeout_minutes
-        self.last_progress = self.last_look = time.monotonic()
-        self.heard = [(0, "", False)] * size
-        self.heard_at = [time.monotonic()] * size
-
-    def look(self, running: Sequence[int]) -> str | None:
-        """The reason why the run has to end, if it has; some times a second at most."""
-        moment = time.monotonic()
-        if moment - self.last_look < 0.5:
-            return None
-        self.last_look = moment
-        for rank in running:
-            self._hear(rank, moment)
-        if moment - self.last_progress < self.timeout_minutes * 60:
-            return None
-        return who_hangs(
-            [Beat(rank, moment - self.heard_at[rank], self.heard[rank][2]) for rank in running], self.timeout_minutes
-        )
-
-    def _hear(self, rank: int, moment: float) -> None:
-        key = f"beat/{rank}"
-        if not self.store.check([key]):
-            return
-        number, progress, waits = json.loads(self.store.get(key))
-        before, self.heard[rank] = self.heard[rank], (number, progress, waits)
-        if number != before[0]:
-            self.heard_at[rank] = moment
-        if progress != before[1]:
-            self.last_progress = moment
-
-
-def _open_store() -> TCPStore:
-    """For the ranks to find each other, and to report to this process. Without MASTER_PORT the system picks the port,
-    so it cannot be taken.
-
-    Raises:
-        RuntimeError: MASTER_PORT is taken.
-    """
-    from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
-
-    port = int(os.environ.get("MASTER_PORT", "0"))
-    try:
-        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    except DistNetworkError as error:
-        raise RuntimeError(
-            f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
-        ) from error
-
-
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
     return {
         **os.environ,
+        **meeting_variables("127.0.0.1", port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "qwen_cl",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
         GROUP: f"127.0.0.1:{port}",
     }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
-from qwen_cl.cluster.batch import EPHEMERAL, free_port, main
+from qwen_cl.cluster.batch import main
 from qwen_cl.cluster.job import act
 from qwen_cl.cluster.truth import refresh, require_no_job
 from qwen_cl.config.errors import UserError
@@ -40,23 +39,6 @@ def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
     assert status["phase"] == "starting on n[3-4]"
     job = status["job"]
     assert (job["id"], job["nodes"], job["restarts"]) == ("7", "n[3-4]", 1)
-    address, _, port = capsys.readouterr().out.strip().partition(":")
-    with socket.create_server((address, int(port))):  # nobody else has it
-        pass
-    first, last = map(int, EPHEMERAL.read_text().split())
-    assert not first <= int(port) <= last  # and nobody gets it who connects somewhere before the ranks meet
-
-
-def test_a_port_is_found_where_others_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    range_file = tmp_path / "range"
-    monkeypatch.setattr("qwen_cl.cluster.batch.EPHEMERAL", range_file)
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        if port < 65_535:
-            range_file.write_text(f"1 {port - 1}")  # it and those above
-            assert port < free_port() <= 65_535
-        range_file.write_text("1 65535")
-        assert free_port() != port
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ if reason := why_not():
 
 SUBMIT = ["cluster=slurm", "cluster.accelerator=cpu"]
 SMALL = ["experiment=smoke", "wandb.mode=disabled", "model.verify=none", "task.sample_prompts=0"]
+SEARCH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+"""Where cluster.setup is to find a Python."""
 CANARIES = {name: f"canary-{name.lower()}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
 
 
@@ -81,8 +83,7 @@ def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a run's/50% folder")
     arguments = [*SMALL, *SUBMIT, "wandb.mode=offline", "cluster.nodes=2", "cluster.max_requeues=1"]
     arguments += ["task.max_steps=30", "task.val_check_interval=30", "cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
-    search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # cluster.setup is to find a Python
-    process = start(f"hydra.run.dir={quoted(str(folder.directory))}", *arguments, **CANARIES, PATH=search)
+    process = start(f"hydra.run.dir={quoted(str(folder.directory))}", *arguments, **CANARIES, PATH=SEARCH)
     wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
     slurm.signal_steps(job(folder), "USR1")  # what Slurm sends before the time is up (--signal)
     wait_until(lambda: folder.status()["state"] == "SUBMITTED", folder, process)
@@ -198,12 +199,33 @@ def overseers(folder: RunFolder) -> list[psutil.Process]:
     return [parent for parent in parents if parent.name() == "slurmstepd"]
 
 
-def worker(folder: RunFolder) -> psutil.Process | None:
+def worker(folder: RunFolder, rank: int = 0) -> psutil.Process | None:
     for process in processes(folder):
         with suppress(psutil.Error):
-            if process.cmdline()[1:] == ["-m", "qwen_cl.worker", str(folder.directory)]:
+            ours = process.cmdline()[1:] == ["-m", "qwen_cl.worker", str(folder.directory)]
+            if ours and process.environ()["SLURM_PROCID"] == str(rank):
                 return process
     return None
+
+
+def test_a_rank_that_hangs_on_another_node_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    arguments = [*SMALL, *SUBMIT, "cluster.nodes=2", "cluster.timeout_minutes=0.3", "task.max_steps=1000"]
+    process = start(
+        f"hydra.run.dir={folder.directory}", *arguments, "cluster.setup='export GLOO_SOCKET_IFNAME=lo'", PATH=SEARCH
+    )
+    wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
+    hanging = worker(folder, rank=1)
+    assert hanging is not None
+    hanging.send_signal(signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    reason = "rank 1 was hanging: no progress in 0.3 minutes (cluster.timeout_minutes), and no sign of life"
+    assert (folder.status()["state"], folder.status()["reason"]) == ("FAILED", reason)
+    assert reason in stderr
+    log = folder.log.read_text(errors="replace")
+    assert log.count("Current thread") + log.count("most recent call first") >= 2  # where each is
+    wait_until(lambda: not processes(folder), folder)
 
 
 def test_what_slurm_refuses_is_said_and_nothing_is_left(tmp_path: Path) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.truth import CANCELLED
@@ -21,37 +17,15 @@ from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.view import read_metrics
 
 EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
-EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def start(folder: RunFolder) -> int:
-    """Prints where the ranks meet: this node, which is the first rank's, by the address that Slurm has for it, and a
-    port that is free here. A name that only Slurm knows would leave them waiting for half an hour."""
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
     job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts(), "start": now()}
     folder.update_status(
         state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
     )
-    address = os.environ.get("MASTER_ADDR") or slurm.address_of(os.environ["SLURMD_NODENAME"])
-    print(f"{address}:{free_port()}")
     return 0
-
-
-def free_port() -> int:
-    """Free now, and in the seconds that the workers take to get there: none that the system gives to whoever connects
-    somewhere (``ip_local_port_range``), and another each time.
-
-    Raises:
-        OSError: many were tried, and all are taken.
-    """
-    first, last = map(int, EPHEMERAL.read_text(encoding="ascii").split())
-    others = [port for port in range(20_000, 65_536) if not first <= port <= last]
-    *tries, final = random.sample(others, min(100, len(others))) or [0]
-    for port in tries:
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
-    with socket.create_server(("", final)) as server:
-        return int(server.getsockname()[1])
 
 
 def end(folder: RunFolder, returncode: int) -> int:

@@ -1,0 +1,93 @@
+"""What starts a job's workers: ``python -m qwen_cl.cluster.step RUN_DIRECTORY srun …``, in the batch script.
+
+The ranks meet at a store that this process holds, so that nobody else can have the port when they get there; and they
+tell it how they are, so that one which hangs is named, where Slurm would wait until the job's time is up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+
+from qwen_cl.blame import BROKEN_BY_OTHERS, Fallen, root_cause
+from qwen_cl.cluster import slurm
+from qwen_cl.config.file import load_config
+from qwen_cl.config.store import register_schemas
+from qwen_cl.member import GROUP
+from qwen_cl.rendezvous import Watch, failures, free_port, meeting_variables, open_store
+from qwen_cl.run_folder import RunFolder, State, now
+
+STACK_SECONDS = 3
+"""Until the ranks of all nodes have written where they are."""
+
+
+def main(directory: str, *command: str) -> int:
+    """Returns what srun did. It is for ``qwen_cl.cluster.batch end`` to say what that means, where no rank said it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends the workers, and what comes after has the last word
+    register_schemas()
+    folder = RunFolder(directory)
+    cluster = load_config(folder.config).cluster
+    try:
+        address = os.environ.get("MASTER_ADDR") or slurm.address_of(os.environ["SLURMD_NODENAME"])
+    except slurm.SlurmSilent as error:
+        _fail(folder, f"nobody says where the ranks are to meet: {error}", worker_lost=True)
+        return 1
+    if find_spec("torch") is None:  # it is in the container alone
+        print("No torch outside the container: a rank that hangs will not be named.", flush=True)
+        port = os.environ.get("MASTER_PORT") or str(free_port())
+        return _code(_start(command, {"MASTER_ADDR": address, "MASTER_PORT": port}).wait())
+    try:
+        store = open_store()
+    except RuntimeError as error:
+        _fail(folder, " ".join(str(error).split()))
+        return 1
+    group = {GROUP: f"{address}:{store.port}"} if cluster.world_size > 1 else {}
+    process = _start(command, {**meeting_variables(address, store.port), **group})
+    watch, ranks = Watch(store, cluster.world_size, cluster.timeout_minutes), range(cluster.world_size)
+    while (code := process.poll()) is None:
+        if len(ranks) > 1 and (hanging := watch.look(ranks)) is not None:
+            _fail(folder, hanging, worker_lost=True)
+            _show_stacks()
+            process.kill()  # Slurm ends what is left when the batch script does
+            return 1
+        time.sleep(0.1)
+    reported = [Fallen(rank, 0, reason, number) for rank, (number, reason) in failures(store, len(ranks)).items()]
+    if any(code < 128 or not BROKEN_BY_OTHERS.search(each.reason or "") for each in reported):
+        reason, lost = root_cause(reported)
+        _fail(folder, reason, worker_lost=lost)
+    return _code(code)
+
+
+def _start(command: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    heard = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    return subprocess.Popen(command, env={**os.environ, **variables}, preexec_fn=heard)
+
+
+def _code(returncode: int) -> int:
+    """As a shell gives it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _show_stacks() -> None:
+    """In the run's log. One that is stopped goes on for as long as that takes."""
+    job = os.environ["SLURM_JOB_ID"]
+    with suppress(slurm.SlurmSilent):
+        slurm.signal_steps(job, "USR2")
+        slurm.signal_steps(job, "CONT")
+        time.sleep(STACK_SECONDS)
+
+
+def _fail(folder: RunFolder, reason: str, **more: bool) -> None:
+    if folder.status().get("state") == State.RUNNING:
+        folder.update_status(state=State.FAILED, reason=reason, end=now(), **more)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
