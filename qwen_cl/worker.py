@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import re
 import sys
@@ -115,6 +116,8 @@ def prepare(config: RunConfig) -> None:
     """Import NeMo and Megatron, changed for the device this run is on."""
     from qwen_cl import megatron
 
+    logging.basicConfig(format="[qwen_cl] %(message)s")  # after what others have set up, which stays
+    logging.getLogger("qwen_cl").setLevel(logging.INFO)
     megatron.prepare(cpu=config.cluster.accelerator is Accelerator.cpu)
 
 

@@ -30,6 +30,7 @@ def main(directory: Path) -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 0:
                 trainer.save_checkpoint(str(folder.checkpoints / "step=0"), weights_only=True)
+                trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
                 torch.distributed.barrier()
                 if trainer.is_global_zero:
                     seal(folder.checkpoints / "step=0")

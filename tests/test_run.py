@@ -51,6 +51,12 @@ def test_nothing_of_the_base_is_copied(trained: Launched) -> None:
     assert (next(trained.folder.checkpoints.iterdir()) / "context/tokenizer/tokenizer.json").is_file()
 
 
+def test_the_log_says_what_was_loaded(trained: Launched) -> None:
+    log = trained.folder.log.read_text(encoding="utf-8")
+    assert f"[qwen_cl] Loaded {ROOT / 'qwen_cl/demo/model'}: " in log
+    assert log.count("[qwen_cl] Loaded") == 1
+
+
 def test_the_saved_config_is_the_run(trained: Launched) -> None:
     register_schemas()
     config = load_config(trained.folder.config)

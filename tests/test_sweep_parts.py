@@ -376,7 +376,8 @@ def test_a_sweep_that_gets_more_values_keeps_its_trials(hydra: None, tmp_path: P
     planner = Planner(composer(hydra_now.config_loader, master))
     (only,) = plan_trials([["cluster.accelerator=cpu", "lr=1e-4"]], planner, tmp_path)
     assert (only.name, only.differing) == ("00", {})
-    only.begin({}, 0.0)
+    only.begin({}, 0.5, ("3",))
+    assert only.record()["visible_devices"] == ["3"]
     only.folder.update_status(state="COMPLETED", reason=None, end="2026-01-01T00:00:00+00:00")
     more = [
         ["cluster.accelerator=cpu", f"lr={lr}", f"peft.rank={rank}"] for lr in ("1e-4", "3e-4") for rank in (16, 32)

@@ -46,7 +46,7 @@ class ProcessStarter:
     def _start(self, trial: Trial, slot: Slot) -> TrialProcess:
         before = trial.record()
         trial.make_room()
-        trial.begin(before, slot.cost)
+        trial.begin(before, slot.cost, slot.gpus)
         return TrialProcess(trial, slot, self.hydra_arguments)
 
 

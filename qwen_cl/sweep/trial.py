@@ -45,9 +45,9 @@ class Trial:
         """Of its last start; empty before the first."""
         return read_record(self.record_file)
 
-    def begin(self, before: dict[str, Any], gpus: float) -> None:
+    def begin(self, before: dict[str, Any], gpus: float, visible: Sequence[str] = ()) -> None:
         """``before`` is the record of its last start, whose costs count; ``gpus`` is how many it takes, or what part
-        of one."""
+        of one, and ``visible`` which, where that is ours to say."""
         self.folder.directory.mkdir(parents=True, exist_ok=True)
         record = {
             "number": self.number,
@@ -60,6 +60,7 @@ class Trial:
             "seconds": before.get("seconds", 0.0),
             "gpu_seconds": before.get("gpu_seconds", 0.0),
             "gpus": gpus,
+            "visible_devices": list(visible),
             "started": time.time(),
         }
         write_json(record, self.record_file)
