@@ -41,6 +41,24 @@ def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
     assert (job["id"], job["nodes"], job["restarts"]) == ("7", "n[3-4]", 1)
 
 
+def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
+    before = {
+        "id": "7",
+        "seconds_before": 30.0,
+        "start": "2026-01-01T00:00:00+00:00",
+        "end": "2026-01-01T00:01:30+00:00",
+    }
+    folder.update_status(job={"id": "7", "seconds_before": 30.0, **first})
+    main("start", str(folder.directory))
+    assert folder.status()["job"]["seconds_before"] == 120.0
+    assert folder.status()["job"]["end"] is None
+    main("start", str(folder.directory))  # the node went down meanwhile: nobody knows for how long it trained
+    assert folder.status()["job"]["seconds_before"] == 120.0
+    folder.update_status(state="COMPLETED", model_source="x")
+    assert main("end", str(folder.directory)) == 0
+    assert folder.status()["job"]["end"] >= folder.status()["job"]["start"]
+
+
 @pytest.mark.parametrize(
     ("said", "returncode", "state", "reason", "exit_code"),
     [

@@ -97,6 +97,7 @@ def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     status = folder.status()
     assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", 30, 1)
     assert status["job"]["nodes"] == "n[1-2]"
+    assert status["job"]["seconds_before"] > 0
     assert [entry["step"] for entry in status["resumed"]] == [stopped]
     assert steps(folder) == list(range(1, 31))
     assert f"submitted as job {job(folder)}. To follow it: python launch.py task=job" in stdout

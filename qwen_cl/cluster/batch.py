@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import datetime
+from typing import Any
 
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.truth import CANCELLED
@@ -21,7 +23,8 @@ EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
 
 def start(folder: RunFolder) -> int:
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
-    job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts(), "start": now()}
+    job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts()}
+    job |= {"seconds_before": _seconds(job), "start": now(), "end": None}
     folder.update_status(
         state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
     )
@@ -32,6 +35,7 @@ def end(folder: RunFolder, returncode: int) -> int:
     """``returncode`` is srun's. The job's is 0 only for a run that says itself that it is COMPLETED."""
     if folder.status()["state"] == State.RUNNING:
         _settle(folder, returncode)
+    folder.update_status(job={**folder.status()["job"], "end": now()})
     if folder.metrics_file.exists():
         title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status()['model_source']}"
         draw_report(read_metrics(folder), title, folder.report)
@@ -63,6 +67,15 @@ def _max_requeues(folder: RunFolder) -> int:
     register_schemas()
     cluster = load_config(folder.config).cluster
     return cluster.max_requeues if isinstance(cluster, SlurmConfig) else 0
+
+
+def _seconds(job: dict[str, Any]) -> float:
+    """Of all starts that came to their end."""
+    before = float(job.get("seconds_before", 0.0))
+    if not job.get("start") or not job.get("end"):
+        return before
+    start, end = map(datetime.fromisoformat, (job["start"], job["end"]))
+    return before + (end - start).total_seconds()
 
 
 def _restarts() -> int:

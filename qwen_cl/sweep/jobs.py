@@ -68,8 +68,9 @@ class TrialJob:
             return False
         settle(self.trial.folder, self.number, self.queue.known[self.number])
         self.queue.numbers.discard(self.number)
-        start = self.trial.folder.status()["job"].get("start")
-        self.trial.count_from(time.time() if start is None else datetime.fromisoformat(start).timestamp())
+        job = self.trial.folder.status()["job"]
+        start = datetime.fromisoformat(job["start"]).timestamp() if job.get("start") else time.time()
+        self.trial.count_from(start - job.get("seconds_before", 0.0))
         return True
 
     def ask_to_stop(self) -> None:
