@@ -42,12 +42,7 @@ def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
 
 
 def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
-    before = {
-        "id": "7",
-        "seconds_before": 30.0,
-        "start": "2026-01-01T00:00:00+00:00",
-        "end": "2026-01-01T00:01:30+00:00",
-    }
+    first = {"start": "2026-01-01T00:00:00+00:00", "end": "2026-01-01T00:01:30+00:00"}
     folder.update_status(job={"id": "7", "seconds_before": 30.0, **first})
     main("start", str(folder.directory))
     assert folder.status()["job"]["seconds_before"] == 120.0
