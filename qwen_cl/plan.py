@@ -25,6 +25,7 @@ from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.levers import settle_speed
+from qwen_cl.micro_batch import settle_micro_batch
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Plan:
     config: RunConfig
-    """With model.source pinned, model.cache absolute, and accelerator, precision and speed settled."""
+    """With model.source pinned, model.cache absolute, and accelerator, precision, micro batch and speed settled."""
     model: ModelFiles
     architecture: Architecture
     device: Device
@@ -80,7 +81,8 @@ def make_plan(config: RunConfig) -> Plan:
     _check_sequence_length(config, architecture)
     if model.commit is None:
         check_weights(model, architecture)
-    config = _with_local_sets(config)
+    config = replace(_with_local_sets(config), speed=settle_speed(config, device.kind))
+    config = settle_micro_batch(config, architecture, device)
     files = row_files(config.data, config.training)
     data_report = None if isinstance(config.data, MockDataConfig) else _read_data(config, model, files)
     settled = replace(
@@ -91,7 +93,6 @@ def make_plan(config: RunConfig) -> Plan:
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
-        speed=settle_speed(config, device.kind),
     )
     return Plan(
         config=settled,
@@ -195,7 +196,7 @@ def _layout(config: RunConfig) -> Layout:
     task = config.training
     return Layout(
         sequence_length=task.sequence_length,
-        micro_batch_size=task.micro_batch_size,
+        micro_batch_size=task.rows_per_pass,
         seed=config.seed,
         loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
         packing=isinstance(task, FinetuneConfig) and task.packing,

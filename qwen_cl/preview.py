@@ -84,7 +84,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     config = plan.config
     estimate = estimate_memory(
-        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision
+        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision, config.speed
     )
     total = f"about {estimate.total / GIB:.2f} GiB per device"
     if plan.device.memory_bytes is not None:

@@ -98,7 +98,7 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "seq_length": task.sequence_length,
-        "micro_batch_size": task.micro_batch_size,
+        "micro_batch_size": task.rows_per_pass,
         "global_batch_size": task.global_batch_size,
         "max_steps": task.max_steps,
         "seed": config.seed,

@@ -27,6 +27,7 @@ from qwen_cl.continual.report import draw_report
 from qwen_cl.data.corpus.target import summarise_validation
 from qwen_cl.data.report_text import summary
 from qwen_cl.execute import execute
+from qwen_cl.micro_batch import is_automatic, keep_micro_batch, until_it_fits
 from qwen_cl.opening import open_run, ready
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.resume import Resumption
@@ -48,7 +49,8 @@ def run(config: object) -> None:
     if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    plan = make_plan(config)
+    automatic = is_automatic(config)
+    plan = make_plan(keep_micro_batch(config, folder))
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
 
@@ -66,7 +68,7 @@ def run(config: object) -> None:
     if isinstance(plan.config.cluster, SlurmConfig):
         _submit(plan, plan.config.cluster, folder)
     else:
-        _start(plan, folder)
+        _start(plan, folder, automatic)
 
 
 def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
@@ -105,17 +107,27 @@ def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
     return True
 
 
-def _start(plan: Plan, folder: RunFolder) -> None:
+def _start(plan: Plan, folder: RunFolder, automatic: bool) -> None:
+    """``automatic``: its micro batch is ours to choose, also when the one that was chosen does not fit."""
     started = time.monotonic()
     console = Console()
-    with folder.lock():
-        resumption = open_run(plan, folder, _checking(console))
+
+    def attempt(config: RunConfig) -> None:
+        resumption = open_run(replace(plan, config=config), folder, _checking(console))
         _print_plan(plan, folder, console, resumption)
-        with ProgressView(folder, plan.config.training.max_steps, console) as view:
+        if automatic:
+            print_facts([("micro batch", f"{config.training.rows_per_pass} (task.micro_batch_size=auto)")], console)
+        with ProgressView(folder, config.training.max_steps, console) as view:
             try:
-                execute(plan.config, folder, view.update)
+                execute(config, folder, view.update)
             finally:
                 _draw(plan, folder)
+
+    with folder.lock():
+        if automatic:
+            until_it_fits(plan.config, folder, attempt)
+        else:
+            attempt(plan.config)
         if notice := wandb_notice(folder.status()):
             console.print(notice, highlight=False, soft_wrap=True, markup=False)
         print_result(folder, console, time.monotonic() - started)

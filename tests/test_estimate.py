@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qwen_cl.config.schema import Precision, RunConfig
+from qwen_cl.config.speed import When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.estimate import MemoryEstimate, batch_of, estimate_memory
 from qwen_cl.flops import adapter_parameters
@@ -148,3 +151,25 @@ def test_activations_grow_with_the_tokens_of_a_pass(key: str) -> None:
 def test_the_total_is_the_sum_of_its_parts() -> None:
     parts = estimate()
     assert parts.total == parts.weights + parts.gradients_and_optimizer + parts.activations
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "micro-batch-8"])
+def test_what_a_run_took_is_somewhat_less(name: str) -> None:
+    """With levers, by the benchmarks of an H200. Which would be much less is no estimate."""
+    measured = json.loads((ROOT / f"benchmarks/results/throughput-h200-{name}.json").read_text())
+    visits = [visit for visit in measured["visits"] if visit["side"] == "qwen_cl" and "error" not in visit]
+    assert visits
+    for visit in visits:
+        config = run_config(
+            *("task=pretrain", "data=mock", "retention=none", f"task.sequence_length={measured['sequence_length']}"),
+            *(
+                f"task.global_batch_size={measured['global_batch_size']}",
+                f"task.micro_batch_size={visit['micro_batch']}",
+            ),
+            *(["peft=lora", "peft.rank=32"] if visit["training"] == "lora" else ["peft=none"]),
+        )
+        speed = replace(config.speed, compile=When.always, linear_cross_entropy=When.always)
+        said = estimate_memory(
+            architecture(QWEN_05B), batch_of(config), config.peft, config.cluster, Precision.bf16, speed
+        ).total
+        assert 0.75 < visit["peak"] / said < 0.95, f"{visit['peak'] / said:.3f}"

@@ -88,7 +88,7 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
 def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_cl.megatron import cross_entropy
 
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK_BYTES", chunk_bytes)
     torch.manual_seed(0)
     labels = torch.randint(0, 50, (33,)).masked_fill(torch.rand(33) < 0.3, NOT_COUNTED)
     hidden, weight = torch.randn(33, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)

@@ -213,11 +213,13 @@ class RunConfig:
         require("seed", self.seed, at_least=0, at_most=2**31 - 1)
         if not isinstance(self.task, TrainingConfig):
             return
-        per_pass = self.task.micro_batch_size * self.cluster.data_parallel
+        rows, ranks = self.task.micro_batch_size, self.cluster.data_parallel
+        per_pass = ranks if isinstance(rows, str) else rows * ranks
         if self.task.global_batch_size % per_pass:
+            of = "" if isinstance(rows, str) else f"task.micro_batch_size ({rows}) x "
             raise UserError(
-                f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of task.micro_batch_size "
-                f"({self.task.micro_batch_size}) x data_parallel ({self.cluster.data_parallel}) = {per_pass}"
+                f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of {of}data_parallel "
+                f"({ranks}){f' = {per_pass}' if of else ''}"
             )
         if isinstance(self.replay, MixedReplayConfig) and isinstance(self.data, MockDataConfig):
             raise UserError(

@@ -10,6 +10,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import require, seconds_of
 
 HUB_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)")
+AUTO = "auto"
 SIZE = re.compile(r"[1-9][0-9]*[KMGT]B")
 
 
@@ -50,8 +51,8 @@ class TrainingConfig(TaskConfig):
     """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: it saves, and ends as PREEMPTED."""
     global_batch_size: int
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int
-    """Sequences per forward pass of one rank."""
+    micro_batch_size: int | str
+    """Sequences per forward pass of one rank, or auto."""
     sequence_length: int
     """Tokens; longer rows are cut."""
     warmup_steps: int
@@ -86,13 +87,16 @@ class TrainingConfig(TaskConfig):
         for name in (
             "max_steps",
             "global_batch_size",
-            "micro_batch_size",
             "val_check_interval",
             "checkpoint_interval",
             "keep_last",
             "log_interval",
         ):
             require(f"task.{name}", getattr(self, name), at_least=1)
+        if isinstance(self.micro_batch_size, int):
+            require("task.micro_batch_size", self.micro_batch_size, at_least=1)
+        elif self.micro_batch_size != AUTO:
+            raise UserError(f"task.micro_batch_size ({self.micro_batch_size}) must be a number of sequences, or {AUTO}")
         require("task.sequence_length", self.sequence_length, at_least=2)
         require("task.keep_best", self.keep_best, at_least=0)
         if self.max_time is not None:
@@ -119,6 +123,12 @@ class TrainingConfig(TaskConfig):
     @property
     def max_seconds(self) -> float | None:
         return None if self.max_time is None else seconds_of("task.max_time", self.max_time)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """``micro_batch_size`` of a plan, which has it settled."""
+        assert isinstance(self.micro_batch_size, int)
+        return self.micro_batch_size
 
     @property
     def decay_steps(self) -> int:

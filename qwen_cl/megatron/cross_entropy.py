@@ -16,10 +16,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from qwen_cl.levers import LOSS_CHUNK_BYTES
 from qwen_cl.megatron.steps import NOT_COUNTED
-
-CHUNK_BYTES = 3 * 2**29
-"""Of the logits of one chunk, in their own type: 5,000 tokens of Qwen2.5 in bf16, whose products fill any GPU."""
 
 
 def install(model: torch.nn.Module, compiled: bool) -> int:
@@ -111,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_size(tokens: int, weight: torch.Tensor) -> int:
     """Tokens of each of as few chunks as there can be, all alike but for rounding."""
-    most = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+    most = max(1, LOSS_CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
     chunks = -(-tokens // most)
     return -(-tokens // chunks) if chunks else 1
 

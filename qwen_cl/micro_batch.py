@@ -1,0 +1,90 @@
+"""``task.micro_batch_size=auto``: as many rows in a pass as gain something and fit, and fewer once they did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.file import read_run_config
+from qwen_cl.config.resume import AutoResumeConfig
+from qwen_cl.config.schema import Accelerator, RunConfig
+from qwen_cl.config.tasks import AUTO, TrainingConfig
+from qwen_cl.devices import Device
+from qwen_cl.estimate import batch_of, estimate_memory
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.architecture import Architecture
+
+ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
+"""Of a pass. From 8,192 to 16,384 an H200 gains 2 % (benchmarks/results), and beyond them nothing; a CPU less."""
+USABLE = 0.85
+"""Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""As torch calls it, in the reason of a run that failed."""
+
+
+def settle_micro_batch(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
+    """With a number for ``auto``. ``config.speed`` is settled.
+
+    Raises:
+        UserError: it is auto, and the run is another machine's.
+    """
+    if not is_automatic(config):
+        return config
+    if device.memory_bytes is None:
+        raise UserError(
+            "task.micro_batch_size=auto looks at the memory of this machine's devices, and the run is another's; "
+            "write a number"
+        )
+    tokens = ENOUGH_TOKENS[device.kind]
+    sizes = [size for size in _sizes(config) if size == 1 or size * config.training.sequence_length <= tokens]
+    fitting = [size for size in sizes if _fits(with_micro_batch(config, size), architecture, device)]
+    return with_micro_batch(config, fitting[-1] if fitting else 1)
+
+
+def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+    return replace(config, task=replace(config.training, micro_batch_size=size))
+
+
+def is_automatic(config: RunConfig) -> bool:
+    return isinstance(config.task, TrainingConfig) and config.task.micro_batch_size == AUTO
+
+
+def keep_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """A run that goes on has what fitted before, if its layout still has such passes."""
+    if not is_automatic(config) or not folder.config.exists():
+        return config
+    found = read_run_config(folder.config).training.rows_per_pass
+    return with_micro_batch(config, found) if found in _sizes(config) else config
+
+
+def until_it_fits(config: RunConfig, folder: RunFolder, attempt: Callable[[RunConfig], None]) -> None:
+    """``attempt`` once, and with fewer rows in a pass each time that the devices' memory was full.
+
+    Raises:
+        RunFailed: of the last attempt.
+    """
+    while True:
+        try:
+            attempt(config)
+            return
+        except RunFailed:
+            smaller = [size for size in _sizes(config) if size <= config.training.rows_per_pass / 2]
+            if OUT_OF_MEMORY not in str(folder.status().get("reason")) or not smaller:
+                raise
+            config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
+
+
+def _sizes(config: RunConfig) -> list[int]:
+    """Those that divide what one rank computes in a step, the smallest first."""
+    rows = config.training.global_batch_size // config.cluster.data_parallel
+    return [size for size in range(1, rows + 1) if rows % size == 0]
+
+
+def _fits(config: RunConfig, architecture: Architecture, device: Device) -> bool:
+    estimate = estimate_memory(
+        architecture, batch_of(config), config.peft, config.cluster, device.precision, config.speed
+    )
+    assert device.memory_bytes is not None
+    on_one = config.cluster.devices if device.kind is Accelerator.cpu else 1  # ranks share a CPU's memory
+    return estimate.total * on_one <= device.memory_bytes * USABLE

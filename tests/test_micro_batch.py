@@ -1,0 +1,131 @@
+"""task.micro_batch_size=auto: what it chooses, that it makes do with less, and that a run keeps what fitted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.load import SHAPES
+from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.schema import Accelerator, Precision, RunConfig
+from qwen_cl.devices import Device
+from qwen_cl.execute import judge
+from qwen_cl.micro_batch import keep_micro_batch, settle_micro_batch, until_it_fits
+from qwen_cl.opening import open_run
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.architecture import Architecture, read_architecture
+from tests.conftest import ROOT
+from tests.cut_off import losses, overrides_of, plan, whole_and_killed, worker
+from tests.ranks import run_ranks
+from tests.test_config import compose_run
+
+GB = 10**9
+
+
+def device(kind: Accelerator, memory: int | None) -> Device:
+    precision = Precision.bf16 if kind is Accelerator.gpu else Precision.fp32
+    return Device(kind, precision, "a device", memory)
+
+
+def shape(name: str) -> Architecture:
+    return read_architecture(SHAPES[name], ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "on", "chosen"),
+    [
+        ("0.5b", ["task.sequence_length=2048"], device(Accelerator.gpu, 141 * GB), 8),  # more would gain nothing
+        ("0.5b", ["task.sequence_length=2048"], device(Accelerator.gpu, 24 * GB), 2),  # more would not fit
+        ("0.5b", ["task.sequence_length=2048", "speed.compile=always"], device(Accelerator.gpu, 24 * GB), 4),
+        ("0.5b", ["task.sequence_length=512"], device(Accelerator.gpu, 141 * GB), 16),  # there are no more
+        ("0.5b", ["task.sequence_length=512", "task.global_batch_size=48"], device(Accelerator.gpu, 141 * GB), 24),
+        ("0.5b", ["task.sequence_length=32768"], device(Accelerator.gpu, 141 * GB), 1),  # never less
+        ("7b", ["task.sequence_length=2048"], device(Accelerator.gpu, 4 * GB), 1),
+        ("tiny", ["task.sequence_length=512"], device(Accelerator.cpu, 16 * GB), 4),
+        ("tiny", ["task.sequence_length=512", "cluster.devices=8"], device(Accelerator.cpu, 16 * GB), 2),
+    ],
+)
+def test_it_is_what_gains_and_fits(name: str, said: list[str], on: Device, chosen: int) -> None:
+    config = compose_run("task.micro_batch_size=auto", "task.global_batch_size=16", *said)
+    settled = settle_micro_batch(config, shape(name), on)
+    assert settled.training.rows_per_pass == chosen
+    assert replace(settled, task=config.task) == config
+    number = compose_run("task.micro_batch_size=2")
+    assert settle_micro_batch(number, shape(name), on) is number
+
+
+def test_what_cannot_be_is_refused() -> None:
+    config = compose_run("task.micro_batch_size=auto", "cluster=slurm")
+    with pytest.raises(UserError, match=r"task\.micro_batch_size=auto looks at the memory of this machine's devices"):
+        settle_micro_batch(config, shape("tiny"), device(Accelerator.gpu, None))
+    with pytest.raises(UserError, match=r"task\.micro_batch_size \(most\) must be a number of sequences, or auto"):
+        compose_run("task.micro_batch_size=most")
+    with pytest.raises(UserError, match=r"task\.global_batch_size \(3\) must be a multiple of data_parallel \(2\)"):
+        compose_run("task.micro_batch_size=auto", "task.global_batch_size=3", "cluster.devices=2")
+
+
+def full_from_step_three(folder: RunFolder) -> None:
+    """With more than one row in a pass."""
+    import torch
+
+    from qwen_cl.callbacks import RunRecorder
+
+    stock = RunRecorder.on_train_batch_start
+
+    def start(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 2 and trainer.datamodule.micro_batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        stock(self, trainer, *args, **kwargs)
+
+    patched: Any = RunRecorder
+    patched.on_train_batch_start = start
+
+
+def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path, tmp_path: Path) -> None:
+    whole = whole_and_killed(shared_directory, "lora")[0]
+    folder, tried = RunFolder(tmp_path / "run"), []
+    folder.directory.mkdir()
+    started = plan(*overrides_of("lora"), "task.micro_batch_size=auto", "peft.dropout=0")
+    assert started.config.training.rows_per_pass == 4
+
+    def attempt(config: RunConfig) -> None:
+        tried.append(config.training.rows_per_pass)
+        with folder.lock():
+            open_run(replace(started, config=config), folder)
+        run_ranks(worker, folder.directory, full_from_step_three)
+        judge(folder, interrupted=False)
+
+    until_it_fits(started.config, folder, attempt)
+    assert tried == [4, 2, 1]
+    assert folder.status()["state"] == "COMPLETED"
+    assert [entry["step"] for entry in folder.status()["resumed"]] == [2, 2]
+    found = losses(folder)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert abs(found[6] - losses(whole)[6]) < 0.5  # that one has dropout
+    again = compose_run("task.micro_batch_size=auto", "task.global_batch_size=4")
+    assert keep_micro_batch(again, folder).training.rows_per_pass == 1
+    assert keep_micro_batch(again, RunFolder(tmp_path / "new")).training.micro_batch_size == "auto"
+    number = compose_run("task.micro_batch_size=2")
+    assert keep_micro_batch(number, folder) is number
+
+
+def test_other_failures_and_a_single_row_end_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tried: list[int] = []
+
+    def fails(config: RunConfig) -> None:
+        tried.append(config.training.rows_per_pass)
+        raise RunFailed("FAILED")
+
+    config = compose_run("task.micro_batch_size=2", "task.global_batch_size=4")
+    folder.update_status(state="FAILED", reason="ValueError: no")
+    with pytest.raises(RunFailed):
+        until_it_fits(config, folder, fails)
+    assert tried == [2]
+    folder.update_status(reason="rank 1: OutOfMemoryError: CUDA out of memory")
+    with pytest.raises(RunFailed):
+        until_it_fits(config, folder, fails)
+    assert tried == [2, 2, 1]
