@@ -79,7 +79,8 @@ def _step(model: Any, rows: Any, micro: int, device: str) -> Any:
     total = torch.zeros((), device=device)
     parts = len(rows) // micro
     for batch in rows.split(micro):
-        inputs, labels = batch[:, :-1], batch[:, 1:]
+        inputs, labels = batch[:, :-1].clamp_min(0), batch[:, 1:]
+        labels = labels.masked_fill(labels < 0, -100)  # padding, at the end of a row
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             # shift_labels: the labels as they are, so that rows need no last token without one
             loss = model(input_ids=inputs, labels=labels, shift_labels=labels.contiguous()).loss / parts

@@ -72,13 +72,19 @@ def _packed(config: RunConfig) -> bool:
     return isinstance(config.task, FinetuneConfig) and config.task.packing
 
 
+def has_static_shapes(config: RunConfig) -> bool:
+    """Whether packed rows are all as long as task.sequence_length and a batch has as many segments: what is compiled or
+    recorded is so for one shape. ``config.speed`` is settled."""
+    return _packed(config) and When.always in (config.speed.compile, config.speed.cuda_graphs)
+
+
 def _untried(name: str, config: RunConfig) -> bool:
     """What nobody has run on a GPU is there to be asked for, and is nobody's default: several GPUs, a cluster, whose
-    containers may have Transformer Engine's layers, those layers, and compiling for packed rows."""
+    containers may have Transformer Engine's layers, those layers, and packed rows."""
     if name not in ("compile", "cuda_graphs"):
         return False
     elsewhere = not isinstance(config.cluster, LocalConfig) or config.cluster.world_size > 1
-    return elsewhere or find_spec("transformer_engine") is not None or (name == "compile" and _packed(config))
+    return elsewhere or find_spec("transformer_engine") is not None or _packed(config)
 
 
 def _has_compiler(kind: Accelerator) -> bool:

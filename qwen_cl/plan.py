@@ -24,7 +24,7 @@ from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
-from qwen_cl.levers import settle_speed
+from qwen_cl.levers import has_static_shapes, settle_speed
 from qwen_cl.micro_batch import settle_micro_batch
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
@@ -200,6 +200,7 @@ def _layout(config: RunConfig) -> Layout:
         seed=config.seed,
         loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
         packing=isinstance(task, FinetuneConfig) and task.packing,
+        static_shapes=has_static_shapes(config),
     )
 
 

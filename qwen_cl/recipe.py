@@ -21,6 +21,7 @@ from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
+from qwen_cl.levers import has_static_shapes
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.saving import StepCheckpoint
@@ -102,6 +103,7 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
         "global_batch_size": task.global_batch_size,
         "max_steps": task.max_steps,
         "seed": config.seed,
+        "static_shapes": has_static_shapes(config),
     }
     if isinstance(config.data, MockDataConfig):
         return run.Config(MockDataModule, rows=config.data.rows, vocab_size=architecture.vocab_size, **common)

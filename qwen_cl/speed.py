@@ -65,7 +65,8 @@ class Accelerate(pl.Callback):
         done["fused_adam"] = sum(fuse_adam(optimizer, self.fused_adam) for optimizer in optimizers)
         if self.cuda_graphs:
             data = trainer.datamodule
-            self._schedule = RecordedSchedule(model, data.micro_batch_size, data.seq_length)
+            width, segments = (data.seq_length, 1) if data.shape is None else (data.shape.width, data.shape.segments)
+            self._schedule = RecordedSchedule(model, data.micro_batch_size, width, segments)
             done["cuda_graphs"] = 1
         if trainer.is_global_zero:
             self.folder.update_status(levers={name: count for name, count in done.items() if count})

@@ -5,6 +5,7 @@ Run by ``tests.ranks``. The cases:
 - alone: one example to a row, no padding beyond the longest
 - packed: the same in two rows of several segments
 - changed: packed, with another text in the second segment of the first row
+- filled: packed, to a width and a number of segments that all batches could have
 - leaking: packed, with attention over the whole row: what the others would be if segments were ignored
 """
 
@@ -60,7 +61,7 @@ def main(out: Path, directory: Path) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from safetensors.torch import save_file
 
-    from qwen_cl.data.module import collate
+    from qwen_cl.data.module import StaticShape, collate
     from qwen_cl.source.checkpoint import Checkpoint
     from qwen_cl.source.shards import fill
 
@@ -72,8 +73,10 @@ def main(out: Path, directory: Path) -> None:
     model.train()
     alone, packed, changed = (collate(make()) for make in (probe_examples, packed_examples, changed_examples))
     leaking = {name: value for name, value in packed.items() if name != "segments"}
+    filled = collate(packed_examples(), StaticShape(width=packed["tokens"].shape[1] + 16, segments=5))
     results: dict[str, torch.Tensor] = {}
-    for case, batch in {"alone": alone, "packed": packed, "changed": changed, "leaking": leaking}.items():
+    cases = {"alone": alone, "packed": packed, "changed": changed, "leaking": leaking, "filled": filled}
+    for case, batch in cases.items():
         results |= _losses_and_gradients(case, model, batch)
     save_file(results, str(out))
 

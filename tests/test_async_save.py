@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from qwen_cl.checkpoints.folder import partial_path, whole_checkpoints
-from qwen_cl.checkpoints.manifest import verify
+from qwen_cl.checkpoints.manifest import read_manifest, verify
 from qwen_cl.run_folder import RunFolder
 from tests.cut_off import AtRecord, Fault, losses, measured, overrides_of, train, watch_files, whole_and_killed
 from tests.fault_table import Row
@@ -201,3 +201,8 @@ def test_a_copy_is_not_begun_before_the_last_is_through(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert train(folder, *LORA, "task.checkpoint_interval=1", "task.keep_last=10").returncode == 0
     assert steps(folder) == [6, 5, 4, 3, 2, 1]
+    manifests = {step: read_manifest(folder.checkpoints / f"step={step}") for step in range(1, 7)}
+    measures = {key: value for key, value in measured(folder).items() if key.endswith(" val/target/loss")}
+    assert measures.keys() == {f"{step} val/target/loss" for step in (0, 3, 6)}
+    for step, manifest in manifests.items():
+        assert manifest.val_loss == measures.get(f"{step} val/target/loss")

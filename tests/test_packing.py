@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qwen_cl.data.batches import padding_share
 from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
-from qwen_cl.data.module import collate
+from qwen_cl.data.module import StaticShape, collate
 from qwen_cl.data.packing import pack_examples, plan_packs
 from tests import packing_probe
 from tests.models import save_random_model
@@ -78,6 +79,22 @@ def test_collate_lays_segments_side_by_side() -> None:
     assert "segments" not in collate([alone, alone])
 
 
+def test_collate_fills_a_batch_up_to_the_shape_of_all() -> None:
+    packed = Example([1, 2, 3, 11, 12, 21, 22, 23, 24], ((1, 3), (4, 5), (6, 7), (8, 9)), (0, 3, 5))
+    alone = Example([31, 32], ((1, 2),))
+    shape = StaticShape(width=32, segments=4)
+    for examples, boundaries in (([packed, alone], [0, 2, 3, 32]), ([alone, alone], [0, 32])):
+        batch = collate(examples, shape)
+        assert batch["segments"].tolist() == boundaries + [64] * (9 - len(boundaries))
+        plain = collate(examples)
+        width = plain["tokens"].shape[1]
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert batch[name].shape == (2, 32)
+            assert (batch[name][:, :width] == plain[name]).all()
+            assert name == "position_ids" or not batch[name][:, width:].any()
+    assert "segments" not in collate([alone, alone], replace(shape, segments=1))
+
+
 def test_padding_share_is_that_of_the_batches_training_sees() -> None:
     random = np.random.default_rng(2)
     examples = [Example([0] * size, ((1, size),)) for size in random.integers(2, 80, size=48).tolist()]
@@ -90,6 +107,7 @@ def test_padding_share_is_that_of_the_batches_training_sees() -> None:
         padding += positions - sum(len(row.ids) - 1 for row in rows)
     sizes = [example.num_positions for example in examples]
     assert padding_share(sizes, 4, 3) == pytest.approx(padding / computed, abs=1e-12)
+    assert padding_share(sizes, 4, 3, 96) == pytest.approx(1 - sum(sizes) / (48 * 96), abs=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +166,17 @@ def test_packed_equals_unpacked(probed: dict[str, torch.Tensor]) -> None:
     for name in names:
         expected = probed[name]
         error = (probed[name.replace("alone", "packed")] - expected).norm() / expected.norm()
+        assert float(error) < 1e-5, name
+
+
+def test_a_batch_that_is_filled_up_is_the_same(probed: dict[str, torch.Tensor]) -> None:
+    packs = packed_examples()
+    before, after = (token_losses(probed[f"{case}.losses"], packs) for case in ("packed", "filled"))
+    for one, other in zip(before, after):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert not probed["filled.losses"][:, probed["packed.losses"].shape[1] :].any()
+    for name in [name for name in probed if name.startswith("packed.gradient.")]:
+        error = (probed[name.replace("packed", "filled")] - probed[name]).norm() / probed[name].norm()
         assert float(error) < 1e-5, name
 
 

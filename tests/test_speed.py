@@ -125,8 +125,12 @@ def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
 
 
 def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
-    assert settled(default_config, Accelerator.gpu).compile is When.never, "packed rows"
-    assert settled(default_config, Accelerator.gpu, compile=When.always).compile is When.always
+    packed = settled(default_config, Accelerator.gpu)
+    assert (packed.compile, packed.cuda_graphs) == (When.never, When.never)
+    assert not levers.has_static_shapes(replace(default_config, speed=packed))
+    asked = settled(default_config, Accelerator.gpu, compile=When.always)
+    assert asked.compile is When.always
+    assert levers.has_static_shapes(replace(default_config, speed=asked))
     task = default_config.task
     assert isinstance(task, FinetuneConfig)
     on_gpu = settled(replace(default_config, task=replace(task, packing=False)), Accelerator.gpu)

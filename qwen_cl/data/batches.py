@@ -33,11 +33,11 @@ def padded_width(sizes: Sequence[int]) -> int:
     return -(-max(sizes) // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
 
-def padding_share(sizes: Sequence[int], micro_batch_size: int, seed: int) -> float:
-    """Part of the first epoch's positions that are padding."""
+def padding_share(sizes: Sequence[int], micro_batch_size: int, seed: int, width: int | None = None) -> float:
+    """Part of the first epoch's positions that are padding; ``width`` is every row's, if it is the same."""
     order = epoch_order(len(sizes), seed, 0)
     computed = 0
     for first in range(0, len(sizes), micro_batch_size):
         together = [sizes[index] for index in order[first : first + micro_batch_size]]
-        computed += padded_width(together) * len(together)
+        computed += (width or padded_width(together)) * len(together)
     return 1 - sum(sizes) / computed

@@ -22,14 +22,24 @@ from qwen_cl.data.named_sets import ScoredSet
 logger = logging.getLogger(__name__)
 
 
-def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class StaticShape:
+    """Of every micro batch, so that what is compiled or recorded for one serves all."""
+
+    width: int
+    """Positions of a row."""
+    segments: int
+    """Of a row; those that it has not are empty, at the end of the batch."""
+
+
+def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[str, torch.Tensor]:
     """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions).
 
     Where a row has several segments there is ``segments`` too: their boundaries in the flattened batch, int32, from 0
     to batch x positions, as attention kernels want them (``cu_seqlens``). Padding is of the segment before it, which
     as attention is causal never sees it.
     """
-    width = padded_width([example.num_positions for example in examples])
+    width = padded_width([example.num_positions for example in examples]) if shape is None else shape.width
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.zeros_like(tokens)
     loss_mask = torch.zeros(len(examples), width)
@@ -40,8 +50,10 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     # A position is a distance to rotary embeddings, so those of a segment may start anywhere.
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
     batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
-    if len(boundaries) > len(examples):
-        batch["segments"] = torch.tensor([*boundaries, tokens.numel()], dtype=torch.int32)
+    most = len(boundaries) if shape is None else len(examples) * shape.segments
+    if most > len(examples):
+        ends = [tokens.numel()] * (most - len(boundaries) + 1)
+        batch["segments"] = torch.tensor([*boundaries, *ends], dtype=torch.int32)
     return batch
 
 
@@ -80,6 +92,7 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         global_batch_size: int,
         max_steps: int,
         seed: int,
+        static_shapes: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -88,6 +101,9 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.global_batch_size = global_batch_size
         self.max_steps = max_steps
         self.seed = seed
+        self.static_shapes = static_shapes
+        self.shape: StaticShape | None = None
+        """Of the micro batches that are trained on, if it is always the same."""
         self.data_sampler = MegatronDataSampler(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
@@ -106,13 +122,19 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
             seed=self.seed,
         )
         self.evaluation_sets = sets.evaluation
+        if self.static_shapes:
+            most = max(_most_segments(examples) for examples, _ in sets.train)
+            self.shape = StaticShape(padded_width([self.seq_length]), most)
         sizes = ", ".join(f"{scored.name} {len(scored.examples)}" for scored in sets.evaluation)
         trained = ", ".join(f"{len(examples)} ({share:.3g} of the labels)" for examples, share in sets.train)
         logger.info("Training examples: %s; to evaluate: %s", trained, sizes)
 
     def train_dataloader(self) -> WrappedDataLoader:
         self.data_sampler.init_global_step = self.trainer.global_step
-        return WrappedDataLoader(mode="train", dataset=self.train_dataset, collate_fn=collate, num_workers=0)
+        return WrappedDataLoader(mode="train", dataset=self.train_dataset, collate_fn=self.collate, num_workers=0)
+
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        return collate(examples, self.shape)
 
     def state_dict(self) -> dict[str, Any]:
         consumed = self.data_sampler.compute_consumed_samples(
@@ -127,3 +149,8 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.data_sampler.prev_consumed_samples = state_dict["consumed_samples"]
         self.data_sampler.if_first_step = 1
         update_num_microbatches(consumed_samples=state_dict["consumed_samples"], consistency_check=False)
+
+
+def _most_segments(examples: Sequence[Example]) -> int:
+    """Of one example; those of a corpus, which are no list, are one stretch of text each."""
+    return max(len(example.starts) for example in examples) if isinstance(examples, list) else 1

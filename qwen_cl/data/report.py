@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.batches import padding_share
+from qwen_cl.data.batches import padded_width, padding_share
 from qwen_cl.data.examples import Example, whole_example
 from qwen_cl.data.normalisation import normalise, row_text, text_key
 from qwen_cl.data.overlap import Overlap
@@ -35,6 +35,8 @@ class Layout:
     seed: int
     loss_on: LossOn
     packing: bool
+    static_shapes: bool = False
+    """Packed rows are all padded to ``sequence_length``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +148,11 @@ def sequences(sizes: list[int], layout: Layout, *, documents: bool) -> tuple[dic
     if not documents:
         packs = plan_packs(sizes, layout.sequence_length)
         by_way = {"unpacked": sizes, "packed": [sum(sizes[index] for index in pack) for pack in packs]}
-    padding = {way: padding_share(found, layout.micro_batch_size, layout.seed) for way, found in by_way.items()}
+    width = padded_width([layout.sequence_length]) if layout.static_shapes else None
+    padding = {
+        way: padding_share(found, layout.micro_batch_size, layout.seed, width if way == "packed" else None)
+        for way, found in by_way.items()
+    }
     return {way: len(found) for way, found in by_way.items()}, padding
 
 

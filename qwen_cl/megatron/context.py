@@ -25,7 +25,7 @@ def attend_across_ranks(
     """Shapes: (positions of this rank, batch, heads, width); ``segments`` are those of the whole rows."""
     key, value = whole_rows(key), whole_rows(value)
     batch, length, size = query.shape[1], key.shape[0], query.shape[0] // 2
-    starts = list(range(0, batch * length + 1, length)) if segments is None else segments.tolist()
+    starts = list(range(0, batch * length + 1, length)) if segments is None else sorted(set(segments.tolist()))
     out = torch.empty_like(query)
     for half, piece in enumerate(_own_pieces()):
         for row, keys, queries in _overlaps(starts, length, piece * size, size):

@@ -25,11 +25,14 @@ PLAIN_FIRST = 3
 class RecordedSchedule:
     """In place of ``forward_backward_no_pipelining`` (megatron/core/pipeline_parallel/schedules.py), with its results.
 
-    One shape is recorded, the largest a run can have; micro batches of others pass as they always do.
+    One shape is recorded, the largest a run can have; micro batches of others, and all where there is no GPU, pass as
+    they always do.
     """
 
-    def __init__(self, model: Any, micro_batch_size: int, sequence_length: int) -> None:
-        self.shape = (micro_batch_size, sequence_length)
+    def __init__(self, model: Any, micro_batch_size: int, width: int, segments: int) -> None:
+        """``segments``: most in a row; more than 1 where rows are packed, to which each batch is filled up."""
+        self.shape = (micro_batch_size, width)
+        self.boundaries = (micro_batch_size * segments + 1,) if segments > 1 else None
         self._seen = 0
         self._recording: _Recording | None = None
         for part in model:
@@ -56,7 +59,8 @@ class RecordedSchedule:
 
     def _pass(self, step: Any, batches: Iterator[Any], model: Any, count: int) -> tuple[Any, torch.Tensor]:
         batch: Any = {name: value for name, value in data_step(batches).items() if value is not None}
-        if tuple(batch["tokens"].shape) != self.shape or "segments" in batch:
+        boundaries = tuple(batch["segments"].shape) if "segments" in batch else None
+        if (tuple(batch["tokens"].shape), boundaries) != (self.shape, self.boundaries) or not torch.cuda.is_available():
             return _both_passes(step, batch, model, count)
         self._seen += 1
         if self._seen <= PLAIN_FIRST:
