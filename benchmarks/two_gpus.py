@@ -29,7 +29,9 @@ LAYOUTS = {
     "PP2": ["cluster.devices=2", "cluster.pipeline_parallel=2"],
     "DP2": ["cluster.devices=2"],
 }
-SAME_LEVERS = ["speed.compile=never", "speed.cuda_graphs=never"]
+SAME_LEVERS = [
+    f"speed.{name}=never" for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products")
+]
 """All layouts are compared with those that each of them has."""
 FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}

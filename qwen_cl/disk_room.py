@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -50,7 +51,8 @@ def told(error: BaseException, directory: Path) -> str:
     if LOST in text:
         return "a process that wrote the checkpoint ended before it was through; killed, for want of memory?"
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
-    full = full or shutil.disk_usage(directory).free < (size_of(directory) or 0)  # its writer has words of its own
+    with suppress(OSError):
+        full = full or shutil.disk_usage(directory).free < (size_of(directory) or 0)  # its writer has words of its own
     if not full:
         return f"{type(error).__name__}: {text[:500]}"
     detail = error.strerror if isinstance(error, NoRoomError) else "the disk is full"

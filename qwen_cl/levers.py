@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import Accelerator, DoraConfig, LocalConfig, LoraConfig, RunConfig
+from qwen_cl.config.schema import Accelerator, DoraConfig, LocalConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.tasks import FinetuneConfig
 
@@ -55,6 +55,8 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "there is no GPU"
     if name == "cuda_graphs" and cluster.pipeline_parallel * cluster.context_parallel > 1:
         return "it records passes through the whole model, and cluster.pipeline_parallel or context_parallel is not 1"
+    if name in ("compile", "cuda_graphs") and _packed(config) and cluster.precision is Precision.fp32:
+        return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
     if name == "cuda_graphs" and isinstance(peft, LoraConfig) and peft.dropout > 0:
         return f"recorded passes do not draw from the run's seed, and peft.dropout is {peft.dropout}"
     return None

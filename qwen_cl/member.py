@@ -92,6 +92,13 @@ def end_steps() -> None:
         _member.training = False
 
 
+def leave() -> None:
+    """At a good end: whoever waits for the others need not wonder about this one."""
+    if _member is not None:
+        with suppress(RuntimeError):
+            _member.store.set(f"done/{_member.rank}", "")
+
+
 def report_failure(reason: str) -> bool:
     """False where there is no parent to hear it. The order of the reports is that of the failures."""
     if _member is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,8 +20,10 @@ ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
 """Of a pass. From 8,192 to 16,384 an H200 gains 2 % (benchmarks/results), and beyond them nothing; a CPU less."""
 USABLE = 0.85
 """Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
-OUT_OF_MEMORY = "OutOfMemoryError"
-"""As torch calls it, in the reason of a run that failed."""
+OUT_OF_MEMORY = ("OutOfMemoryError", "the kernel was out of memory")
+"""In the reason of a run that failed: torch's of a GPU, and the launcher's."""
+SHARE = "QWEN_CL_DEVICE_SHARE"
+"""Environment variable: the part of its devices that is a trial's, where trials share them."""
 
 
 def settle_micro_batch(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
@@ -54,8 +57,10 @@ def keep_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
     """A run that goes on has what fitted before, if its layout still has such passes."""
     if not is_automatic(config) or not folder.config.exists():
         return config
-    found = read_run_config(folder.config).training.rows_per_pass
-    return with_micro_batch(config, found) if found in _sizes(config) else config
+    before = read_run_config(folder.config).task
+    if not isinstance(before, TrainingConfig) or before.micro_batch_size not in _sizes(config):
+        return config
+    return with_micro_batch(config, before.rows_per_pass)
 
 
 def until_it_fits(config: RunConfig, folder: RunFolder, attempt: Callable[[RunConfig], None]) -> None:
@@ -70,7 +75,8 @@ def until_it_fits(config: RunConfig, folder: RunFolder, attempt: Callable[[RunCo
             return
         except RunFailed:
             smaller = [size for size in _sizes(config) if size <= config.training.rows_per_pass / 2]
-            if OUT_OF_MEMORY not in str(folder.status().get("reason")) or not smaller:
+            reason = str(folder.status().get("reason"))
+            if not any(words in reason for words in OUT_OF_MEMORY) or not smaller:
                 raise
             config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
 
@@ -87,4 +93,5 @@ def _fits(config: RunConfig, architecture: Architecture, device: Device) -> bool
     )
     assert device.memory_bytes is not None
     on_one = config.cluster.devices if device.kind is Accelerator.cpu else 1  # ranks share a CPU's memory
-    return estimate.total * on_one <= device.memory_bytes * USABLE
+    share = float(os.environ.get(SHARE, "1"))
+    return estimate.total * on_one <= device.memory_bytes * USABLE * share

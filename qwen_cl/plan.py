@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verify
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
@@ -25,7 +26,7 @@ from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.levers import has_static_shapes, settle_speed
-from qwen_cl.micro_batch import settle_micro_batch
+from qwen_cl.micro_batch import is_automatic, settle_micro_batch
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
@@ -36,6 +37,9 @@ from qwen_cl.source.vocabulary import check_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Plan:
     data_report: DataReport | None
     """None for random tokens, and before raw text is tokenised."""
     tokenizer_hash: str | None
+    automatic_micro_batch: bool
+    """It was settled here, by this machine's memory."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -65,7 +71,22 @@ class Plan:
         return data_hash(text_content(data), self.config) if isinstance(data, TextDataConfig) else self.data_hash
 
 
-def make_plan(config: RunConfig) -> Plan:
+class Once:
+    """What several plans have in common, each made once: reading data and asking the Hub take long."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, make: Callable[[], T], *on: Any) -> T:
+        """``on`` is all that what is made depends on, with a ``repr`` that says it."""
+        key = repr(on)
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+
+def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     """Settle what is open in the config and check the rest, cheapest first.
 
     Fetches the model's small files, not its weights.
@@ -73,18 +94,25 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         UserError: the run could not work, with what to change.
     """
-    device = pick_device(config.cluster)
+    once = once or Once()
+    said = config
+    device = once(lambda: pick_device(said.cluster), "device", said.cluster)
     settings = HubSettings.of(config.model)
-    model = resolve(config.model.source, settings, weights=False)
+    model = once(lambda: resolve(said.model.source, settings, weights=False), "model", said.model)
     architecture = read_architecture(model.config, model.directory)
     check_layout(config.cluster, config.peft, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
-        check_weights(model, architecture)
-    config = replace(_with_local_sets(config), speed=settle_speed(config, device.kind))
+        once(lambda: check_weights(model, architecture), "weights", said.model)
+    sets = once(lambda: _with_local_sets(said), "sets", said.replay, said.retention)
+    config = replace(config, replay=sets.replay, retention=sets.retention, speed=settle_speed(config, device.kind))
     config = settle_micro_batch(config, architecture, device)
     files = row_files(config.data, config.training)
-    data_report = None if isinstance(config.data, MockDataConfig) else _read_data(config, model, files)
+    read = config
+    on = (said.model, config.data, config.replay, config.retention, _layout(config), type(config.task))
+    report = None
+    if not isinstance(config.data, MockDataConfig):
+        report = once(lambda: _read_data(read, model, files), "data", on)
     settled = replace(
         config,
         model=replace(
@@ -101,9 +129,10 @@ def make_plan(config: RunConfig) -> Plan:
         device=device,
         files=files,
         text=None,
-        data_hash=data_hash(content_hash(files), config) if files else None,
-        data_report=data_report,
+        data_hash=once(lambda: data_hash(content_hash(files), read), "hash", files, on) if files else None,
+        data_report=report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
+        automatic_micro_batch=is_automatic(said),
     )
 
 

@@ -66,6 +66,11 @@ def meeting_variables(address: str, port: int) -> dict[str, str]:
     }
 
 
+def still_there(store: TCPStore, size: int) -> list[int]:
+    """The ranks that have not said that they are done."""
+    return [rank for rank in range(size) if not store.check([f"done/{rank}"])]
+
+
 def failures(store: TCPStore, size: int) -> dict[int, tuple[int, str]]:
     """Of each rank that reported one: the number of its report among all, and why it failed."""
     found = {}

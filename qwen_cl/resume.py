@@ -35,7 +35,6 @@ MAY_DIFFER = (
     "task.max_time",
     "task.val_check_interval",
     "task.checkpoint_interval",
-    "task.async_save",
     "task.keep_last",
     "task.keep_best",
     "task.log_interval",

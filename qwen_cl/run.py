@@ -17,6 +17,7 @@ from qwen_cl.cluster.truth import require_no_job
 from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.file import save_config
 from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.job import JobConfig
 from qwen_cl.config.report import ReportConfig
@@ -49,7 +50,6 @@ def run(config: object) -> None:
     if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    automatic = is_automatic(config)
     plan = make_plan(keep_micro_batch(config, folder))
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
@@ -68,7 +68,7 @@ def run(config: object) -> None:
     if isinstance(plan.config.cluster, SlurmConfig):
         _submit(plan, plan.config.cluster, folder)
     else:
-        _start(plan, folder, automatic)
+        _start(plan, folder, automatic=is_automatic(config))
 
 
 def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
@@ -107,14 +107,17 @@ def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
     return True
 
 
-def _start(plan: Plan, folder: RunFolder, automatic: bool) -> None:
+def _start(plan: Plan, folder: RunFolder, *, automatic: bool) -> None:
     """``automatic``: its micro batch is ours to choose, also when the one that was chosen does not fit."""
     started = time.monotonic()
     console = Console()
 
     def attempt(config: RunConfig) -> None:
-        resumption = open_run(replace(plan, config=config), folder, _checking(console))
-        _print_plan(plan, folder, console, resumption)
+        tried = replace(plan, config=config)
+        resumption = open_run(tried, folder, _checking(console))
+        if config.resume is not plan.config.resume:  # ours, to go on with fewer rows
+            save_config(replace(config, resume=plan.config.resume), folder.config)
+        _print_plan(tried, folder, console, resumption)
         if automatic:
             print_facts([("micro batch", f"{config.training.rows_per_pass} (task.micro_batch_size=auto)")], console)
         with ProgressView(folder, config.training.max_steps, console) as view:

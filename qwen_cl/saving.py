@@ -1,7 +1,7 @@
 """Saving while a run trains: a checkpoint appears whole, with the sha256 of each of its files, or not at all.
 
-With ``task.async_save`` training goes on as soon as the state is copied: Megatron's writers are forked processes, which
-see what was in memory when they were, and a thread of each rank hashes. What is left to all ranks together, such as
+With ``task.async_save`` training goes on as soon as the state is copied: Megatron's writers are processes of their own
+(qwen_cl/megatron/writers.py), and a thread of each rank hashes. What is left to all ranks together, such as
 giving the checkpoint its name, is done between steps, once all are through.
 """
 
@@ -24,11 +24,11 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen_cl import member
-from qwen_cl.callbacks import RunRecorder, require_finite
 from qwen_cl.checkpoints.folder import clear_leftovers, partial_path, prune, publish, size_of
 from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
 from qwen_cl.disk_room import NO_ROOM, NoRoomError, expected_size, require_room, told
 from qwen_cl.megatron.writers import Writers
+from qwen_cl.recorder import RunRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,10 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What was saved before is not lost by what came after; of several ranks, others may be past helping."""
+        if self._unfinished is None:
+            return
         if trainer.world_size > 1:
+            self._writers.end()
             return
         try:
             self.finish(trainer, wait=True)
@@ -127,11 +130,12 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         if step in (self._saved_step, 0):
             return
         self.finish(trainer, wait=True)  # the one before: never two at a time
-        require_finite(trainer)  # and the last good checkpoint stays the newest
+        if (recorder := _recorder(trainer)) is not None:
+            recorder.settle(trainer)  # raises where the step is not finite: the last good checkpoint stays the newest
         partial = partial_path(self.directory, step)
         self._together(trainer, partial, lambda: self._begin(trainer))
         self._together(trainer, partial, lambda: self._write(trainer, partial))
-        self._unfinished = _Unfinished(step, _val_loss(trainer), partial)
+        self._unfinished = _Unfinished(step, None if recorder is None else recorder.val_loss_at(step), partial)
         self._saved_step = step
         if not _everywhere(trainer, self._may_go_on()):
             self.finish(trainer, wait=True)
@@ -150,7 +154,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
             through: list[bool] = []
             self._together(trainer, partial, lambda: through.append(self._writers.are_through(wait=wait)))
             if through[0]:
-                unfinished.hashes = self._thread.submit(hash_files, partial, _own_names(partial, trainer))
+                unfinished.hashes = self._thread.submit(_hash_own, partial, trainer.global_rank, trainer.world_size)
         if unfinished.hashes is None or not (wait or _everywhere(trainer, unfinished.hashes.done())):
             self._unfinished = unfinished
             return
@@ -215,11 +219,10 @@ def _everywhere(trainer: pl.Trainer, done: bool) -> bool:
     return bool(everywhere)
 
 
-def _own_names(partial: Path, trainer: pl.Trainer) -> list[str]:
+def _hash_own(partial: Path, rank: int, ranks: int) -> dict[str, str]:
     """Each rank hashes its share."""
-    return file_names(partial)[trainer.global_rank :: trainer.world_size]
+    return hash_files(partial, file_names(partial)[rank::ranks])
 
 
-def _val_loss(trainer: pl.Trainer) -> float | None:
-    recorder = next((callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)), None)
-    return None if recorder is None else recorder.val_loss_at(trainer.global_step)
+def _recorder(trainer: pl.Trainer) -> RunRecorder | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)), None)

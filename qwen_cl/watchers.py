@@ -7,13 +7,14 @@ from pathlib import Path
 
 import nemo_run as run
 
-from qwen_cl.callbacks import MaskPaddedVocabulary, RunRecorder, SaveAdapter, Seed
+from qwen_cl.callbacks import MaskPaddedVocabulary, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
 from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.progress import TellProgress
+from qwen_cl.recorder import RunRecorder
 from qwen_cl.samples import RecordSamples
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes

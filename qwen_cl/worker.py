@@ -63,6 +63,7 @@ def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
         if not member.report_failure(why):
             _finish(folder, State.FAILED, why)
         return 1
+    member.leave()
     if _rank() != 0:
         return 0
     stopped = stop.reason is not None and folder.status().get("step", 0) < config.training.max_steps
@@ -78,7 +79,7 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     prepare(config)
     import fiddle
 
-    from qwen_cl.callbacks import RunRecorder, peak_memory_gib
+    from qwen_cl.recorder import RunRecorder, peak_memory_gib
 
     recipe = load_recipe(config, folder)
     gc.freeze()

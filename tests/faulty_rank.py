@@ -14,7 +14,7 @@ STEP = 2
 
 def main(directory: str, faults: dict[int, str]) -> int:
     """``faults`` by rank: a signal that hits it, ``raises``, ``sleeps`` or ``spins``."""
-    from qwen_cl.callbacks import RunRecorder
+    from qwen_cl.recorder import RunRecorder
 
     fault = faults.get(int(os.environ["RANK"]))
     stock = RunRecorder.on_train_batch_end

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_cl.cluster.batch import main
 from qwen_cl.cluster.job import act
-from qwen_cl.cluster.truth import refresh, require_no_job
+from qwen_cl.cluster.truth import refresh, require_no_job, seconds_of
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import MetricsTail
 from tests.test_config import compose_run
+
+T = "2026-01-01T00:00:00+00:00"
 
 
 @pytest.fixture
@@ -52,6 +55,19 @@ def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
     folder.update_status(state="COMPLETED", model_source="x")
     assert main("end", str(folder.directory)) == 0
     assert folder.status()["job"]["end"] >= folder.status()["job"]["start"]
+    assert 120 <= seconds_of(folder.status()) < 180
+
+
+@pytest.mark.parametrize(
+    ("job", "end", "seconds"),
+    [
+        ({}, "2026-01-01T09:00:00+00:00", 0.0),  # it only waited
+        ({"start": T, "end": "2026-01-01T01:00:00+00:00"}, "2026-01-01T09:00:00+00:00", 3600.0),  # then waited again
+        ({"start": T, "seconds_before": 60.0}, "2026-01-01T00:10:00+00:00", 660.0),  # its node went down
+    ],
+)
+def test_time_in_the_queue_costs_nothing(job: dict[str, Any], end: str, seconds: float) -> None:
+    assert seconds_of({"job": job, "end": end}) == seconds
 
 
 @pytest.mark.parametrize(

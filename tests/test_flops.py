@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from qwen_cl.callbacks import _work_of_step
 from qwen_cl.data.examples import Example
 from qwen_cl.flops import peak_flops, training_flops
+from qwen_cl.recorder import _work_of_step
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.reference import read_model_config
 from tests.models import save_random_model

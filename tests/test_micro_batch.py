@@ -10,13 +10,17 @@ import pytest
 
 from benchmarks.load import SHAPES
 from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import Accelerator, Precision, RunConfig
 from qwen_cl.devices import Device
 from qwen_cl.execute import judge
-from qwen_cl.micro_batch import keep_micro_batch, settle_micro_batch, until_it_fits
+from qwen_cl.micro_batch import SHARE, keep_micro_batch, settle_micro_batch, until_it_fits
 from qwen_cl.opening import open_run
+from qwen_cl.plan import make_plan
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.sweep.slots import Slot
+from qwen_cl.sweep.trial import hash_config
 from tests.conftest import ROOT
 from tests.cut_off import losses, overrides_of, plan, whole_and_killed, worker
 from tests.ranks import run_ranks
@@ -71,7 +75,7 @@ def full_from_step_three(folder: RunFolder) -> None:
     """With more than one row in a pass."""
     import torch
 
-    from qwen_cl.callbacks import RunRecorder
+    from qwen_cl.recorder import RunRecorder
 
     stock = RunRecorder.on_train_batch_start
 
@@ -85,10 +89,10 @@ def full_from_step_three(folder: RunFolder) -> None:
 
 
 def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path, tmp_path: Path) -> None:
-    whole = whole_and_killed(shared_directory, "lora")[0]
+    whole = whole_and_killed(shared_directory, "none")[0]
     folder, tried = RunFolder(tmp_path / "run"), []
     folder.directory.mkdir()
-    started = plan(*overrides_of("lora"), "task.micro_batch_size=auto", "peft.dropout=0")
+    started = plan(*overrides_of("none"), "task.micro_batch_size=auto")
     assert started.config.training.rows_per_pass == 4
 
     def attempt(config: RunConfig) -> None:
@@ -102,14 +106,37 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
     assert tried == [4, 2, 1]
     assert folder.status()["state"] == "COMPLETED"
     assert [entry["step"] for entry in folder.status()["resumed"]] == [2, 2]
-    found = losses(folder)
-    assert list(found) == [1, 2, 3, 4, 5, 6]
-    assert abs(found[6] - losses(whole)[6]) < 0.5  # that one has dropout
+    assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)  # of two rows in a pass
     again = compose_run("task.micro_batch_size=auto", "task.global_batch_size=4")
     assert keep_micro_batch(again, folder).training.rows_per_pass == 1
     assert keep_micro_batch(again, RunFolder(tmp_path / "new")).training.micro_batch_size == "auto"
     number = compose_run("task.micro_batch_size=2")
     assert keep_micro_batch(number, folder) is number
+    chain = RunFolder(tmp_path / "chain")  # a folder of something else is refused later, and not by this
+    chain.directory.mkdir()
+    save_config(compose_run("task=inspect"), chain.config)
+    assert keep_micro_batch(again, chain) is again
+
+
+def test_a_trial_has_its_share_of_what_it_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_run("task.micro_batch_size=auto", "task.global_batch_size=16", "task.sequence_length=2048")
+    on = device(Accelerator.gpu, 48 * GB)
+    assert settle_micro_batch(config, shape("0.5b"), on).training.rows_per_pass == 4
+    slot = Slot(("0", "1"), 2 / 3, 8)  # three trials on each of two GPUs
+    monkeypatch.setenv(SHARE, slot.environment(config.cluster)[SHARE])
+    assert settle_micro_batch(config, shape("0.5b"), on).training.rows_per_pass == 2
+
+
+def test_what_was_settled_is_nothing_that_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["task.micro_batch_size=auto", "model=tiny", "cluster.accelerator=cpu"]
+    hashes = set()
+    for share in ("1", "0.000001"):
+        monkeypatch.setenv(SHARE, share)
+        made = make_plan(compose_run(*said))
+        hashes.add((made.config.training.rows_per_pass, hash_config(made)))
+    assert [size for size, _ in sorted(hashes)] == [1, 4]
+    assert len({of for _, of in hashes}) == 1
+    assert hash_config(make_plan(compose_run(*said[1:], "task.micro_batch_size=1"))) not in {of for _, of in hashes}
 
 
 def test_other_failures_and_a_single_row_end_it(tmp_path: Path) -> None:

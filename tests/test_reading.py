@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from qwen_cl.callbacks import RunRecorder
 from qwen_cl.config.errors import UserError
+from qwen_cl.recorder import RunRecorder
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.reading import Copy, read_into
 from qwen_cl.source.staging import BLOCK

@@ -211,7 +211,10 @@ def test_gpus_are_shared_out(
     assert [slot.gpus for slot in found] == expected
     shared = options.get("trials_per_gpu", 1)
     assert {slot.cost for slot in found} == {len(expected[0]) / shared}
-    assert found[0].environment(cluster(Accelerator.gpu)) == {"CUDA_VISIBLE_DEVICES": ",".join(expected[0])}
+    assert found[0].environment(cluster(Accelerator.gpu)) == {
+        "CUDA_VISIBLE_DEVICES": ",".join(expected[0]),
+        "QWEN_CL_DEVICE_SHARE": str(1 / shared),
+    }
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(slots.make_slots(launcher(), [cluster(Accelerator.cpu)], 9)) == 4
     two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)], 9)
     assert len(two) == 2
-    assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4"}
+    assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4", "QWEN_CL_DEVICE_SHARE": "0.5"}
     assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {"OMP_NUM_THREADS": "2"}
 
 
@@ -367,6 +370,17 @@ def test_a_terminal_shows_a_line_a_trial(finished: Path) -> None:
     # The first of its training steps was logged at 0.5 s.
     line.latest.update(step=5, time=1.5)
     assert line.seconds_left() == pytest.approx((1.5 - 0.5) / 5 * 3)
+
+
+def test_a_trial_that_fits_no_layout_refuses_the_sweep(hydra: None, tmp_path: Path) -> None:
+    """Also where another, which differs in its adapter alone, fits."""
+    hydra_now = GlobalHydra.instance().hydra
+    assert hydra_now is not None
+    common = ["cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"]
+    master = hydra_now.compose_config("config", common, run_mode=RunMode.MULTIRUN)
+    planner = Planner(composer(hydra_now.config_loader, master))
+    with pytest.raises(UserError, match=r"^trial peft\.rank=9: .*tensor_parallel"):
+        plan_trials([[*common, f"peft.rank={rank}"] for rank in (8, 9)], planner, tmp_path)
 
 
 def test_a_sweep_that_gets_more_values_keeps_its_trials(hydra: None, tmp_path: Path) -> None:

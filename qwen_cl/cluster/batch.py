@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from datetime import datetime
-from typing import Any
 
 from qwen_cl.cluster import slurm
-from qwen_cl.cluster.truth import CANCELLED
+from qwen_cl.cluster.truth import CANCELLED, seconds_of
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import EXIT_PREEMPTED
 from qwen_cl.config.file import load_config
@@ -24,7 +22,8 @@ EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
 def start(folder: RunFolder) -> int:
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
     job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts()}
-    job |= {"seconds_before": _seconds(job), "start": now(), "end": None}
+    before = seconds_of(status) if job.get("end") else job.get("seconds_before", 0.0)
+    job |= {"seconds_before": before, "start": now(), "end": None}
     folder.update_status(
         state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
     )
@@ -67,15 +66,6 @@ def _max_requeues(folder: RunFolder) -> int:
     register_schemas()
     cluster = load_config(folder.config).cluster
     return cluster.max_requeues if isinstance(cluster, SlurmConfig) else 0
-
-
-def _seconds(job: dict[str, Any]) -> float:
-    """Of all starts that came to their end."""
-    before = float(job.get("seconds_before", 0.0))
-    if not job.get("start") or not job.get("end"):
-        return before
-    start, end = map(datetime.fromisoformat, (job["start"], job["end"]))
-    return before + (end - start).total_seconds()
 
 
 def _restarts() -> int:

@@ -21,7 +21,7 @@ from qwen_cl.cluster import slurm
 from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.member import GROUP
-from qwen_cl.rendezvous import Watch, failures, free_port, meeting_variables, open_store
+from qwen_cl.rendezvous import Watch, failures, free_port, meeting_variables, open_store, still_there
 from qwen_cl.run_folder import RunFolder, State, now
 
 STACK_SECONDS = 3
@@ -50,15 +50,16 @@ def main(directory: str, *command: str) -> int:
         return 1
     group = {GROUP: f"{address}:{store.port}"} if cluster.world_size > 1 else {}
     process = _start(command, {**meeting_variables(address, store.port), **group})
-    watch, ranks = Watch(store, cluster.world_size, cluster.timeout_minutes), range(cluster.world_size)
+    size = cluster.world_size
+    watch = Watch(store, size, cluster.timeout_minutes)
     while (code := process.poll()) is None:
-        if len(ranks) > 1 and (hanging := watch.look(ranks)) is not None:
+        if size > 1 and (left := still_there(store, size)) and (hanging := watch.look(left)) is not None:
             _fail(folder, hanging, worker_lost=True)
             _show_stacks()
             process.kill()  # Slurm ends what is left when the batch script does
             return 1
-        time.sleep(0.1)
-    reported = [Fallen(rank, 0, reason, number) for rank, (number, reason) in failures(store, len(ranks)).items()]
+        time.sleep(0.5)
+    reported = [Fallen(rank, 0, reason, number) for rank, (number, reason) in failures(store, size).items()]
     if any(code < 128 or not BROKEN_BY_OTHERS.search(each.reason or "") for each in reported):
         reason, lost = root_cause(reported)
         _fail(folder, reason, worker_lost=lost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from qwen_cl.cluster import slurm
@@ -38,6 +39,17 @@ def refresh(folder: RunFolder) -> Job | None:
         settle(folder, number, job)
         return None
     return job
+
+
+def seconds_of(status: dict[str, Any]) -> float:
+    """What all starts of a run's job took. One whose node went down ended when that was noticed; if another start
+    followed, nobody knows how long it was."""
+    job = status["job"]
+    before = float(job.get("seconds_before", 0.0))
+    if not job.get("start"):
+        return before
+    end = job.get("end") or status.get("end") or now()
+    return before + (datetime.fromisoformat(end) - datetime.fromisoformat(job["start"])).total_seconds()
 
 
 def settle(folder: RunFolder, number: str, job: Job | None) -> None:

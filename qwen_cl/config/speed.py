@@ -29,4 +29,4 @@ class SpeedConfig:
     fused_adam: bool
     """Adam's step of all weights in one kernel, and not an operation at a time."""
     foreach_gradients: bool
-    """Norm and clipping of all gradients at once, without waiting for the GPU after each."""
+    """Norm and clipping of all gradients at once, without waiting for the GPU."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
-import tempfile
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from qwen_cl.megatron.writers import hold_what_is_staged
 
 
 def install(*, cpu: bool) -> None:
@@ -19,6 +21,7 @@ def install(*, cpu: bool) -> None:
     Megatron spawns a manager for what its writers report, which imports torch again: three seconds of a laptop's first
     checkpoint.
     """
+    hold_what_is_staged()
     filesystem_async._get_write_results_queue = Report  # one for each save of each rank
     if not distrib_optimizer.HAVE_APEX_OR_TE and not hasattr(DistributedOptimizer, "_resumes_torch_adam"):
         _resume_torch_adam()
@@ -32,10 +35,15 @@ class Report:
     """One object that a forked process leaves for its parent, of any size, whether or not the parent is waiting."""
 
     def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115  as long as this object
+        self.file = open(os.memfd_create("report"), "w+b")  # noqa: SIM115  as long as this object
 
     def put(self, report: Any) -> None:
-        pickle.dump(report, self.file)
+        try:
+            text = pickle.dumps(report)
+            pickle.loads(text)
+        except Exception:  # an exception whose class cannot be made again
+            text = pickle.dumps(RuntimeError(str(report)))
+        self.file.write(text)
         self.file.flush()
 
     def get_nowait(self) -> Any:
@@ -43,7 +51,7 @@ class Report:
         self.file.seek(0)
         try:
             return pickle.load(self.file)
-        except EOFError:
+        except Exception:  # nothing, or the half of it
             raise queue.Empty from None
 
 

@@ -31,7 +31,13 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():
         needed |= {"labels", "loss_mask"}
-    return {name: value.cuda(non_blocking=True) if name in needed else None for name, value in batch.items()}
+    return {name: _on_device(value) if name in needed else None for name, value in batch.items()}
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """From pinned memory, else the copy would wait for all that the GPU has to do before it."""
+    pinned = tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_cuda else tensor
+    return pinned.cuda(non_blocking=True)
 
 
 def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:

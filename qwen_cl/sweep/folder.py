@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qwen_cl.cluster.truth import job_of, refresh
+from qwen_cl.cluster.truth import job_of, refresh, seconds_of
 from qwen_cl.config.errors import UserError
 from qwen_cl.run_folder import State, remove_if_empty
 from qwen_cl.sweep.outcome import is_settled, settle
@@ -58,13 +58,15 @@ def settled(trials: Sequence[Trial]) -> list[Trial]:
         trial.renew()
         status = trial.folder.status()
         if job_of(status) is not None:
-            refresh(trial.folder)
+            over = refresh(trial.folder) is None
             status = trial.folder.status()
+            if over:
+                trial.count(seconds_of(status))
         elif status.get("state") == State.RUNNING:
             with trial.folder.lock():
                 settle(trial.folder, "the sweep was killed")
         if is_settled(status):
             done.append(trial)
-        if end := trial.folder.status().get("end"):
+        if job_of(status) is None and (end := trial.folder.status().get("end")):
             trial.end(datetime.fromisoformat(end).timestamp())
     return done

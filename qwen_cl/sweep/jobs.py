@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -14,7 +13,7 @@ from qwen_cl.cluster.follow import ASK_EVERY
 from qwen_cl.cluster.script import render_script
 from qwen_cl.cluster.slurm import Job, SlurmSilent
 from qwen_cl.cluster.submission import submit
-from qwen_cl.cluster.truth import ask_to_end, refresh, settle
+from qwen_cl.cluster.truth import ask_to_end, refresh, seconds_of, settle
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.execute import run_variables
 from qwen_cl.opening import open_run, ready
@@ -68,9 +67,7 @@ class TrialJob:
             return False
         settle(self.trial.folder, self.number, self.queue.known[self.number])
         self.queue.numbers.discard(self.number)
-        job = self.trial.folder.status()["job"]
-        start = datetime.fromisoformat(job["start"]).timestamp() if job.get("start") else time.time()
-        self.trial.count_from(start - job.get("seconds_before", 0.0))
+        self.trial.count(seconds_of(self.trial.folder.status()))
         return True
 
     def ask_to_stop(self) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import cast
 
 from hydra.core.config_loader import ConfigLoader
@@ -14,15 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
-from qwen_cl.config.file import to_plain
 from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.schema import LocalConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
-from qwen_cl.plan import Plan, fetch_weights, make_plan, with_text
+from qwen_cl.plan import Once, Plan, fetch_weights, make_plan, with_text
 
-NOT_PLANNED = ("lr", "peft", "name", "wandb")
-"""What ``make_plan`` does not look at: trials that differ in nothing else share a plan."""
 Compose = Callable[[Sequence[str]], DictConfig]
 
 
@@ -46,7 +41,7 @@ class Planner:
 
     def __init__(self, compose: Compose) -> None:
         self.compose = compose
-        self._plans: dict[str, Plan] = {}
+        self._once = Once()
         self._fetched: set[str] = set()
         self._tokenised: set[str] = set()
 
@@ -78,16 +73,7 @@ class Planner:
         except OmegaConfBaseException as error:
             raise UserError(explain(error)) from error
         _refuse_what_is_no_trial(config)
-        return self._plan_of(config)
-
-    def _plan_of(self, config: RunConfig) -> Plan:
-        leaves = {key: value for key, value in to_plain(config).items() if key not in NOT_PLANNED}
-        key = json.dumps(leaves, sort_keys=True)
-        if key not in self._plans:
-            self._plans[key] = make_plan(config)
-        shared = self._plans[key]
-        own = replace(shared.config, **{name: getattr(config, name) for name in NOT_PLANNED})
-        return replace(shared, config=own)
+        return make_plan(config, self._once)
 
 
 def _refuse_what_is_no_trial(config: RunConfig) -> None:

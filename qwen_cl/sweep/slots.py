@@ -11,6 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, ClusterConfig
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.devices import cpu_cores, visible_gpus
+from qwen_cl.micro_batch import SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,10 @@ class Slot:
     def environment(self, cluster: ClusterConfig) -> dict[str, str]:
         """What the processes of a trial are told. Whoever set OMP_NUM_THREADS knows better."""
         if self.gpus:
-            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus), SHARE: str(self.cost / len(self.gpus))}
         threads = max(1, self.cores // cluster.devices)
-        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        share = min(1.0, self.cores / cpu_cores())
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), SHARE: str(share)}
 
 
 def make_slots(config: LauncherConfig, clusters: Sequence[ClusterConfig], jobs: int) -> list[Slot]:

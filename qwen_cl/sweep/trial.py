@@ -15,6 +15,7 @@ from qwen_cl.config.file import leaves_of_consequence, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
+from qwen_cl.config.tasks import AUTO
 from qwen_cl.durable import replacing
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import CUT_OFF, RunFolder
@@ -76,16 +77,17 @@ class Trial:
         if record and not self.differing.items() <= record["differing"].items():
             write_json({**record, "differing": {**record["differing"], **self.differing}}, self.record_file)
 
-    def count_from(self, at: float) -> None:
-        """What was before ``at`` it only waited; seconds since the epoch."""
-        write_json({**self.record(), "started": at}, self.record_file)
-
     def end(self, at: float) -> None:
         """Count what it took, if nobody has; ``at`` is seconds since the epoch."""
+        if (started := self.record().get("started")) is not None:
+            self.count(at - started)
+
+    def count(self, seconds: float) -> None:
+        """What it took since it was begun, if nobody has counted that."""
         record = self.record()
         if record.get("started") is None:
             return
-        seconds = max(0.0, at - record["started"])
+        seconds = max(0.0, seconds)
         record["seconds"] = round(record["seconds"] + seconds, 3)
         record["gpu_seconds"] = round(record["gpu_seconds"] + seconds * record["gpus"], 3)
         write_json({**record, "started": None}, self.record_file)
@@ -120,6 +122,8 @@ def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str]
 def hash_config(plan: Plan) -> str:
     """Of everything that the result depends on: the resolved config, with the model's commit, and the data."""
     leaves = leaves_of_consequence(to_plain(plan.config))
+    if plan.automatic_micro_batch:  # another machine would settle it otherwise, to the same result
+        leaves["task.micro_batch_size"] = AUTO
     text = json.dumps([leaves, plan.content()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
