@@ -269,7 +269,10 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     two = slots.make_slots(launcher(cpu_slots=2), [cluster(Accelerator.cpu)], 9)
     assert len(two) == 2
     assert two[0].environment(cluster(Accelerator.cpu)) == {"OMP_NUM_THREADS": "4", "QWEN_CL_DEVICE_SHARE": "0.5"}
-    assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {"OMP_NUM_THREADS": "2"}
+    assert two[0].environment(cluster(Accelerator.cpu, devices=2)) == {
+        "OMP_NUM_THREADS": "2",
+        "QWEN_CL_DEVICE_SHARE": "0.5",
+    }
 
 
 def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: tuple[float, ...], **said: str) -> None:
