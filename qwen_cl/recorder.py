@@ -153,9 +153,10 @@ class RunRecorder(pl.Callback):
         return step % self.log_interval == 0 or step == trainer.max_steps
 
     def _on_its_way(self, step: int) -> _Step:
-        values = {name: value.to("cpu", non_blocking=True) for name, value in self._logged.items()}
+        logged, self._logged = self._logged, {}
+        values = {name: value.to("cpu", non_blocking=True) for name, value in logged.items()}
         read = None
-        if any(value.is_cuda for value in self._logged.values()):
+        if any(value.is_cuda for value in logged.values()):
             read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             read.record()
         return _Step(step, self._lr, self.tokens, self.pairs, values, read)

@@ -44,13 +44,16 @@ class AtWriting:
         def hold(count: int) -> None:
             deadline = time.monotonic() + PATIENCE
             while self.until not in losses(folder):
-                if time.monotonic() > deadline or not psutil.pid_exists(trainer):
+                if not psutil.pid_exists(trainer):
+                    os._exit(1)
+                if time.monotonic() > deadline:
+                    (folder.directory / "nothing came").touch()
                     os._exit(1)
                 time.sleep(0.01)
             if self.action is not None:
                 self.action(folder)
 
-        watch_files(partial_path(folder.checkpoints, self.step) / "weights/__0_", hold)
+        watch_files(partial_path(folder.checkpoints, self.step) / "weights/__", hold)
 
 
 def steps(folder: RunFolder) -> list[int]:
@@ -63,13 +66,30 @@ def steps(folder: RunFolder) -> list[int]:
 
 def test_steps_are_trained_while_a_checkpoint_is_written(runs: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    ended = train(folder, *LORA, fault=AtWriting(2, until=4))
+    ended = train(folder, *LORA, fault=Both(AtWriting(2, until=4), note_staged))
     assert ended.returncode == 0, ended.log[-2000:]
     assert measured(folder) == measured(runs[0])
     assert steps(folder) == [6, 4, 2]
+    staged = (folder.directory / "staged").read_text().split()
+    assert staged[:4] == ["1:0", "2:0", "3:1", "4:1"]  # memory that nobody else may have meanwhile
     for name in ("__0_0.distcp", "__0_1.distcp"):  # what was when the save began, not when it was written
         ours, theirs = (run.checkpoints / "step=2/weights" / name for run in (folder, runs[1]))
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def note_staged(folder: RunFolder) -> None:
+    from qwen_cl.megatron import writers
+
+    stock = RunFolder.append_metrics
+
+    def append(this: RunFolder, line: dict[str, Any]) -> None:
+        if "train/loss" in line:
+            with (folder.directory / "staged").open("a") as stream:
+                stream.write(f"{line['step']}:{len(writers._staged)} ")
+        stock(this, line)
+
+    patched: Any = RunFolder
+    patched.append_metrics = append
 
 
 def test_without_it_training_waits(tmp_path: Path) -> None:
@@ -158,6 +178,31 @@ def fail_at_five(folder: RunFolder) -> None:
 
     patched: Any = RunFolder
     patched.append_metrics = append
+
+
+def test_a_rank_that_fails_waits_for_no_writer(tmp_path: Path) -> None:
+    """Others would wait for it, and its GPU."""
+    folder = RunFolder(tmp_path / "run")
+    fault = Both(AtWriting(2, until=99), fail_in_rank_one)
+    ended = train(folder, *LORA, "cluster.devices=2", fault=fault, ranks=2)
+    assert ended.returncode == 1
+    assert "of cheese" in ended.log
+    assert not (folder.directory / "nothing came").exists()
+    assert not list(folder.checkpoints.glob("step=*"))
+
+
+def fail_in_rank_one(folder: RunFolder) -> None:
+    from qwen_cl.recorder import RunRecorder
+
+    stock = RunRecorder.on_train_batch_end
+
+    def end(self: Any, trainer: Any, *args: Any) -> None:
+        if os.environ["RANK"] == "1" and trainer.global_step == 3:
+            raise ValueError("this rank is made of cheese")
+        stock(self, trainer, *args)
+
+    patched: Any = RunRecorder
+    patched.on_train_batch_end = end
 
 
 @pytest.mark.parametrize("rank", [0, 1])

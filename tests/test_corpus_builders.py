@@ -41,7 +41,7 @@ except KeyboardInterrupt:
     sys.exit(EXIT_INTERRUPTED)
 """
 STOPPED = ("interrupted", "killed", "builder", "worker")
-DOCUMENTS = 6_000
+DOCUMENTS = 10_000
 DEADLINE = 300
 """Seconds after which a process that should have done something never will."""
 FORK = multiprocessing.get_context("fork")  # importing Megatron is most of what a builder's start takes
