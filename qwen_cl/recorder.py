@@ -112,11 +112,10 @@ class RunRecorder(pl.Callback):
         self.tokens += tokens
         self.pairs += pairs
         latest = self._on_its_way(step)
-        if self._unread is not None and self._is_recorded(trainer, self._unread.number):
-            self.settle(trainer)
+        self.settle(trainer)  # the step before
         self._unread = latest
         validates = step % self.val_check_interval == 0 or step == trainer.max_steps
-        if validates or (self._is_recorded(trainer, step) and not self.reads_late):
+        if validates or not self.reads_late:
             self.settle(trainer)
         if validates:
             self._evaluate(trainer)

@@ -69,7 +69,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         self.interval, self.keep_last, self.keep_best = every_n_train_steps, keep_last, keep_best
         self.waits = not async_save  # NeMo's own name for it says that of the strategy, which always is
         self._saved_step = 0
-        self._writers: Writers
+        self._writers: Writers | None = None
         self._unfinished: _Unfinished | None = None
         self._thread = ThreadPoolExecutor(1, "hashes")
 
@@ -109,10 +109,9 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What was saved before is not lost by what came after; of several ranks, others may be past helping."""
-        if self._unfinished is None:
-            return
         if trainer.world_size > 1:
-            self._writers.end()
+            if self._writers is not None:
+                self._writers.end()
             return
         try:
             self.finish(trainer, wait=True)
@@ -151,8 +150,9 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         self._unfinished = None  # whatever is raised, it ends here
         partial = unfinished.partial
         if unfinished.hashes is None:
-            through: list[bool] = []
-            self._together(trainer, partial, lambda: through.append(self._writers.are_through(wait=wait)))
+            writers, through = self._writers, list[bool]()
+            assert writers is not None
+            self._together(trainer, partial, lambda: through.append(writers.are_through(wait=wait)))
             if through[0]:
                 unfinished.hashes = self._thread.submit(_hash_own, partial, trainer.global_rank, trainer.world_size)
         if unfinished.hashes is None or not (wait or _everywhere(trainer, unfinished.hashes.done())):

@@ -60,13 +60,13 @@ class Accelerate(pl.Callback):
         if self.compile:
             done["compile"] = compile_layers(model)
         if self.foreach_gradients:
-            done["foreach_gradients"] = gradients.install()
+            done["foreach_gradients"] = gradients.install(model)
         optimizers = [optimizer.mcore_optimizer for optimizer in trainer.optimizers]
         done["fused_adam"] = sum(fuse_adam(optimizer, self.fused_adam) for optimizer in optimizers)
         if self.cuda_graphs:
             data = trainer.datamodule
             width, segments = (data.seq_length, 1) if data.shape is None else (data.shape.width, data.shape.segments)
-            self._schedule = RecordedSchedule(model, data.micro_batch_size, width, segments)
+            self._schedule = RecordedSchedule(data.micro_batch_size, width, segments)
             done["cuda_graphs"] = 1
         if trainer.is_global_zero:
             self.folder.update_status(levers={name: count for name, count in done.items() if count})

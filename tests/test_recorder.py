@@ -29,6 +29,8 @@ class ReadLate:
         def record(self: Any, trainer: Any, step: Any, values: Any) -> None:
             with (folder.directory / "recorded").open("a") as stream:
                 stream.write(f"{step.number}:{trainer.global_step} ")
+            waits = trainer.strategy.megatron_parallel[0].ddp_config.check_for_nan_in_grad
+            (folder.directory / "waits for each gradient").write_text(str(waits))
             stock(self, trainer, step, values)
 
         patched: Any = RunRecorder
@@ -50,6 +52,7 @@ def test_a_step_that_is_read_later_is_recorded_the_same(shared_directory: Path, 
     assert ended.returncode == 0, ended.log[-2000:]
     assert (folder.directory / "recorded").read_text().split()[5:] == ["5:6", "6:6"]
     assert measured(folder) == measured(whole)
+    assert (folder.directory / "waits for each gradient").read_text() == "False"
 
 
 def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, tmp_path: Path) -> None:

@@ -1,26 +1,38 @@
-"""Megatron's norm and clipping of gradients, for all of them at once and without waiting for the GPU.
+"""What Megatron does with gradients after the passes, for all of them at once and without waiting for the GPU.
 
 Without Transformer Engine and apex, megatron/core/utils.py takes the norm of one gradient after another and waits for
 the GPU after each (``local_multi_tensor_l2_norm``), then multiplies them one by one. With them it still waits for the
 norm, to know whether to clip (megatron/core/optimizer/clip_grads.py), and until the optimizer's kernels are started the
-GPU has nothing to do.
+GPU has nothing to do. Before that it waits to see whether any token counted (``finalize_model_grads``), and to look for
+a NaN in each bucket (``check_grads``); a gradient with one has a norm that is none, which is read with the loss and
+ends the run (qwen_cl/recorder.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import clip_grads, optimizer
-from megatron.core.utils import get_data_parallel_group_if_dtensor
+from megatron.core.pipeline_parallel.utils import get_pp_last_rank
+from megatron.core.utils import get_data_parallel_group_if_dtensor, get_model_config
 from torch.nn.utils import get_total_norm
 
 _stock_norm, _stock_clip = clip_grads.get_grad_norm_fp32, clip_grads.clip_grad_by_total_norm_fp32
 
 
-def install() -> int:
-    """In place of Megatron's own for want of a library, never of a library's; idempotent. Returns how many are ours."""
+def install(model: Any) -> int:
+    """Norm and clipping in place of Megatron's own for want of a library, never of a library's; returns how many of the
+    two are ours."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.ddp_config.check_for_nan_in_grad = False
+    config = get_model_config(model[0])
+    config.finalize_model_grads_func = partial(_finalize, config.finalize_model_grads_func)
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
         clip_grads.l2_norm_impl = _l2_norm
         optimizer.get_grad_norm_fp32 = _norm
@@ -28,6 +40,18 @@ def install() -> int:
         clip_grads.multi_tensor_scale_impl = _scale
         optimizer.clip_grad_by_total_norm_fp32 = _clip
     return (clip_grads.l2_norm_impl is _l2_norm) + (clip_grads.multi_tensor_scale_impl is _scale)
+
+
+def _finalize(stock: Any, model: Any, num_tokens: torch.Tensor | None = None, *rest: Any, **more: Any) -> None:
+    """As ``finalize_model_grads``, which divides by the tokens that counted on all ranks, if there are any."""
+    stock(model, None, *rest, **more)
+    if num_tokens is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.broadcast(num_tokens, src=get_pp_last_rank(pipeline), group=pipeline)
+    torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for part in model:
+        part.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def _norm(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> Any:

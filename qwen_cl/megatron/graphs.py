@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config, get_model_type
@@ -29,15 +28,12 @@ class RecordedSchedule:
     they always do.
     """
 
-    def __init__(self, model: Any, micro_batch_size: int, width: int, segments: int) -> None:
+    def __init__(self, micro_batch_size: int, width: int, segments: int) -> None:
         """``segments``: most in a row; more than 1 where rows are packed, to which each batch is filled up."""
         self.shape = (micro_batch_size, width)
         self.boundaries = (micro_batch_size * segments + 1,) if segments > 1 else None
         self._seen = 0
         self._recording: _Recording | None = None
-        for part in model:
-            if isinstance(part, DistributedDataParallel):
-                _free_accumulators(part)
 
     def __call__(
         self,
@@ -97,12 +93,3 @@ def _both_passes(step: Any, batch: Batch, model: Any, count: int) -> tuple[Any, 
     )
     schedules.backward_step(None, output, None, get_model_type(model), config)
     return reduced[0], tokens
-
-
-def _free_accumulators(model: DistributedDataParallel) -> None:
-    """Megatron hooks the autograd nodes that accumulate gradients, and so keeps them, and the stream they were made on,
-    which no recording can use. A hook on the weight itself works on whatever stream its pass runs on."""
-    model.grad_accs.clear()
-    for parameter in model.module.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(model._make_backward_post_hook(parameter))
