@@ -63,10 +63,19 @@ def main() -> int:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return launch_all()
-    except KeyboardInterrupt:
-        return next((error.exit_code for error in failures if isinstance(error, RunPreempted)), EXIT_INTERRUPTED)
+    except BaseException as error:
+        if not comes_of_an_interrupt(error):
+            raise
+        return next((each.exit_code for each in failures if isinstance(each, RunPreempted)), EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGINT, at_once)
+
+
+def comes_of_an_interrupt(error: BaseException | None) -> bool:
+    """Also where a library, cut short by it, fails of something else while it cleans up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def launch_all() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import comes_of_an_interrupt
 from qwen_cl.config.errors import EXIT_INTERRUPTED
 from tests.conftest import ROOT
 
@@ -40,3 +41,19 @@ def test_an_interrupted_launcher_says_nothing_of_its_own(moment: str, tmp_path: 
     assert launcher.returncode == EXIT_INTERRUPTED, said
     assert "Traceback" not in said
     assert "KeyboardInterrupt" not in said
+
+
+def test_what_fails_because_of_an_interrupt_is_one() -> None:
+    """As OmegaConf does, cut short while it copies a config."""
+
+    def fails_while_it_cleans_up() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            getattr(None, "_invalidate_flags_cache")  # noqa: B009
+
+    with pytest.raises(AttributeError) as caught:
+        fails_while_it_cleans_up()
+    assert comes_of_an_interrupt(caught.value)
+    assert comes_of_an_interrupt(KeyboardInterrupt())
+    assert not comes_of_an_interrupt(AttributeError())
