@@ -51,7 +51,12 @@ def _row(directory: Path, side: str, device: str, saves: int, every: int) -> str
     command += [f"model.source='{directory.parent / 'model'}'", "peft=none", "wandb.mode=disabled", "lr=1e-5"]
     command += [f"task.sequence_length={length}", "task.global_batch_size=8", "task.micro_batch_size=4"]
     command += [f"task.max_steps={steps}", f"task.checkpoint_interval={every}", "task.val_check_interval=100000"]
-    command += ["task.sample_prompts=0", "task.keep_last=1", f"cluster.accelerator={'gpu' if on_gpu else 'cpu'}"]
+    command += [
+        "task.sample_prompts=0",
+        "task.warmup_steps=1",
+        "task.keep_last=1",
+        f"cluster.accelerator={'gpu' if on_gpu else 'cpu'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         log = directory / "run.log"
