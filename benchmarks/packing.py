@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-MEDIAN_WORDS, SPREAD, SEED = 85, 0.85, 7
+MEDIAN_WORDS, SPREAD, SEED = 115, 0.85, 7
 OURS = {"qwen_cl, packed": True, "qwen_cl, one to a row": False}
 PEER = "transformers, padded"
 
