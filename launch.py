@@ -5,11 +5,11 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up
+if __name__ == "__main__":
+    # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-
-# This process only tokenises: transformers would take seconds to import torch, and without it would say so.
-os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
+    # This process only tokenises: transformers would take seconds to import torch, and without it would say so.
+    os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,7 +17,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, explain, refuse_added_keys
+from qwen_cl.config.errors import (
+    EXIT_INTERRUPTED,
+    RunFailed,
+    RunPreempted,
+    UserError,
+    comes_of_an_interrupt,
+    explain,
+    refuse_added_keys,
+)
 from qwen_cl.config.rules import quote_free_text
 from qwen_cl.config.store import register_schemas
 
@@ -69,13 +77,6 @@ def main() -> int:
         return next((each.exit_code for each in failures if isinstance(each, RunPreempted)), EXIT_INTERRUPTED)
     finally:
         signal.signal(signal.SIGINT, at_once)
-
-
-def comes_of_an_interrupt(error: BaseException | None) -> bool:
-    """Also where a library, cut short by it, fails of something else while it cleans up."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 def launch_all() -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import comes_of_an_interrupt
-from qwen_cl.config.errors import EXIT_INTERRUPTED
+from qwen_cl.config.errors import EXIT_INTERRUPTED, comes_of_an_interrupt
 from tests.conftest import ROOT
 
 MOMENTS = {
@@ -57,3 +56,9 @@ def test_what_fails_because_of_an_interrupt_is_one() -> None:
     assert comes_of_an_interrupt(caught.value)
     assert comes_of_an_interrupt(KeyboardInterrupt())
     assert not comes_of_an_interrupt(AttributeError())
+
+
+def test_who_imports_the_launcher_keeps_its_environment() -> None:
+    """What the launcher asks of transformers holds for its own process: a test run that imported it lost torch."""
+    check = "import os; before = dict(os.environ); import launch; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

@@ -47,6 +47,13 @@ class RunPreempted(RunFailed):
         self.exit_code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
+def comes_of_an_interrupt(error: BaseException | None) -> bool:
+    """Also where a library, cut short by it, fails of something else while it cleans up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def explain(error: HydraException | OmegaConfBaseException) -> str:
     """Turn what Hydra or OmegaConf raises while composing into a message in the user's own terms."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
