@@ -44,8 +44,6 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "there is no LoRA in this run (peft=lora)"
     if name == "low_rank_products" and isinstance(peft, LoraConfig) and peft.dropout > 0:
         return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
-    if cluster.tensor_parallel > 1:
-        return f"it works on whole layers, and cluster.tensor_parallel is {cluster.tensor_parallel}"
     compiles = name == "compile" or (name == "linear_cross_entropy" and kind is Accelerator.gpu)
     if compiles and isinstance(cluster, LocalConfig) and not _has_compiler(kind):
         return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
@@ -53,8 +51,8 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return _compile_obstacle(config, kind)
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
         return "there is no GPU"
-    if name == "cuda_graphs" and cluster.pipeline_parallel * cluster.context_parallel > 1:
-        return "it records passes through the whole model, and cluster.pipeline_parallel or context_parallel is not 1"
+    if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
+        return "it records passes through the whole model, of which each process has a part in this layout of cluster"
     if name in ("compile", "cuda_graphs") and _packed(config) and cluster.precision is Precision.fp32:
         return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
     if name == "cuda_graphs" and isinstance(peft, LoraConfig) and peft.dropout > 0:
@@ -84,7 +82,7 @@ def _untried(name: str, config: RunConfig) -> bool:
     """What nobody has run on a GPU is there to be asked for, and is nobody's default: several GPUs, a cluster, whose
     containers may have Transformer Engine's layers, those layers, and packed rows."""
     if name not in ("compile", "cuda_graphs"):
-        return False
+        return config.cluster.tensor_parallel > 1
     elsewhere = not isinstance(config.cluster, LocalConfig) or config.cluster.world_size > 1
     return elsewhere or find_spec("transformer_engine") is not None or _packed(config)
 

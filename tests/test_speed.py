@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +82,19 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     compiled = launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True)
     assert_alike(plain, compiled)
     assert compiled.folder.status()["levers"]["compile"] == 4
+    split = ["cluster.devices=2", "cluster.tensor_parallel=2"]
+    log_of_compiler = {"TORCH_LOGS": "recompiles"}
+    parts = launch(
+        *arguments,
+        *(*ON_CPU, *split, "speed.compile=always"),
+        directory=tmp_path / "parts",
+        environment=log_of_compiler,
+    )
+    assert_alike(plain, parts, tolerance=1e-5)
+    assert parts.folder.status()["levers"] == compiled.folder.status()["levers"]
+    again = re.findall(r"- \d+/\d+: (.*)", parts.folder.log.read_text(encoding="utf-8"))
+    assert again
+    assert all("size mismatch" in reason or "requires_grad" in reason for reason in again), again
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 50 * 7], ids=["one chunk", "many chunks"])

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
 from torch._dynamo import config as compiler
+
+from qwen_cl.megatron.tensor_parallel import is_split
 
 GROUP_GETTER = "get_tensor_model_parallel_group_if_none"
 
@@ -28,8 +32,24 @@ def compile_layers(model: torch.nn.Module) -> int:
     compiler.disable = False
     layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
-        layer.compile(fullgraph=True)
+        if is_split():
+            _leave_out_products(layer)
+        layer.compile(fullgraph=not is_split())
     return len(layers)
+
+
+def _leave_out_products(layer: TransformerLayer) -> None:
+    """Products of a part of a weight talk to other ranks while they compute, which no graph can hold: a layer is then
+    a graph before, between and after them."""
+    products = [module for module in layer.modules() if isinstance(module, AdapterWrapper)]
+    adapted = {id(part) for wrapper in products for part in wrapper.modules() if part is not wrapper}
+    products += [
+        module
+        for module in layer.modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and id(module) not in adapted
+    ]
+    for module in products:
+        module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
 
 
 def _silence_group_getter() -> None:

@@ -8,7 +8,7 @@ section 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -18,12 +18,11 @@ from megatron.core.models.gpt import GPTModel
 
 from qwen_cl.levers import LOSS_CHUNK_BYTES
 from qwen_cl.megatron.steps import NOT_COUNTED
+from qwen_cl.megatron.tensor_parallel import whole_input
 
 
 def install(model: torch.nn.Module, compiled: bool) -> int:
-    """In every part of the model that has an output layer of its own, whole and unchanged; returns how many."""
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        return 0
+    """In every part of the model that has an unchanged output layer of its own; returns how many."""
     parts = [module for module in model.modules() if isinstance(module, GPTModel) and module.post_process]
     parts = [part for part in parts if not part.mtp_process and not part.output_layer._forward_hooks]
     for part in parts:
@@ -39,31 +38,39 @@ def _postprocess(stock: Any, compiled: bool) -> Any:
         labels: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Shapes: hidden_states (positions, batch, width), labels (batch, positions), as the losses."""
+        """Shapes: hidden_states (positions, batch, width), labels (batch, positions), as the losses. Under sequence
+        parallelism a rank comes with its own of the positions."""
         if labels is None:
             out: torch.Tensor = stock(hidden_states, *others, labels=labels, **options)
             return out
         tied = self.share_embeddings_and_output_weights
+        hidden = whole_input(hidden_states, self.output_layer.sequence_parallel)
         losses = linear_cross_entropy(
-            hidden_states.flatten(0, 1),
+            hidden.flatten(0, 1),
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels.t().flatten(),
             compiled,
+            parallel_state.get_tensor_model_parallel_group(),
         )
-        return losses.view(hidden_states.shape[:2]).t().contiguous()
+        return losses.view(hidden.shape[:2]).t().contiguous()
 
     return postprocess
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, compiled: bool = False
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    compiled: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Nats of each token, fp32, shape (tokens,); 0 where the label is NOT_COUNTED.
 
     Shapes: hidden (tokens, width), weight (vocabulary, width), labels (tokens,). Only the sum of the losses may be
-    differentiated, times whatever factor: the gradients are made before it is known.
+    differentiated, times whatever factor: the gradients are made before it is known. With a group, ``weight`` is this
+    rank's part of the vocabulary, in the order of ranks, and hidden's gradient is what this part makes.
     """
-    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compiled)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compiled, group)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -75,12 +82,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         compiled: bool,
+        group: torch.distributed.ProcessGroup | None,
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        score = _scoring(needs_hidden or needs_weight, compiled)
+        score = _scoring(needs_hidden or needs_weight, compiled, group)
         size = _chunk_size(len(hidden), weight)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
@@ -104,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_gradient = hidden_gradient * factor.to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = (weight_gradient * factor).to(ctx.weight_type)
-        return hidden_gradient, weight_gradient, None, None
+        return hidden_gradient, weight_gradient, None, None, None
 
 
 def _chunk_size(tokens: int, weight: torch.Tensor) -> int:
@@ -136,37 +144,68 @@ def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 Scored = tuple[torch.Tensor, torch.Tensor]
 
 
+def _scoring(
+    with_gradient: bool, compiled: bool, group: torch.distributed.ProcessGroup | None
+) -> Callable[[torch.Tensor, torch.Tensor], Scored]:
+    """Of logits and labels the losses, and the gradient of their sum for the logits, in the logits' type."""
+    if group is not None and group.size() > 1:
+        return partial(_of_all_parts, group=group, with_gradient=with_gradient, run=_run(compiled))
+    if not with_gradient:
+        return _losses_only
+    return partial(_run(compiled), _losses_and_gradient)
+
+
 def _losses_only(logits: torch.Tensor, labels: torch.Tensor) -> Scored:
-    counted = labels != NOT_COUNTED
-    logits = logits.float()
-    losses = logits.logsumexp(-1) - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    return losses * counted, labels
+    total, own = _sums(logits, labels)
+    return (total - own) * (labels != NOT_COUNTED), labels
 
 
 def _losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> Scored:
-    """The gradient of the losses' sum for the logits, in the logits' type."""
-    counted = labels != NOT_COUNTED
+    total, own = _sums(logits, labels)
+    return (total - own) * (labels != NOT_COUNTED), _gradient(logits, labels, labels, total)
+
+
+def _of_all_parts(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    group: torch.distributed.ProcessGroup,
+    with_gradient: bool,
+    run: Callable[..., Any],
+) -> Scored:
+    """Of the parts of a row that ranks hold, two numbers a token are exchanged."""
+    held = labels - group.rank() * logits.shape[1]  # from the first of this part; others' labels are outside of it
+    sums = torch.stack(run(_sums, logits, held))
+    parts = sums.new_empty(group.size() * 2, len(labels))
+    torch.distributed.all_gather_into_tensor(parts, sums, group=group)
+    total, own = parts[::2].logsumexp(0), parts[1::2].sum(0)
+    losses = (total - own) * (labels != NOT_COUNTED)
+    return losses, run(_gradient, logits, held, labels, total) if with_gradient else labels
+
+
+def _sums(logits: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token the logsumexp of its logits, and the logit of its label, 0 where that is not among them."""
     scores = logits.float()
-    total = scores.logsumexp(-1)
-    losses = total - scores.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    hit = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    gradient = ((scores - total[:, None]).exp() - hit.float()) * counted[:, None]
-    return losses * counted, gradient.to(logits.dtype)
+    own = scores.gather(1, held.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    return scores.logsumexp(-1), torch.where((held >= 0) & (held < logits.shape[1]), own, 0)
 
 
-def _scoring(with_gradient: bool, compiled: bool) -> Callable[..., Scored]:
-    if not with_gradient:
-        return _losses_only
-    return _compiled_losses_and_gradient if compiled else _losses_and_gradient
+def _gradient(logits: torch.Tensor, held: torch.Tensor, labels: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    hit = torch.arange(logits.shape[1], device=logits.device) == held[:, None]
+    gradient = ((logits.float() - total[:, None]).exp() - hit.float()) * (labels != NOT_COUNTED)[:, None]
+    return gradient.to(logits.dtype)
+
+
+def _run(compiled: bool) -> Callable[..., Any]:
+    return _compiled if compiled else lambda function, *tensors: function(*tensors)
+
+
+def _compiled(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """For any number of tokens at once, and for this vocabulary alone: kernels whose row length is open are slow."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compilation(function)(*tensors)
 
 
 @cache
-def _compiled() -> Callable[..., Scored]:
-    return torch.compile(_losses_and_gradient)
-
-
-def _compiled_losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> Scored:
-    """For any number of tokens at once, and for this vocabulary alone: kernels whose row length is open are slow."""
-    for tensor in (logits, labels):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compiled()(logits, labels)
+def _compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)

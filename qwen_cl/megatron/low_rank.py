@@ -1,7 +1,9 @@
 """LoRA's two thin products, joined with the product of the layer they adapt.
 
 Apart, the adapter's output is another tensor as wide as the layer's, written, read and added; joined, the thin product
-is some more columns of the wide one, which cost next to nothing.
+is some more columns of the wide one, which cost next to nothing. Under tensor parallelism the adapter also sends what
+the layer sends anyway: its input's gradient, or its output. Here it goes with the layer's, and only what is as thin as
+the rank is sent for the adapter alone.
 """
 
 from __future__ import annotations
@@ -11,8 +13,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from nemo.collections.llm.peft.lora import LoRALinear
+from nemo.collections.llm.peft.utils import ParallelLinearAdapter
+from torch.nn.functional import linear
+
+from qwen_cl.megatron.tensor_parallel import is_split, whole_input
 
 ALIGNED = 8
 """Columns of bf16 that fill 16 bytes, which fast kernels for products ask of every row."""
@@ -20,11 +27,11 @@ ALIGNED = 8
 
 def join_products(model: torch.nn.Module) -> int:
     """In every adapted layer that allows it; returns how many. Weights stay where they are, under their names."""
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        return 0
     joined = [module for module in model.modules() if type(module) is LoRALinear and _can_be_joined(module)]
     for module in joined:
-        module.forward = MethodType(_forward, module)
+        by_rows = isinstance(module.to_wrap, ColumnParallelLinear)
+        of_a_part = _forward_of_rows if by_rows else _forward_of_columns
+        module.forward = MethodType(of_a_part if is_split() else _forward, module)
     return len(joined)
 
 
@@ -36,6 +43,7 @@ def _can_be_joined(module: LoRALinear) -> bool:
         and not (layer.skip_bias_add and layer.bias is not None)
         and isinstance(adapter.activation, torch.nn.Identity)
         and adapter.dropout is None
+        and not adapter.use_a2a
         and not layer._forward_hooks
     )
 
@@ -46,6 +54,53 @@ def _forward(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
     scale = adapter.alpha / adapter.dim
     out = _JoinedProducts.apply(x.flatten(0, -2), layer.weight, layer.bias, down, up, scale)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1), None
+
+
+def _forward_of_rows(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Of a column parallel layer, of which a rank has rows of weight, down and up. Shapes: x (positions, batch, in), as
+    the layer takes it."""
+    layer, adapter = self.to_wrap, self.adapter
+    x = whole_input(x, layer.sequence_parallel)
+    thin = mappings.gather_from_tensor_model_parallel_region(linear(x, adapter.linear_in.weight))
+    return _added(linear(x, layer.weight, layer.bias), thin, adapter, first=0), None
+
+
+def _forward_of_columns(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Of a row parallel layer, of which a rank has columns of weight and down, and rows of up. Shapes: x (positions,
+    batch, a rank's part of in)."""
+    layer, adapter = self.to_wrap, self.adapter
+    thin = mappings.reduce_from_tensor_model_parallel_region(linear(x, adapter.linear_in.weight))
+    first = parallel_state.get_tensor_model_parallel_rank() * len(adapter.linear_out.weight)
+    out = _added(linear(x, layer.weight), thin, adapter, first)
+    if layer.sequence_parallel:
+        out = mappings.reduce_scatter_to_sequence_parallel_region(out)
+    else:
+        out = mappings.reduce_from_tensor_model_parallel_region(out)
+    return out if layer.bias is None else out + layer.bias, None
+
+
+def _added(out: torch.Tensor, thin: torch.Tensor, adapter: ParallelLinearAdapter, first: int) -> torch.Tensor:
+    thin = mappings.copy_to_tensor_model_parallel_region(thin) * (adapter.alpha / adapter.dim)
+    whole: torch.Tensor = _AddedProduct.apply(out, thin, adapter.linear_out.weight, first)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _AddedProduct(torch.autograd.Function):
+    """thin U' added to some of the columns of what there is, from ``first`` on, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, thin: torch.Tensor, up: torch.Tensor, first: int) -> torch.Tensor:
+        ctx.save_for_backward(thin, up)
+        ctx.first = first
+        ctx.mark_dirty(out)
+        out.flatten(0, -2).narrow(1, first, len(up)).addmm_(thin.flatten(0, -2), up.t())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        thin, up = ctx.saved_tensors
+        own = gradients[0].narrow(-1, ctx.first, len(up))
+        return gradients[0], own @ up, own.flatten(0, -2).t() @ thin.flatten(0, -2), None
 
 
 class _JoinedProducts(torch.autograd.Function):
