@@ -19,6 +19,7 @@ from tests.conftest import ROOT, launch
 from tests.models import save_random_model
 
 SEQUENCE_LENGTH = 512  # several conversations
+SPLIT = ["cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"]
 SHAPES: list[tuple[dict[str, Any], list[str]]] = [
     # Untied, an odd number of KV groups, a vocabulary that no power of two divides, several shards; every weight
     # trained, so that the fp32 masters are refreshed too.
@@ -28,12 +29,13 @@ SHAPES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True}, ["peft=lora", "task.packing=false"]),
     # The padded row of the odd vocabulary lies on the second tensor parallel rank.
+    ({"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True}, ["peft=lora", *SPLIT]),
     (
         {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
-        ["peft=lora", "cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"],
+        ["peft=none", *SPLIT, "speed.linear_cross_entropy=always"],
     ),
 ]
-IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2"]
+IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2", "tied-full-tp2-by-parts-of-the-vocabulary"]
 
 
 @pytest.mark.parametrize(("shape", "arguments"), SHAPES, ids=IDS)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from qwen_cl.levers import LOSS_CHUNK_BYTES
 from qwen_cl.megatron.steps import NOT_COUNTED
@@ -24,10 +25,16 @@ from qwen_cl.megatron.tensor_parallel import whole_input
 def install(model: torch.nn.Module, compiled: bool) -> int:
     """In every part of the model that has an unchanged output layer of its own; returns how many."""
     parts = [module for module in model.modules() if isinstance(module, GPTModel) and module.post_process]
-    parts = [part for part in parts if not part.mtp_process and not part.output_layer._forward_hooks]
+    parts = [part for part in parts if not part.mtp_process and not _is_changed(part.output_layer)]
     for part in parts:
         part._postprocess = MethodType(_postprocess(part._postprocess, compiled), part)
     return len(parts)
+
+
+def _is_changed(layer: ColumnParallelLinear) -> bool:
+    """By something else than what keeps padding out of the softmax, which only some ranks have."""
+    padded = layer.kept_rows < layer.output_size_per_partition
+    return len(layer._forward_hooks) > padded
 
 
 def _postprocess(stock: Any, compiled: bool) -> Any:
@@ -45,12 +52,15 @@ def _postprocess(stock: Any, compiled: bool) -> Any:
             return out
         tied = self.share_embeddings_and_output_weights
         hidden = whole_input(hidden_states, self.output_layer.sequence_parallel)
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        kept = self.output_layer.kept_rows
         losses = linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            weight if kept == len(weight) else weight[:kept],
             labels.t().flatten(),
             compiled,
             parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_rank() * len(weight),
         )
         return losses.view(hidden.shape[:2]).t().contiguous()
 
@@ -63,14 +73,15 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     compiled: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """Nats of each token, fp32, shape (tokens,); 0 where the label is NOT_COUNTED.
 
     Shapes: hidden (tokens, width), weight (vocabulary, width), labels (tokens,). Only the sum of the losses may be
     differentiated, times whatever factor: the gradients are made before it is known. With a group, ``weight`` is this
-    rank's part of the vocabulary, in the order of ranks, and hidden's gradient is what this part makes.
+    rank's part of the vocabulary, from label ``first`` on, and hidden's gradient is what this part makes.
     """
-    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compiled, group)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compiled, group, first)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -83,12 +94,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         compiled: bool,
         group: torch.distributed.ProcessGroup | None,
+        first: int,
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        score = _scoring(needs_hidden or needs_weight, compiled, group)
+        score = _scoring(needs_hidden or needs_weight, compiled, group, first)
         size = _chunk_size(len(hidden), weight)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
@@ -112,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_gradient = hidden_gradient * factor.to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = (weight_gradient * factor).to(ctx.weight_type)
-        return hidden_gradient, weight_gradient, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None
 
 
 def _chunk_size(tokens: int, weight: torch.Tensor) -> int:
@@ -145,11 +157,11 @@ Scored = tuple[torch.Tensor, torch.Tensor]
 
 
 def _scoring(
-    with_gradient: bool, compiled: bool, group: torch.distributed.ProcessGroup | None
+    with_gradient: bool, compiled: bool, group: torch.distributed.ProcessGroup | None, first: int
 ) -> Callable[[torch.Tensor, torch.Tensor], Scored]:
     """Of logits and labels the losses, and the gradient of their sum for the logits, in the logits' type."""
     if group is not None and group.size() > 1:
-        return partial(_of_all_parts, group=group, with_gradient=with_gradient, run=_run(compiled))
+        return partial(_of_all_parts, group=group, first=first, with_gradient=with_gradient, run=_run(compiled))
     if not with_gradient:
         return _losses_only
     return partial(_run(compiled), _losses_and_gradient)
@@ -169,11 +181,12 @@ def _of_all_parts(
     logits: torch.Tensor,
     labels: torch.Tensor,
     group: torch.distributed.ProcessGroup,
+    first: int,
     with_gradient: bool,
     run: Callable[..., Any],
 ) -> Scored:
     """Of the parts of a row that ranks hold, two numbers a token are exchanged."""
-    held = labels - group.rank() * logits.shape[1]  # from the first of this part; others' labels are outside of it
+    held = labels - first  # those of other parts are below 0 or above the last
     sums = torch.stack(run(_sums, logits, held))
     parts = sums.new_empty(group.size() * 2, len(labels))
     torch.distributed.all_gather_into_tensor(parts, sums, group=group)

@@ -67,7 +67,8 @@ class TokenWeightedLoss(MaskedTokenLossReduction):
 def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
     """Keep rows that only pad the vocabulary out of the softmax; a zero logit is not a small one.
 
-    No-op on the stages without an output layer and on ranks whose slice holds no padding.
+    Changes nothing on the stages without an output layer and on ranks whose slice holds no padding. Output layers say
+    as ``kept_rows`` how many of theirs are none.
     """
     for module in model.modules():
         if not isinstance(module, GPTModel) or not module.post_process:
@@ -75,6 +76,7 @@ def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
         rows = module.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first = rows * parallel_state.get_tensor_model_parallel_rank()
         kept = max(0, min(rows, vocab_size - first))
+        module.output_layer.kept_rows = kept
         if kept < rows:
             module.output_layer.register_forward_hook(_masking_hook(kept))
 
