@@ -16,6 +16,8 @@ from qwen_cl.config.tasks import FinetuneConfig
 LOSS_CHUNK_BYTES = 3 * 2**29
 """linear_cross_entropy: of the logits of one chunk, in their own type; 5,000 tokens of Qwen2.5 in bf16, whose products
 fill any GPU."""
+GAIN_ON_CPU = ("low_rank_products",)
+"""Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
 SETTLED = ("compile", "linear_cross_entropy", "low_rank_products", "cuda_graphs")
 
 
@@ -32,7 +34,7 @@ def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
         obstacle = _obstacle(name, config, kind)
         if wanted is When.always and obstacle:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
-        gains = kind is Accelerator.gpu and not obstacle and not _untried(name, config)
+        gains = (kind is Accelerator.gpu or name in GAIN_ON_CPU) and not obstacle and not _untried(name, config)
         chosen[name] = When.always if wanted is When.always or (wanted is When.auto and gains) else When.never
     return replace(speed, **chosen)
 
