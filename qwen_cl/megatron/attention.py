@@ -82,11 +82,15 @@ class CausalAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, dropout: float
     ) -> torch.Tensor:
         """Shapes: (tokens of the batch, heads, width). On any device and in any type, a call for each segment."""
-        out = torch.empty_like(query)
-        for start, stop in pairwise(sorted(set(segments.tolist()))):  # without those that are empty
-            own_query, own_key, own_value = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
-            out[start:stop] = self._attend(own_query, own_key, own_value, dropout)[0].transpose(0, 1)
-        return out
+        ends = sorted(set(segments.tolist()))  # without those that are empty
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        # Parts of one split, put together at once: the gradient of a slice, or of what is written into one, is as large
+        # as the whole.
+        parts = []
+        for own in zip(*(torch.split(tensor, sizes) for tensor in (query, key, value))):
+            own_query, own_key, own_value = (part.transpose(0, 1)[None] for part in own)
+            parts.append(self._attend(own_query, own_key, own_value, dropout)[0].transpose(0, 1))
+        return torch.cat(parts)
 
     def _attend_by_kernel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, longest: int
