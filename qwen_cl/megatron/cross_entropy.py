@@ -197,15 +197,24 @@ def _of_all_parts(
 
 def _sums(logits: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token the logsumexp of its logits, and the logit of its label, 0 where that is not among them."""
-    scores = logits.float()
-    own = scores.gather(1, held.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return scores.logsumexp(-1), torch.where((held >= 0) & (held < logits.shape[1]), own, 0)
+    at, there = _place(held, logits)
+    return logits.float().logsumexp(-1), torch.where(there, logits.gather(1, at)[:, 0].float(), 0)
 
 
 def _gradient(logits: torch.Tensor, held: torch.Tensor, labels: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    hit = torch.arange(logits.shape[1], device=logits.device) == held[:, None]
-    gradient = ((logits.float() - total[:, None]).exp() - hit.float()) * (labels != NOT_COUNTED)[:, None]
-    return gradient.to(logits.dtype)
+    """The label's own is put in afterwards, in place of a comparison for every logit."""
+    counted = labels != NOT_COUNTED
+    total = total.masked_fill(~counted, torch.inf)  # all others become 0
+    gradient = (logits.float() - total[:, None]).exp().to(logits.dtype)
+    at, there = _place(held, logits)
+    own = (logits.gather(1, at)[:, 0].float() - total).exp() - (there & counted).float()
+    return gradient.scatter_(1, at, own[:, None].to(gradient.dtype))
+
+
+def _place(held: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token's label its column, of shape (tokens, 1) and any where there is none, and whether there is."""
+    last = logits.shape[1] - 1
+    return held.clamp(0, last)[:, None], (held >= 0) & (held <= last)
 
 
 def _run(compiled: bool) -> Callable[..., Any]:
