@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -117,8 +118,15 @@ class RunFolder:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Atomic: a reader sees the old file or the new one, also if this process dies in between."""
-        status = {**self.status(), **changes}
+        """Atomic: a reader sees the old file or the new one, also if this process dies in between. Each phase is kept
+        under ``began`` with the time, in seconds since 1970, at which it last began."""
+        before = self.status()
+        status = {**before, **changes}
+        phase, known = (
+            (each.get("phase") or "").partition(":")[0] for each in (status, before)
+        )  # what follows counts up
+        if phase != known:
+            status["began"] = {**before.get("began", {}), phase: round(time.time(), 2)}
         try:
             self._write_status(status)
         except OSError as error:

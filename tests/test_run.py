@@ -27,6 +27,7 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
     assert status["step"] == 40
     assert status["reason"] is None
     assert status["start"] <= status["end"]
+    assert list(status["began"]) == ["starting", "importing NeMo", "starting W&B", "loading the model", "training"]
     assert status["versions"]["megatron-core"] == "0.15.3"
     assert re.fullmatch(r"[0-9a-f]{64}", status["data_hash"])
     records = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]

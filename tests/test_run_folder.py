@@ -79,9 +79,14 @@ def test_updates_add_up(tmp_path: Path) -> None:
     assert folder.status() == {}
     folder.update_status(state=State.RUNNING, phase="起動")
     folder.update_status(step=3, phase="training")
-    expected = {"state": "RUNNING", "phase": "training", "step": 3}
-    assert folder.status() == expected
-    assert json.loads(folder.status_file.read_text(encoding="utf-8")) == expected
+    folder.update_status(phase="training: 1 of 2")
+    expected = {"state": "RUNNING", "phase": "training: 1 of 2", "step": 3}
+    status = folder.status()
+    began = status.pop("began")
+    assert status == expected
+    assert list(began) == ["起動", "training"]
+    assert began["起動"] <= began["training"]
+    assert json.loads(folder.status_file.read_text(encoding="utf-8")) == {**expected, "began": began}
 
 
 def test_an_update_that_fails_leaves_the_status_before_it(tmp_path: Path) -> None:
