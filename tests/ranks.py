@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -18,6 +19,10 @@ from typing import Any
 
 from qwen_cl.rendezvous import free_port
 
+LONGEST = 600.0
+"""Seconds; many times what the longest of these takes."""
+TOOK_TOO_LONG = 124
+"""As the command ``timeout`` says it."""
 ROOT = Path(__file__).resolve().parents[1]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
@@ -36,7 +41,8 @@ def run_ranks(
 ) -> Ended:
     """Calls ``target``, a function of a module, in each rank of a group as torchrun would start it.
 
-    What ``target`` returns is its exit code. When one rank fails, the others are killed.
+    What ``target`` returns is its exit code. When one rank fails, the others are killed; so are all that have not ended
+    after ``LONGEST``.
     """
     with tempfile.NamedTemporaryFile() as log:
         said = {**(os.environ if environment is None else environment), "PYTHONPATH": str(ROOT)}
@@ -44,13 +50,15 @@ def run_ranks(
         if ranks > 1:
             said |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": "1"}
         processes = [_start(target, arguments, rank, ranks, said, log.name) for rank in range(ranks)]
-        failed = 0
+        failed, deadline = 0, time.monotonic() + LONGEST
         running = {process.sentinel: process for process in processes}
         while running and not failed:
-            for sentinel in wait(list(running)):
+            ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
+            failed = 0 if ended else TOOK_TOO_LONG
+            for sentinel in ended:
                 process = running.pop(sentinel)
                 process.join()
-                failed = failed or process.exitcode
+                failed = failed or process.exitcode or 0
         for process in running.values():
             process.kill()
             process.join()
