@@ -38,8 +38,8 @@ def main(specification: dict[str, Any]) -> None:
         if step + 1 == specification["warmup_steps"] and device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        ends.append(_mark(device))
-    seconds = _between(ends[specification["warmup_steps"] - 1 :], device)
+        ends.append(mark(device))
+    seconds = between(ends[specification["warmup_steps"] - 1 :], device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     record = {"losses": [float(loss) for loss in losses], "first_step": first_step, "seconds": seconds, "peak": peak}
     record["ended"] = time.time()
@@ -47,6 +47,16 @@ def main(specification: dict[str, Any]) -> None:
 
 
 def _model(specification: dict[str, Any]) -> tuple[Any, list[Any]]:
+    model = base_model(specification)
+    if specification["training"] == "lora":
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora_config())
+    model.train()
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def base_model(specification: dict[str, Any]) -> Any:
     """Full fine-tuning keeps fp32 master weights, as ours does; LoRA's base is bf16 and its adapters fp32."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -55,21 +65,19 @@ def _model(specification: dict[str, Any]) -> tuple[Any, list[Any]]:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
         apply_liger_kernel_to_qwen2()
-    lora = specification["training"] == "lora"
-    on_gpu = specification["device"] == "cuda"
-    model = AutoModelForCausalLM.from_pretrained(
+    in_bf16 = specification["training"] == "lora" and specification["device"] == "cuda"
+    return AutoModelForCausalLM.from_pretrained(
         specification["model"],
-        dtype=torch.bfloat16 if lora and on_gpu else torch.float32,
+        dtype=torch.bfloat16 if in_bf16 else torch.float32,
         attn_implementation="sdpa",
         use_cache=False,
     ).to(specification["device"])
-    if lora:
-        from peft import LoraConfig, get_peft_model
 
-        adapter = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
-        model = get_peft_model(model, adapter)
-    model.train()
-    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+def lora_config() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0)
 
 
 def _step(model: Any, rows: Any, micro: int, device: str) -> Any:
@@ -89,7 +97,7 @@ def _step(model: Any, rows: Any, micro: int, device: str) -> Any:
     return total
 
 
-def _mark(device: str) -> Any:
+def mark(device: str) -> Any:
     import torch
 
     if device != "cuda":
@@ -99,7 +107,7 @@ def _mark(device: str) -> Any:
     return event
 
 
-def _between(ends: list[Any], device: str) -> list[float]:
+def between(ends: list[Any], device: str) -> list[float]:
     import torch
 
     if device != "cuda":

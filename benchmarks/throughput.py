@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks/results"
 SEED, LR, SIDE_SECONDS = 1234, 1e-4, 240
-SHOWN_VERSIONS = ("torch", "nemo_toolkit", "megatron-core", "transformers", "peft", "liger-kernel")
-PEERS = {
+SHOWN_VERSIONS = ("torch", "nemo_toolkit", "megatron-core", "transformers", "peft", "liger-kernel", "trl")
+PEERS: dict[str, dict[str, Any]] = {
     "transformers, eager": {"compiled": False, "liger": False},
     "transformers, compiled": {"compiled": True, "liger": False},
     "transformers, liger": {"compiled": False, "liger": True},
+    "TRL, compiled": {"compiled": True, "liger": False, "program": "benchmarks.trl_peer"},
 }
+"""By default the first two; the others where their libraries are installed: `pip install liger-kernel`, `trl`."""
 OURS = "qwen_cl"
 
 
@@ -130,7 +132,7 @@ def _visit(side: str, specification: dict[str, Any], directory: Path, overrides:
     else:
         path = directory.with_suffix(".json")
         path.write_text(json.dumps({**specification, **PEERS[side]}))
-        command = [sys.executable, "-m", "benchmarks.peers", str(path)]
+        command = [sys.executable, "-m", PEERS[side].get("program", "benchmarks.peers"), str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     watch = DeviceWatch(specification["device"])
@@ -174,9 +176,12 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
     steps = [line for line in lines if "train/loss" in line]
     ends = [line["time"] for line in steps]
     timed = ends[specification["warmup_steps"] - 1 :]
+    began = json.loads((directory / "status.json").read_text(encoding="utf-8"))["began"]
     return {
         "losses": [line["train/loss"] for line in steps],
+        "norms": [line["optim/grad_norm"] for line in steps],
         "first_step": ends[0] - specification["started"],
+        "began": {phase: round(at - specification["started"], 2) for phase, at in began.items()},
         "seconds": [end - start for start, end in pairwise(timed)],
         "peak": int(steps[-1]["memory/peak_gib"] * 2**30),
         "mfu": statistics.median(line.get("throughput/mfu", 0.0) for line in steps[specification["warmup_steps"] :]),
