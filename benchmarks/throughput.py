@@ -33,7 +33,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "transformers, liger": {"compiled": False, "liger": True},
     "TRL, compiled": {"compiled": True, "liger": False, "program": "benchmarks.trl_peer"},
 }
-"""By default the first two; the others where their libraries are installed: `pip install liger-kernel`, `trl`."""
+"""By default the first two; the others after `pip install -c constraints.txt -e '.[peers]'`."""
 OURS = "qwen_cl"
 
 
