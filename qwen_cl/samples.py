@@ -39,7 +39,7 @@ class RecordSamples(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
             if not can_sample():
-                print("no samples: they need the whole model on one rank (tensor, pipeline and context parallel 1)")
+                print("no samples: they need whole rows on a rank (cluster.context_parallel 1)")
             self._take(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -135,5 +135,4 @@ def _train(model: Path, case: Case, folder: Path) -> None:
     write_worker_inputs(plan, RunFolder(folder))
     done = run_ranks(probe.main, folder, ranks=processes, environment=worker_environment(plan.config))
     assert done.returncode == 0, done.log[-3000:]
-    assert RunFolder(folder).samples.exists() == (processes == 1)  # no rank has the whole model
-    assert ("no samples: they need the whole model on one rank" in done.log) == (processes > 1)
+    assert RunFolder(folder).samples.exists()

@@ -80,7 +80,7 @@ def _training(folder: Path, method: str, layout: str, last_step: int, before: Pa
     overrides += [f"cluster.{key}={value}" for key, value in LAYOUTS[layout].items()]
     overrides += ["task.micro_batch_size=1", "task.global_batch_size=2", "task.sequence_length=160", "retention=none"]
     overrides += [f"task.max_steps={STEPS}", "task.val_check_interval=100", "task.checkpoint_interval=100"]
-    overrides += ["task.sample_prompts=0", "model.verify=none", "lr=2e-3", FEW]
+    overrides += ["task.sample_prompts=1", "model.verify=none", "lr=2e-3", FEW]
     folder.mkdir()
     plan = make_plan(composed(*overrides))
     config = replace(plan.config, speed=replace(plan.config.speed, **SPEED.get(layout, {})))
@@ -104,6 +104,18 @@ def test_a_layout_trains_what_one_process_trains(method: str, layout: str, direc
     assert [list(record) for record in found] == [list(record) for record in expected]
     for one, other in zip(expected, found):
         _check(other, one)
+
+
+@pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] != "one"])
+def test_a_layout_answers_what_one_process_answers(method: str, layout: str, directory: Path) -> None:
+    """Before training, and by what it came to; where rows are spread over ranks, it says that nothing is asked."""
+    expected, found = (RunFolder(directory / f"{method}-{name}").samples for name in ("one", layout))
+    if LAYOUTS[layout].get("context_parallel", 1) > 1:
+        assert not found.exists()
+        return
+    answers = [json.loads(line)["answer"] for line in expected.read_text(encoding="utf-8").splitlines()]
+    assert len(set(answers)) == 2
+    assert found.read_text(encoding="utf-8") == expected.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] in SPEED])
