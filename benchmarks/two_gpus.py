@@ -32,7 +32,7 @@ LAYOUTS = {
 SAME_LEVERS = [
     f"speed.{name}=never" for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products")
 ]
-"""All layouts are compared with those that each of them has."""
+"""All layouts are compared with those levers that all can have by default."""
 FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}
 ON_CPU = {"embedded": [*FULL, "task.sequence_length=128"]}
@@ -47,6 +47,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPUs if there are any")
     parser.add_argument("--shapes", nargs="+", choices=SIZES, default=list(SIZES), help="on GPUs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--overrides",
+        nargs="*",
+        default=SAME_LEVERS,
+        help=f"of all runs, as to launch.py; default {' '.join(SAME_LEVERS)}",
+    )
     parser.add_argument("--directory", type=Path, help="where the temporary directory with models and runs is made")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
@@ -63,13 +69,13 @@ def main() -> int:
             model = base / f"model-{name}" if device == "cuda" else ROOT / "qwen_cl/demo/model"
             if device == "cuda":
                 write_model(model, SHAPES[name])
-            common = [*_common(model, device), *said]
+            common = [*_common(model, device), *said, *arguments.overrides]
             if "layouts" in arguments.parts:
                 _print_layouts(name, {key: _train(base / f"{name}-{key}", common, key) for key in LAYOUTS})
             if "resume" in arguments.parts and name == next(iter(sizes)):
                 _print_resumed(base, common)
             if "sweep" in arguments.parts and name == next(iter(sizes)):
-                _print_sweeps({count: _sweep(base / f"sweep-{count}", count, device, model) for count in (1, 2)})
+                _print_sweeps({count: _sweep(base / f"sweep-{count}", count, device, common) for count in (1, 2)})
     return 0
 
 
@@ -79,7 +85,7 @@ def _common(model: Path, device: str) -> list[str]:
         *("model.verify=none", "wandb.mode=disabled", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"),
         *("task.global_batch_size=8", "task.micro_batch_size=2", "task.sample_prompts=0", "task.log_interval=1"),
         *("task.lr_schedule=constant", "task.warmup_steps=0", "lr=1e-4", "task.val_check_interval=1000"),
-        *(f"task.checkpoint_interval={STEPS}", *SAME_LEVERS),
+        f"task.checkpoint_interval={STEPS}",
     ]
 
 
@@ -144,9 +150,9 @@ def _print_resumed(base: Path, common: list[str]) -> None:
     print()
 
 
-def _sweep(directory: Path, on_each: int, device: str, model: Path) -> dict[str, Any]:
+def _sweep(directory: Path, on_each: int, device: str, common: list[str]) -> dict[str, Any]:
     slots = f"trials_per_gpu={on_each}" if device == "cuda" else f"cpu_slots={2 * on_each}"
-    said = [f"hydra.sweep.dir='{directory}'", *_common(model, device), "peft=lora", f"hydra.launcher.{slots}", *SEVERAL]
+    said = [f"hydra.sweep.dir='{directory}'", *common, "peft=lora", f"hydra.launcher.{slots}", *SEVERAL]
     said += ["task.sequence_length=512" if device == "cuda" else "task.sequence_length=64", "task.max_steps=20"]
     print(f"{directory.name} …", file=sys.stderr, flush=True)
     started = time.monotonic()
