@@ -95,8 +95,13 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             while process.poll() is None:
                 watch()
                 time.sleep(0.1)
-    finally:
+    except BaseException as error:
         kill_group(process)
+        if folder.status().get("state") == State.RUNNING:
+            why = f"its launcher ended: {type(error).__name__}: {error}"
+            folder.update_status(state=State.FAILED, reason=why, end=now())
+        raise
+    kill_group(process)
     watch()
     if folder.status().get("state") == State.RUNNING:
         _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)

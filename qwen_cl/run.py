@@ -30,6 +30,7 @@ from qwen_cl.data.report_text import summary
 from qwen_cl.execute import execute
 from qwen_cl.micro_batch import is_automatic, keep_micro_batch, until_it_fits
 from qwen_cl.opening import open_run, ready
+from qwen_cl.output import enduring_output
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.resume import Resumption
 from qwen_cl.run_folder import RunFolder
@@ -126,7 +127,7 @@ def _start(plan: Plan, folder: RunFolder, *, automatic: bool) -> None:
             finally:
                 _draw(plan, folder)
 
-    with folder.lock():
+    with folder.lock(), enduring_output(folder.directory):
         if automatic:
             until_it_fits(plan.config, folder, attempt)
         else:

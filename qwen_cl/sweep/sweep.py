@@ -14,6 +14,7 @@ from rich.console import Console
 from qwen_cl.config.errors import RunFailed, RunPreempted, UserError
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.dashboard.identity import sync_command
+from qwen_cl.output import enduring_output
 from qwen_cl.report.report import write_report
 from qwen_cl.run_folder import State, now
 from qwen_cl.sweep.results import print_results, read_results, write_results
@@ -50,18 +51,19 @@ def run_trials(
         RunFailed: not every trial completed or was pruned.
         RunPreempted: the sweep was asked to stop.
     """
-    console = Console()
-    scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
-    console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
-    started, start = time.monotonic(), now()
-    try:
-        with SweepView(console) as view:
-            for trial in (*done, *waiting):
-                view.add(trial, trial.folder.status()["state"] if trial in done else None)
-            scheduler.run(lambda: view.update(scheduler))
-    finally:
-        facts = {"start": start, "end": now(), "seconds": round(time.monotonic() - started, 3)}
-        report(sweep.directory, facts, console)
+    with enduring_output(sweep.directory):
+        console = Console()
+        scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
+        console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
+        started, start = time.monotonic(), now()
+        try:
+            with SweepView(console) as view:
+                for trial in (*done, *waiting):
+                    view.add(trial, trial.folder.status()["state"] if trial in done else None)
+                scheduler.run(lambda: view.update(scheduler))
+        finally:
+            facts = {"start": start, "end": now(), "seconds": round(time.monotonic() - started, 3)}
+            report(sweep.directory, facts, console)
     _conclude(scheduler, [trial.folder.status()["state"] for trial in done], sweep.directory)
 
 
