@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,24 @@ def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
     assert status["phase"] == "starting on n[3-4]"
     job = status["job"]
     assert (job["id"], job["nodes"], job["restarts"]) == ("7", "n[3-4]", 1)
+
+
+def test_workers_start_where_only_their_container_has_torch(folder: RunFolder) -> None:
+    """They are told where to meet, and what they end with is the step's."""
+    without_torch = (
+        "import sys; sys.modules['torch'] = None\nfrom qwen_cl.cluster.step import main\nsys.exit(main(*sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", without_torch, str(folder.directory)]
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
+    for worker, code in (("echo $MASTER_ADDR:$MASTER_PORT; exit 3", 3), ("kill -9 $$", 137)):
+        done = subprocess.run(
+            [*command, "sh", "-c", worker], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        said, *printed = done.stdout.splitlines()
+        assert said == "No torch outside the container: a rank that hangs will not be named."
+        assert all(re.fullmatch(r"127\.0\.0\.1:\d+", line) for line in printed)
+        assert len(printed) == (code == 3)
 
 
 def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
