@@ -29,13 +29,15 @@ PEER = "transformers, padded"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed, after 8")
+    parser.add_argument("--warmup-steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="that are timed")
     parser.add_argument("--packed-overrides", nargs="*", default=[], help="of our packed side, as to launch.py")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
 
     device = arguments.device or _default_device()
-    length, micro, total = (2048, 4, 8 + arguments.steps) if device == "cuda" else (256, 2, 8 + arguments.steps)
+    length, micro = (2048, 4) if device == "cuda" else (256, 2)
+    warmup, total = arguments.warmup_steps, arguments.warmup_steps + arguments.steps
     with tempfile.TemporaryDirectory(prefix="packing-") as temporary:
         base = Path(temporary)
         model = base / "model" if device == "cuda" else ROOT / "qwen_cl/demo/model"
@@ -49,8 +51,8 @@ def main() -> int:
         rates = {}
         for name, packing in OURS.items():
             more = arguments.packed_overrides if packing else []
-            rates[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more])
-        rates[PEER] = _peer(base, model, sizes, device, length, micro, arguments.steps)
+            rates[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
+        rates[PEER] = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
     print("| side | tokens/s of the rows | times padded to the sequence length |\n|---|---:|---:|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:,.0f} | {rate / rates[PEER]:.2f} |")
@@ -80,28 +82,31 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
     return [example.num_positions for example in build_examples(rows, tokenizer, longest, LossOn.all)]
 
 
-def _ours(directory: Path, rows: Path, packing: bool, said: list[str]) -> float:
+def _ours(directory: Path, rows: Path, packing: bool, said: list[str], warmup: int) -> float:
     print(f"{directory.name} …", file=sys.stderr, flush=True)
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", "task=finetune", *said]
     command += ["data=jsonl", f"data.path='{rows}'", "retention=none", "model.verify=none", "wandb.mode=disabled"]
     command += [f"task.packing={str(packing).lower()}", "task.loss_on=all", "task.global_batch_size=16"]
     command += ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0", "task.sample_prompts=0"]
     command += ["task.val_check_interval=1000", "task.checkpoint_interval=1000", "task.log_interval=1"]
+    command += ["task.warmup_steps=0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         log = directory / "run.log"
         raise SystemExit((log.read_text(errors="replace")[-5000:] if log.exists() else "") + done.stderr[-3000:])
     lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    steps = [line for line in lines if "train/loss" in line][7:]
+    steps = [line for line in lines if "train/loss" in line][warmup - 1 :]
     return float((steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["time"] - steps[0]["time"]))
 
 
-def _peer(base: Path, model: Path, sizes: list[int], device: str, length: int, micro: int, timed: int) -> float:
+def _peer(
+    base: Path, model: Path, sizes: list[int], device: str, length: int, micro: int, warmup: int, timed: int
+) -> float:
     """Each row in a sequence of its own; what a row is made of changes no time, so its ids are random."""
     import numpy as np
 
     print(f"{PEER} …", file=sys.stderr, flush=True)
-    random, count = np.random.default_rng(SEED), 16 * (8 + timed)
+    random, count = np.random.default_rng(SEED), 16 * (warmup + timed)
     tokens = random.integers(0, 1000, (count, length + 1))
     for row, size in zip(tokens, sizes):
         row[size + 1 :] = -1
@@ -111,7 +116,7 @@ def _peer(base: Path, model: Path, sizes: list[int], device: str, length: int, m
         "sequence_length": length,
         "global_batch_size": 16,
         "micro_batch_size": micro,
-        "warmup_steps": 8,
+        "warmup_steps": warmup,
         "timed_steps": timed,
         "lr": 1e-4,
         "training": "lora",
@@ -128,7 +133,7 @@ def _peer(base: Path, model: Path, sizes: list[int], device: str, length: int, m
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-    return sum(sizes[16 * 8 : 16 * (8 + timed)]) / sum(seconds)
+    return sum(sizes[16 * warmup : 16 * (warmup + timed)]) / sum(seconds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Each benchmark that anybody can run, at its smallest: what it measures is there, and its sides do the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.warm import warm_environment
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", "--device", "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=warm_environment(dict(os.environ)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_throughput_beside_another_library(tmp_path: Path) -> None:
+    arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full", "--visits", "1"]
+    arguments += ["--sides", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
+    assert "losses of all sides agree at step 1" in run("throughput", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 2]
+    phases = results["visits"][0]["began"]
+    assert 0 < phases["starting"] < phases["training"] < results["visits"][0]["first_step"]
+    assert str(tmp_path) not in results["command"]
+
+
+def test_a_lever_alone(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    said = run(
+        *("levers", "--levers", "low_rank_products", "--steps", "1", "--warmup-steps", "1", "--output", str(output))
+    )
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"]
+    assert list(runs) == ["none", "low_rank_products"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == list(runs)
+    assert all(0 <= float(apart) < 1e-5 for row in rows[2:] for apart in row[4:])
+
+
+def test_packed_rows_beside_padded_ones() -> None:
+    rows = [
+        line.split("|")
+        for line in run("packing", "--warmup-steps", "1", "--steps", "1").splitlines()
+        if line.startswith("|")
+    ]
+    assert [row[1].strip() for row in rows[2:]] == ["qwen_cl, packed", "qwen_cl, one to a row", "transformers, padded"]
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows[2:])
