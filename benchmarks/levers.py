@@ -25,11 +25,12 @@ LEVERS = {
     "linear_cross_entropy": ["speed.linear_cross_entropy=always"],
     "low_rank_products": ["speed.low_rank_products=always"],
     "cuda_graphs": ["speed.cuda_graphs=always"],
+    "recompute": ["speed.recompute=always"],
     "rotary_tables": ["speed.rotary_tables=true"],
     "fused_adam": ["speed.fused_adam=true"],
     "foreach_gradients": ["speed.foreach_gradients=true"],
 }
-ALL = "all of them"
+ALL, SLOWER = "all that gain", ("recompute",)
 OF_LORA, OF_A_GPU = ("low_rank_products",), ("cuda_graphs",)
 
 
@@ -91,7 +92,7 @@ def _chosen(names: list[str] | None, training: str, on_gpu: bool) -> dict[str, l
         for name, said in LEVERS.items()
         if (training == "lora" or name not in OF_LORA) and (on_gpu or name not in OF_A_GPU)
     }
-    there[ALL] = [override for said in there.values() for override in said]
+    there[ALL] = [override for name, said in there.items() if name not in SLOWER for override in said]
     return there if names is None else {name: said for name, said in there.items() if name in {"none", *names}}
 
 

@@ -93,4 +93,8 @@ def _activations(
     logits = tokens * architecture.vocab_size / cluster.tensor_parallel
     if speed is not None and speed.linear_cross_entropy is When.always:
         logits = min(logits, LOSS_CHUNK_BYTES / value_bytes)
-    return tokens * layers * per_token * value_bytes + logits * (value_bytes + 4)
+    kept = layers * per_token
+    if speed is not None and speed.recompute is When.always:  # each layer's input, and one layer at a time
+        kept = layers * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
+        kept += per_token
+    return tokens * kept * value_bytes + logits * (value_bytes + 4)

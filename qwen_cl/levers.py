@@ -36,6 +36,8 @@ def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
         gains = (kind is Accelerator.gpu or name in GAIN_ON_CPU) and not obstacle and not _untried(name, config)
         chosen[name] = When.always if wanted is When.always or (wanted is When.auto and gains) else When.never
+    if speed.recompute is When.auto:
+        chosen["recompute"] = When.never  # for qwen_cl/micro_batch.py to change, which knows the memory
     return replace(speed, **chosen)
 
 
@@ -53,6 +55,8 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return _compile_obstacle(config, kind)
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
         return "there is no GPU"
+    if name == "cuda_graphs" and config.speed.recompute is When.always:
+        return "recorded passes cannot be computed again in parts, and speed.recompute is always"
     if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
         return "it records passes through the whole model, of which each process has a part in this layout of cluster"
     if name in ("compile", "cuda_graphs") and _packed(config) and cluster.precision is Precision.fp32:

@@ -25,8 +25,8 @@ from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
-from qwen_cl.levers import has_static_shapes, settle_speed
-from qwen_cl.micro_batch import is_automatic, settle_micro_batch
+from qwen_cl.levers import has_static_shapes
+from qwen_cl.micro_batch import is_automatic, settle_for_device
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
@@ -105,8 +105,7 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     if model.commit is None:
         once(lambda: check_weights(model, architecture), "weights", said.model)
     sets = once(lambda: _with_local_sets(said), "sets", said.replay, said.retention)
-    config = replace(config, replay=sets.replay, retention=sets.retention, speed=settle_speed(config, device.kind))
-    config = settle_micro_batch(config, architecture, device)
+    config = settle_for_device(replace(config, replay=sets.replay, retention=sets.retention), architecture, device)
     files = row_files(config.data, config.training)
     read = config
     on = (said.model, config.data, config.replay, config.retention, _layout(config), type(config.task))

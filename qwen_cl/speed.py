@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.megatron_parallel import MegatronStep
 
-from qwen_cl.megatron import cross_entropy, gradients, low_rank, rotary
+from qwen_cl.megatron import cross_entropy, gradients, low_rank, recompute, rotary
 from qwen_cl.megatron.compilation import compile_layers
 from qwen_cl.megatron.graphs import RecordedSchedule
 from qwen_cl.run_folder import RunFolder
@@ -27,6 +27,7 @@ class Accelerate(pl.Callback):
         linear_cross_entropy: bool,
         low_rank_products: bool,
         cuda_graphs: bool,
+        recompute: bool,
         rotary_tables: bool,
         fused_adam: bool,
         foreach_gradients: bool,
@@ -36,6 +37,7 @@ class Accelerate(pl.Callback):
         self.linear_cross_entropy = linear_cross_entropy
         self.low_rank_products = low_rank_products
         self.cuda_graphs = cuda_graphs
+        self.recompute = recompute
         self.rotary_tables = rotary_tables
         self.fused_adam = fused_adam
         self.foreach_gradients = foreach_gradients
@@ -57,6 +59,8 @@ class Accelerate(pl.Callback):
             # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
             compiled = self.compile or torch.cuda.is_available()
             done["linear_cross_entropy"] = cross_entropy.install(model, compiled)
+        if self.recompute:
+            done["recompute"] = recompute.install(model)
         if self.compile:
             done["compile"] = compile_layers(model)
         if self.foreach_gradients:

@@ -148,6 +148,19 @@ def test_activations_grow_with_the_tokens_of_a_pass(key: str) -> None:
     assert after.total - before.total == before.activations
 
 
+def test_layers_that_are_computed_again_keep_little() -> None:
+    """Of 24 layers their inputs, and all of one; the logits are what they were."""
+    config = run_config()
+    speeds = [replace(config.speed, recompute=recompute) for recompute in (When.never, When.always)]
+    before, after = (
+        estimate_memory(architecture(QWEN_05B), batch_of(config), config.peft, config.cluster, Precision.bf16, speed)
+        for speed in speeds
+    )
+    logits = config.training.sequence_length * config.training.rows_per_pass * 151936 * 6
+    assert (before.activations - logits) / 24 < after.activations - logits < (before.activations - logits) / 12
+    assert (after.weights, after.gradients_and_optimizer) == (before.weights, before.gradients_and_optimizer)
+
+
 def test_the_total_is_the_sum_of_its_parts() -> None:
     parts = estimate()
     assert parts.total == parts.weights + parts.gradients_and_optimizer + parts.activations

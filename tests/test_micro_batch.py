@@ -12,6 +12,7 @@ from benchmarks.load import SHAPES
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import Accelerator, Precision, RunConfig
+from qwen_cl.config.speed import When
 from qwen_cl.devices import Device
 from qwen_cl.execute import judge
 from qwen_cl.micro_batch import SHARE, keep_micro_batch, settle_micro_batch, until_it_fits
@@ -125,6 +126,16 @@ def test_a_trial_has_its_share_of_what_it_shares(monkeypatch: pytest.MonkeyPatch
     slot = Slot(("0", "1"), 2 / 3, 8)  # three trials on each of two GPUs
     monkeypatch.setenv(SHARE, slot.environment(config.cluster)[SHARE])
     assert settle_micro_batch(config, shape("0.5b"), on).training.rows_per_pass == 2
+
+
+def test_what_does_not_fit_otherwise_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["model=tiny", "cluster.accelerator=cpu"]
+    assert make_plan(compose_run(*said)).config.speed.recompute is When.never
+    monkeypatch.setenv(SHARE, "0.000001")
+    for size in ("2", "auto"):
+        speed = make_plan(compose_run(*said, f"task.micro_batch_size={size}")).config.speed
+        assert (speed.recompute, speed.low_rank_products) == (When.always, When.always)
+    assert make_plan(compose_run(*said, "speed.recompute=never")).config.speed.recompute is When.never
 
 
 def test_what_was_settled_is_nothing_that_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 SPEED: dict[str, dict[str, Any]] = {
     "tp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
-    "sp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
+    "sp2": {
+        "linear_cross_entropy": When.always,
+        "low_rank_products": When.always,
+        "recompute": When.always,
+    },
     "sp2-cp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
-    "pp2": {"linear_cross_entropy": When.always},
+    "pp2": {"linear_cross_entropy": When.always, "recompute": When.always},
     "dp2": {"linear_cross_entropy": When.always, "cuda_graphs": When.always},
 }
 """Levers that one process does without. Without a GPU the schedule of recorded passes is all there is of them: none of

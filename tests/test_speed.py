@@ -46,13 +46,14 @@ def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> Non
 
 
 def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
-    fast = launch(*ON_CPU, *RUN, directory=tmp_path / "run", warm=True)
+    fast = launch(*ON_CPU, "speed.recompute=always", *RUN, directory=tmp_path / "run", warm=True)
     assert_alike(plain, fast)
     assert plain.folder.status()["levers"] == {}
     assert fast.folder.status()["levers"] == {
         "rotary_tables": 1,
         "low_rank_products": 16,
         "linear_cross_entropy": 1,
+        "recompute": 4,
         "foreach_gradients": 2,
         "fused_adam": 1,
     }

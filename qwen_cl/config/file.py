@@ -14,7 +14,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
 OF_NO_CONSEQUENCE = (
-    *("name", "wandb.", "dry_run", "resume.", "task.max_time", "task.async_save"),
+    *("name", "wandb.", "dry_run", "resume.", "task.max_time", "task.async_save", "speed.recompute"),
     *("model.endpoint", "model.offline", "model.cache"),
     *(f"cluster.{name}" for name in ("account", "partition", "qos", "time", "setup", "container_", "options")),
     *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow", "timeout_minutes")),

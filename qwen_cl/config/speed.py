@@ -24,6 +24,8 @@ class SpeedConfig:
     """LoRA's products joined with those of the layer it adapts."""
     cuda_graphs: When
     """Record the forward and backward pass of a micro batch, and replay it."""
+    recompute: When
+    """Keep of each layer its input alone, and compute the rest again in the backward pass: slower, in less memory."""
     rotary_tables: bool
     """Sines and cosines of positions once per pass and not once per layer, for queries and for keys."""
     fused_adam: bool
