@@ -19,6 +19,7 @@ from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
+from qwen_cl.config.speed import When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
@@ -94,6 +95,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     parts = (
         f"weights {estimate.weights / GIB:.2f}, gradients and optimizer {estimate.gradients_and_optimizer / GIB:.2f}, "
         f"activations of full rows {estimate.activations / GIB:.2f}"
+        + (", layers computed again (speed.recompute)" if config.speed.recompute is When.always else "")
     )
     return [("trainable", f"{estimate.trainable_parameters:,} parameters"), ("memory", total), ("", parts)]
 

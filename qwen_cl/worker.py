@@ -20,6 +20,7 @@ from qwen_cl import member
 from qwen_cl.config.errors import EXIT_PREEMPTED, NO_ROOM_ADVICE, NOT_FINITE_ADVICE, UserError
 from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
+from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.stop import Preempted, StopRequest
@@ -59,7 +60,7 @@ def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
         if stop.came_before_training:
             _finish(folder, State.PREEMPTED, "stopped before training began")
             return EXIT_PREEMPTED
-        why = _reason(error)
+        why = _reason(error, config.speed)
         if not member.report_failure(why):
             _finish(folder, State.FAILED, why)
         return 1
@@ -137,13 +138,16 @@ def _finish(folder: RunFolder, state: State, reason: str | None) -> None:
         folder.update_status(state=state, reason=reason, end=now())
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, speed: SpeedConfig) -> str:
     text = " ".join(str(error).split()) or "no message"
     if found := MEGATRON_NOT_FINITE.search(text):
         return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
     if getattr(error, "errno", None) == errno.ENOSPC:
         return f"{text}: the disk is full. {NO_ROOM_ADVICE}"
-    fix = "; lower task.micro_batch_size or task.sequence_length" if type(error).__name__ == "OutOfMemoryError" else ""
+    fix = ""
+    if type(error).__name__ == "OutOfMemoryError":
+        fix = "; lower task.micro_batch_size or task.sequence_length"
+        fix += "" if speed.recompute is When.always else ", or set speed.recompute=always"
     return f"{type(error).__name__}: {text[:500]}{fix}"
 
 

@@ -113,7 +113,13 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p", "task.packing=false"]],
+    [
+        [],
+        [
+            *("cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p"),
+            *("task.packing=false", "speed.recompute=always"),
+        ],
+    ],
 )
 def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_path: Path) -> None:
     done = launch("dry_run=true", *arguments, directory=tmp_path / "outputs/run", warm=bool(arguments))
@@ -123,6 +129,7 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     for fact in ("commit", "tokens per step", "memory", "tensor_parallel 1, pipeline_parallel 1"):
         assert fact in done.stdout
     assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
+    assert ("layers computed again (speed.recompute)" in done.stdout) == bool(arguments)
     # Transformer Engine's layers cannot keep segments apart.
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)
