@@ -18,6 +18,7 @@ from typing import Any
 from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.prepare import Order
+from qwen_cl.data.corpus.tokens import PoolStuck
 
 
 def main() -> int:
@@ -32,8 +33,11 @@ def main() -> int:
     except UserError as error:
         print(json.dumps(str(error)), flush=True)
         return UserError.exit_code
-    except BrokenProcessPool:
+    except BrokenProcessPool as error:
         print(json.dumps("a process that tokenises was killed (out of memory?); lower data.workers"), flush=True)
+        if isinstance(error, PoolStuck):
+            sys.stderr.flush()
+            os._exit(RunFailed.exit_code)
         return RunFailed.exit_code
     return 0
 

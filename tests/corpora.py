@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,3 +97,10 @@ FORMS: dict[str, Callable[[Path, list[str]], Path]] = {
     "directory": _directory,
     "glob": _globbed,
 }
+
+
+def die_while_answering(texts: list[str]) -> None:
+    """In a worker of a ProcessPoolExecutor: half an answer is in the pipe when it is killed."""
+    pipe = sys._getframe(1).f_locals["result_queue"]._writer
+    os.write(pipe.fileno(), struct.pack("!i", 1_000_000) + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)

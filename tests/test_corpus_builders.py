@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,15 @@ except RunFailed as error:
     sys.exit(str(error))
 except KeyboardInterrupt:
     sys.exit(EXIT_INTERRUPTED)
+"""
+BUILD = """
+import sys
+from qwen_cl.data.corpus import tokens
+from qwen_cl.tokenise import main
+from tests import corpora
+if __name__ == "__main__":
+    tokens._encode = corpora.die_while_answering
+    sys.exit(main())
 """
 STOPPED = ("interrupted", "killed", "builder", "worker")
 DOCUMENTS = 10_000
@@ -157,3 +168,24 @@ def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) ->
         assert outputs[name][1].splitlines()[-1] == f"data.path ({text}): {reason}"
     left = {name: [entry.partition(".")[2] for entry in entries(cache)] for name, cache in caches.items()}
     assert left == {"interrupted": [], "killed": [], "builder": ["unfinished"], "worker": []}
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_missed(text: Path, tmp_path: Path) -> None:
+    """The pool itself waits for the rest of it, for ever."""
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "qwen_cl/demo/model"))
+    order = make_order(source(text), tokenizer, workers=2, cache=str(tmp_path / "cache"))
+    program = tmp_path / "build.py"
+    program.write_text(BUILD)
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as builder:
+        assert builder.stdin is not None and builder.stdout is not None
+        builder.stdin.write(json.dumps(asdict(order)) + "\n")
+        builder.stdin.flush()
+        assert "a process that tokenises was killed" in builder.stdout.readline()
+        assert builder.wait(timeout=DEADLINE) == 1
+    assert entries(tmp_path / "cache") == []

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,8 @@ from tokenizers import Tokenizer
 from qwen_cl.data.corpus.documents import Document
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**19, 1024
+PATIENCE = 2.0
+"""Seconds in which a pool that can notices that a worker was killed."""
 AHEAD = 3
 """Batches under way for each process: enough that none waits, few enough to hold in memory."""
 
@@ -32,6 +36,10 @@ class Batch:
     """Of each document."""
 
 
+class PoolStuck(BrokenProcessPool):
+    """A thread of the pool waits for ever, and Python at its end for that thread."""
+
+
 def tokenise(
     documents: Iterable[Document], tokenizer: str, eos_id: int, workers: int
 ) -> Generator[tuple[Batch, list[Document]], None, None]:
@@ -44,17 +52,37 @@ def tokenise(
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(tokenizer, eos_id)
     )
     under_way: deque[tuple[Future[Batch], list[Document]]] = deque()
+    processes = pool._processes  # the one place that knows also those which died at once
     try:
         for batch in _batches(documents):
             under_way.append((pool.submit(_encode, [document.text for document in batch]), batch))
             if len(under_way) > AHEAD * workers:
                 future, done = under_way.popleft()
-                yield future.result(), done
+                yield _result(future, processes), done
         while under_way:
             future, done = under_way.popleft()
-            yield future.result(), done
-    finally:
+            yield _result(future, processes), done
+    except PoolStuck:
+        for process in list(processes.values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
         pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _result(future: Future[Batch], processes: Mapping[int, BaseProcess]) -> Batch:
+    """A worker that is killed in the middle of its answer leaves half of it in the pipe, for whose rest the pool waits
+    for ever: then it is we who say so."""
+    while True:
+        lost = any(not process.is_alive() for process in list(processes.values()))
+        try:
+            return future.result(timeout=PATIENCE)
+        except TimeoutError:
+            if lost and not future.done():
+                raise PoolStuck("a worker was killed in the middle of its answer") from None
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
