@@ -68,7 +68,7 @@ def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
     """Keep rows that only pad the vocabulary out of the softmax; a zero logit is not a small one.
 
     Changes nothing on the stages without an output layer and on ranks whose slice holds no padding. Output layers say
-    as ``kept_rows`` how many of theirs are none.
+    as ``kept_rows`` how many of their rows are tokens.
     """
     for module in model.modules():
         if not isinstance(module, GPTModel) or not module.post_process:
