@@ -122,7 +122,9 @@ class DeviceWatch:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        by_index = pynvml.nvmlDeviceGetHandleByIndex
+        handle = by_index(int(first)) if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(first)
         while not self._done.wait(SAMPLE_SECONDS):
             self.bytes = max(self.bytes, pynvml.nvmlDeviceGetMemoryInfo(handle).used)
             self._busy.append((time.time(), pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))

@@ -1,9 +1,10 @@
 """What two GPUs of one host do beside one, in one command: ``python benchmarks/two_gpus.py [--help]``.
 
 Trains the same rows in one process, and at tensor, pipeline and data parallel 2 over nccl, with the distributed
-optimizer: Qwen2.5-0.5B with every weight and 7B with LoRA, random weights, as ``python launch.py`` runs them. Goes on
-at data parallel 2 from what was saved at tensor parallel 2. Runs a sweep of 8 trials over both GPUs, one and two trials
-on each. Prints one table in Markdown for each. On a CPU the embedded model shows the same over gloo.
+optimizer: Qwen2.5-0.5B with every weight and 7B with LoRA, random weights, as ``python launch.py`` runs them. The run
+at tensor parallel 2 goes on at data parallel 2, beside one that did all of it in one process. A sweep of 8 trials takes
+both GPUs, with one and two trials on each. Prints one table in Markdown for each. On a CPU the embedded model shows the
+same over gloo.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ SAME_LEVERS = [
 FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}
 ON_CPU = {"embedded": [*FULL, "task.sequence_length=128"]}
-STEPS, WARM = 8, 3
+STEPS, MORE, WARM = 8, 4, 3
 LOADED = re.compile(r"Loaded .*: \d+ shards, ([\d.]+) MB read in ([\d.]+) s by rank (\d+)")
 SEVERAL = ["lr=1e-4,2e-4,3e-4,4e-4", "peft.rank=8,16"]
-PARTS = ("layouts", "resume", "sweep")
+PARTS = ("layouts", "sweep")
 
 
 def main() -> int:
@@ -61,7 +62,8 @@ def main() -> int:
     device = arguments.device or _default_device()
     if device == "cuda" and (gpus := len(visible_gpus())) < 2:
         parser.error(f"--device cuda needs two GPUs, and {gpus} is here; --device cpu shows the same over gloo")
-    print(f"On {_machine(device)}; {len(visible_gpus()) if device == 'cuda' else 0} GPUs\n")
+    print(f"On {_machine(device)}; {len(visible_gpus()) if device == 'cuda' else 0} GPUs\n", flush=True)
+    failed = False
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="two-gpus-") as temporary:
         base = Path(temporary)
         sizes = {name: SIZES[name] for name in arguments.shapes} if device == "cuda" else ON_CPU
@@ -70,13 +72,12 @@ def main() -> int:
             if device == "cuda":
                 write_model(model, SHAPES[name])
             common = [*_common(model, device), *said, *arguments.overrides]
+            first = name == next(iter(sizes))
             if "layouts" in arguments.parts:
-                _print_layouts(name, {key: _train(base / f"{name}-{key}", common, key) for key in LAYOUTS})
-            if "resume" in arguments.parts and name == next(iter(sizes)):
-                _print_resumed(base, common)
-            if "sweep" in arguments.parts and name == next(iter(sizes)):
-                _print_sweeps({count: _sweep(base / f"sweep-{count}", count, device, common) for count in (1, 2)})
-    return 0
+                failed |= _compare_layouts(base / name, common, name, resumed=first)
+            if "sweep" in arguments.parts and first:
+                failed |= _compare_sweeps(base, device, common)
+    return int(failed)
 
 
 def _common(model: Path, device: str) -> list[str]:
@@ -89,29 +90,37 @@ def _common(model: Path, device: str) -> list[str]:
     ]
 
 
-def _launch(directory: Path, *said: str) -> list[dict[str, Any]]:
-    """The lines of its metrics; ends this program where the run fails."""
+def _start(directory: Path, command: list[str]) -> None:
+    """Runs it to its end. Raises RuntimeError, with the last of what it said, where it fails."""
     print(f"{directory.name} …", file=sys.stderr, flush=True)
-    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", *said]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         log = directory / "run.log"
-        raise SystemExit((log.read_text(errors="replace")[-5000:] if log.exists() else "") + done.stderr[-3000:])
+        said = (log.read_text(errors="replace")[-5000:] if log.exists() else done.stdout[-3000:]) + done.stderr[-3000:]
+        print(said, file=sys.stderr)
+        raise RuntimeError(f"exit code {done.returncode}")
+
+
+def _launch(directory: Path, *said: str) -> list[dict[str, Any]]:
+    """The lines of its metrics, of all its starts."""
+    _start(directory, [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", *said])
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _train(directory: Path, common: list[str], layout: str) -> dict[str, Any]:
-    lines = _launch(directory, *common, *LAYOUTS[layout], f"task.max_steps={STEPS}")
-    steps = [line for line in lines if "train/loss" in line]
+def _train(directory: Path, common: list[str], layout: str, steps: int) -> dict[str, Any]:
+    try:
+        lines = _launch(directory, *common, *LAYOUTS[layout], f"task.max_steps={steps}")
+    except RuntimeError as error:
+        return {"error": f"failed: {error}"}
+    done = [line for line in lines if "train/loss" in line]
     loaded = LOADED.findall((directory / "run.log").read_text(encoding="utf-8", errors="replace"))
-    weights = sum(path.stat().st_size for path in directory.rglob("*") if _is_copy(path, directory))
     return {
-        "losses": [line["train/loss"] for line in steps],
-        "rate": statistics.median(line["throughput/tokens_per_second"] for line in steps[WARM:]),
-        "peak": max(line["memory/peak_gib"] for line in steps),
+        "losses": {line["step"]: line["train/loss"] for line in done},
+        "rate": statistics.median(line["throughput/tokens_per_second"] for line in done[WARM:]),
+        "peak": max(line["memory/peak_gib"] for line in done),
         "read": [float(megabytes) for megabytes, _, _ in loaded],
         "seconds": [float(seconds) for _, seconds, _ in loaded],
-        "copied": weights,
+        "copied": sum(path.stat().st_size for path in directory.rglob("*") if _is_copy(path, directory)),
     }
 
 
@@ -121,61 +130,76 @@ def _is_copy(path: Path, directory: Path) -> bool:
     return path.is_file() and path.suffix != ".log" and not any(place in path.parents for place in trained)
 
 
-def _print_layouts(name: str, runs: dict[str, dict[str, Any]]) -> None:
-    one = runs["one"]
-    print(f"{name}, {STEPS} steps of 8 rows; of one process, the others' losses and speed beside it\n")
+def _compare_layouts(base: Path, common: list[str], name: str, resumed: bool) -> bool:
+    """Returns whether anything failed. With ``resumed``, the run in one process is as long as the resumed one."""
+    runs = {
+        layout: _train(base.with_name(f"{name}-{layout}"), common, layout, STEPS + MORE * (resumed and layout == "one"))
+        for layout in LAYOUTS
+    }
+    print(f"{name}, {STEPS} steps of 8 rows; beside one process, the largest difference of a loss, and the speed\n")
     print("| layout | first loss | apart | tokens/s | times one | peak GiB | loaded in s | MB read by each rank |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for layout, run in runs.items():
-        apart = max(abs(ours - theirs) for ours, theirs in zip(run["losses"], one["losses"]))
-        print(
-            f"| {layout} | {run['losses'][0]:.4f} | {apart:.4f} | {run['rate']:,.0f} | {run['rate'] / one['rate']:.2f} "
-            f"| {run['peak']:.1f} | {max(run['seconds']):.2f} | {', '.join(f'{each:,.1f}' for each in run['read'])} |"
-        )
-    written = max(run["copied"] for run in runs.values())
-    print(f"\nBeside checkpoints, no run wrote more than {written / 1e6:.1f} MB.\n")
+        print(f"| {layout} | {run['error'] if 'error' in run else _cells(run, runs['one'])} |")
+    written = max((run["copied"] for run in runs.values() if "error" not in run), default=0)
+    print(f"\nBeside checkpoints, no run wrote more than {written / 1e6:.1f} MB.\n", flush=True)
+    failed = any("error" in run for run in runs.values())
+    return failed or (resumed and _resume(base.with_name(f"{name}-TP2"), common, runs["one"]["losses"]))
 
 
-def _print_resumed(base: Path, common: list[str]) -> None:
-    """Saved at tensor parallel 2, gone on with at data parallel 2; and all of it in one process."""
-    more = [f"task.max_steps={STEPS + 4}", "task.checkpoint_interval=100"]
-    whole = _launch(base / "whole", *common, *more)
-    _launch(base / "resumed", *common, *LAYOUTS["TP2"], f"task.max_steps={STEPS}")
-    lines = _launch(base / "resumed", *common, *LAYOUTS["DP2"], *more, "resume.allow=[task.max_steps]")
-    ours, theirs = ({s["step"]: s["train/loss"] for s in each if "train/loss" in s} for each in (lines, whole))
+def _cells(run: dict[str, Any], one: dict[str, Any]) -> str:
+    compared = "error" not in one
+    apart = max(abs(loss - one["losses"][step]) for step, loss in run["losses"].items()) if compared else float("nan")
+    return (
+        f"{next(iter(run['losses'].values())):.4f} | {apart:.4f} | {run['rate']:,.0f} "
+        f"| {run['rate'] / one['rate'] if compared else float('nan'):.2f} | {run['peak']:.1f} "
+        f"| {max(run['seconds']):.2f} | {', '.join(f'{each:,.1f}' for each in run['read'])}"
+    )
+
+
+def _resume(directory: Path, common: list[str], whole: dict[int, float]) -> bool:
+    """Goes on at data parallel 2 with what was saved at tensor parallel 2; returns whether that failed."""
+    more = [f"task.max_steps={STEPS + MORE}", "resume.allow=[task.max_steps]"]
+    try:
+        lines = _launch(directory, *common, *LAYOUTS["DP2"], *more)
+    except RuntimeError as error:
+        print(f"What was saved at TP2 did not go on at DP2: {error}\n", flush=True)
+        return True
+    ours = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     print(f"Saved at TP2 after step {STEPS}, gone on with at DP2; in one process\n\n| step | loss | in one process |")
     print("|---:|---:|---:|")
-    for step in range(STEPS - 1, STEPS + 5):
-        print(f"| {step} | {ours[step]:.4f} | {theirs[step]:.4f} |")
-    print()
+    for step in range(STEPS - 1, STEPS + MORE + 1):
+        print(f"| {step} | {ours[step]:.4f} | {whole[step]:.4f} |")
+    print(flush=True)
+    return False
 
 
-def _sweep(directory: Path, on_each: int, device: str, common: list[str]) -> dict[str, Any]:
+def _compare_sweeps(base: Path, device: str, common: list[str]) -> bool:
+    print("| trials on a GPU | seconds of the sweep | trials by GPU | most at once on one GPU |\n|---:|---:|---|---:|")
+    failed = False
+    for on_each in (1, 2):
+        try:
+            cells = _sweep(base / f"sweep-{on_each}", on_each, device, common)
+        except RuntimeError as error:
+            cells, failed = f"failed: {error} | | ", True
+        print(f"| {on_each} | {cells} |", flush=True)
+    return failed
+
+
+def _sweep(directory: Path, on_each: int, device: str, common: list[str]) -> str:
     slots = f"trials_per_gpu={on_each}" if device == "cuda" else f"cpu_slots={2 * on_each}"
     said = [f"hydra.sweep.dir='{directory}'", *common, "peft=lora", f"hydra.launcher.{slots}", *SEVERAL]
     said += ["task.sequence_length=512" if device == "cuda" else "task.sequence_length=64", "task.max_steps=20"]
-    print(f"{directory.name} …", file=sys.stderr, flush=True)
     started = time.monotonic()
-    command = [sys.executable, str(ROOT / "launch.py"), "-m", *said]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-    if done.returncode:
-        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-    seconds, spans = time.monotonic() - started, []
+    _start(directory, [sys.executable, str(ROOT / "launch.py"), "-m", *said])
+    seconds = time.monotonic() - started
+    spans: dict[str, list[tuple[str, str]]] = {}
     for path in directory.glob("*/trial.json"):
         status = json.loads((path.parent / "status.json").read_text(encoding="utf-8"))
-        where = ",".join(json.loads(path.read_text(encoding="utf-8"))["visible_devices"])
-        spans.append((where, status["start"], status["end"]))
-    return {"seconds": seconds, "spans": spans, "on_each": on_each}
-
-
-def _print_sweeps(sweeps: dict[int, dict[str, Any]]) -> None:
-    print("| trials on a GPU | seconds of the sweep | trials by GPU | most at once on one GPU |\n|---:|---:|---|---:|")
-    for count, sweep in sweeps.items():
-        places = sorted({where for where, _, _ in sweep["spans"]})
-        by_place = {place: [span[1:] for span in sweep["spans"] if span[0] == place] for place in places}
-        shown = ", ".join(f"{place or 'CPU'}: {len(spans)}" for place, spans in by_place.items())
-        most = max(_most_at_once(spans) for spans in by_place.values())
-        print(f"| {count} | {sweep['seconds']:.0f} | {shown} | {most} |")
+        where = ",".join(json.loads(path.read_text(encoding="utf-8"))["visible_devices"]) or "CPU"
+        spans.setdefault(where, []).append((status["start"], status["end"]))
+    most = max(_most_at_once(each) for each in spans.values())
+    return f"{seconds:.0f} | {', '.join(f'{where}: {len(spans[where])}' for where in sorted(spans))} | {most}"
 
 
 def _most_at_once(spans: list[tuple[str, str]]) -> int:
