@@ -25,6 +25,7 @@ LEVERS = {
     "linear_cross_entropy": ["speed.linear_cross_entropy=always"],
     "low_rank_products": ["speed.low_rank_products=always"],
     "cuda_graphs": ["speed.cuda_graphs=always"],
+    "fused_accumulation": ["speed.fused_accumulation=always"],
     "recompute": ["speed.recompute=always"],
     "rotary_tables": ["speed.rotary_tables=true"],
     "fused_adam": ["speed.fused_adam=true"],

@@ -18,7 +18,7 @@ LOSS_CHUNK_BYTES = 3 * 2**29
 fill any GPU."""
 GAIN_ON_CPU = ("low_rank_products",)
 """Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
-SETTLED = ("compile", "linear_cross_entropy", "low_rank_products", "cuda_graphs")
+SETTLED = ("compile", "linear_cross_entropy", "low_rank_products", "cuda_graphs", "fused_accumulation")
 
 
 def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
@@ -48,7 +48,7 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "there is no LoRA in this run (peft=lora)"
     if name == "low_rank_products" and isinstance(peft, LoraConfig) and peft.dropout > 0:
         return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
-    compiles = name == "compile" or (name == "linear_cross_entropy" and kind is Accelerator.gpu)
+    compiles = name in ("compile", "fused_accumulation") or (name == "linear_cross_entropy" and kind is Accelerator.gpu)
     if compiles and isinstance(cluster, LocalConfig) and not _has_compiler(kind):
         return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
     if name == "compile":
@@ -87,7 +87,7 @@ def has_static_shapes(config: RunConfig) -> bool:
 def _untried(name: str, config: RunConfig) -> bool:
     """What nobody has run on a GPU is there to be asked for, and is nobody's default: several GPUs, a cluster, whose
     containers may have Transformer Engine's layers, those layers, and packed rows."""
-    if name not in ("compile", "cuda_graphs"):
+    if name not in ("compile", "cuda_graphs", "fused_accumulation"):
         return config.cluster.tensor_parallel > 1
     elsewhere = not isinstance(config.cluster, LocalConfig) or config.cluster.world_size > 1
     return elsewhere or find_spec("transformer_engine") is not None or _packed(config)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning.megatron_parallel import MegatronStep
 
-from qwen_cl.megatron import cross_entropy, gradients, low_rank, recompute, rotary
+from qwen_cl.megatron import accumulation, cross_entropy, gradients, low_rank, recompute, rotary
 from qwen_cl.megatron.compilation import compile_layers
 from qwen_cl.megatron.graphs import RecordedSchedule
 from qwen_cl.run_folder import RunFolder
@@ -27,6 +27,7 @@ class Accelerate(pl.Callback):
         linear_cross_entropy: bool,
         low_rank_products: bool,
         cuda_graphs: bool,
+        fused_accumulation: bool,
         recompute: bool,
         rotary_tables: bool,
         fused_adam: bool,
@@ -37,6 +38,7 @@ class Accelerate(pl.Callback):
         self.linear_cross_entropy = linear_cross_entropy
         self.low_rank_products = low_rank_products
         self.cuda_graphs = cuda_graphs
+        self.fused_accumulation = fused_accumulation
         self.recompute = recompute
         self.rotary_tables = rotary_tables
         self.fused_adam = fused_adam
@@ -63,6 +65,8 @@ class Accelerate(pl.Callback):
             done["recompute"] = recompute.install(model)
         if self.compile:
             done["compile"] = compile_layers(model)
+        if self.fused_accumulation:
+            done["fused_accumulation"] = accumulation.install(model)
         if self.foreach_gradients:
             done["foreach_gradients"] = gradients.install(model)
         optimizers = [optimizer.mcore_optimizer for optimizer in trainer.optimizers]

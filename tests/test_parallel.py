@@ -31,16 +31,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2": {"devices": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
     "sp2-cp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "context_parallel": 2},
 }
+ADDED = {"fused_accumulation": When.always}
 SPEED: dict[str, dict[str, Any]] = {
-    "tp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
+    "tp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always, **ADDED},
     "sp2": {
         "linear_cross_entropy": When.always,
         "low_rank_products": When.always,
         "recompute": When.always,
+        **ADDED,
     },
     "sp2-cp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
-    "pp2": {"linear_cross_entropy": When.always, "recompute": When.always},
-    "dp2": {"linear_cross_entropy": When.always, "cuda_graphs": When.always},
+    "pp2": {"linear_cross_entropy": When.always, "recompute": When.always, **ADDED},
+    "dp2": {"linear_cross_entropy": When.always, "cuda_graphs": When.always, **ADDED},
 }
 """Levers that one process does without. Without a GPU the schedule of recorded passes is all there is of them: none of
 these rows is as long as one that is recorded."""

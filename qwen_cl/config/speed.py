@@ -24,6 +24,8 @@ class SpeedConfig:
     """LoRA's products joined with those of the layer it adapts."""
     cuda_graphs: When
     """Record the forward and backward pass of a micro batch, and replay it."""
+    fused_accumulation: When
+    """A layer's gradients of a micro batch added to those of the step by one compiled kernel."""
     recompute: When
     """Keep of each layer its input alone, and compute the rest again in the backward pass: slower, in less memory."""
     rotary_tables: bool

@@ -112,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 _add_product(weight_gradient, gradient.t(), hidden[chunk])
         ctx.save_for_backward(hidden_gradient, weight_gradient, labels)
-        ctx.weight_type = weight.dtype
+        ctx.weight_type, ctx.compiled = weight.dtype, compiled
         return losses
 
     @staticmethod
@@ -123,8 +123,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient * factor.to(hidden_gradient.dtype)
         if weight_gradient is not None:
-            weight_gradient = (weight_gradient * factor).to(ctx.weight_type)
+            weight_gradient = _run(ctx.compiled)(_scaled, weight_gradient, factor, ctx.weight_type)
         return hidden_gradient, weight_gradient, None, None, None, None
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
+    return (gradient * factor).to(wanted)
 
 
 def _chunk_size(tokens: int, weight: torch.Tensor) -> int:
@@ -221,11 +225,12 @@ def _run(compiled: bool) -> Callable[..., Any]:
     return _compiled if compiled else lambda function, *tensors: function(*tensors)
 
 
-def _compiled(function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """For any number of tokens at once, and for this vocabulary alone: kernels whose row length is open are slow."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compilation(function)(*tensors)
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.dim():
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+    return _compilation(function)(*arguments)
 
 
 @cache
