@@ -21,7 +21,7 @@ from qwen_cl.megatron.steps import NOT_COUNTED
 from tests.conftest import FEW, ROOT, Launched, launch, launch_once
 from tests.exporting import composed
 
-ON_CPU = ["speed.linear_cross_entropy=always", "speed.low_rank_products=always"]
+ON_CPU = [f"speed.{lever}=always" for lever in ("linear_cross_entropy", "low_rank_products", "fused_accumulation")]
 RUN = ["task.max_steps=6", "task.warmup_steps=1", "task.val_check_interval=3", "task.checkpoint_interval=3", FEW]
 RUN += ["task.sample_prompts=0", "wandb.mode=disabled"]
 UNALIKE = ("time", "throughput/tokens_per_second", "memory/peak_gib")
@@ -54,6 +54,7 @@ def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp
         "low_rank_products": 16,
         "linear_cross_entropy": 1,
         "recompute": 4,
+        "fused_accumulation": 32,
         "foreach_gradients": 2,
         "fused_adam": 1,
     }
@@ -131,6 +132,22 @@ def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, in
         weights = torch.randn_like(ours)
         for one, two in zip(*(torch.autograd.grad((out * weights).sum(), (x, down, up)) for out in (ours, theirs))):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("width", [4, 640], ids=["narrow", "in parts"])
+def test_swiglu_in_a_form_for_the_compiler_is_megatrons(width: int) -> None:
+    from qwen_cl.megatron.fusible import _in_parts, _swiglu
+
+    torch.manual_seed(0)
+    both = torch.randn(3, 2, 2 * width, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 2, width, dtype=torch.float64)
+    gate, value = both.chunk(2, dim=-1)
+    ours, theirs = _swiglu(both, None), torch.nn.functional.silu(gate) * value
+    torch.testing.assert_close(ours, theirs)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), both)[0] for out in (ours, theirs))
+    torch.testing.assert_close(ours, theirs)
+    halves = ours.chunk(2, dim=-1)
+    assert torch.equal(_in_parts(*halves), ours)
 
 
 def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
 from torch._dynamo import config as compiler
 
+from qwen_cl.megatron import fusible
 from qwen_cl.megatron.tensor_parallel import is_split
 
 GROUP_GETTER = "get_tensor_model_parallel_group_if_none"
@@ -29,6 +30,7 @@ def compile_layers(model: torch.nn.Module) -> int:
     they are first seen; from the second length on, lengths are symbols, so that rows of every length share a graph.
     """
     _silence_group_getter()
+    fusible.install(model)
     compiler.disable = False
     layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:

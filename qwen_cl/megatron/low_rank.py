@@ -126,7 +126,7 @@ class _JoinedProducts(torch.autograd.Function):
             joined, rows = torch.cat((x, thin), 1), torch.cat((weight, up), 1)
             return joined @ rows.t() if bias is None else torch.addmm(bias, joined, rows.t())
         out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        return torch.addmm(out, thin, up.t())
+        return _plus_product(out, thin, up.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -135,14 +135,20 @@ class _JoinedProducts(torch.autograd.Function):
         if _widens(weight, thin):
             both = gradient @ torch.cat((weight, up), 1)
             of_x, of_thin = both[:, : weight.shape[1]], both[:, weight.shape[1] :] * ctx.scale
-            of_x = torch.addmm(of_x, of_thin, down)
+            of_x = _plus_product(of_x, of_thin, down)
         else:
             of_thin = (gradient @ up) * ctx.scale
             if weight.shape[0] < weight.shape[1] and not thin.shape[1] % ALIGNED:
                 of_x = torch.cat((gradient, of_thin), 1) @ torch.cat((weight, down), 0)
             else:
-                of_x = torch.addmm(gradient @ weight, of_thin, down)
+                of_x = _plus_product(gradient @ weight, of_thin, down)
         return of_x, None, None, of_thin.t() @ x, gradient.t() @ thin, None
+
+
+def _plus_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """In place, where ``total`` is nobody else's. In a graph the sum becomes a part of the next kernel, while addmm's
+    would be a copy of ``total`` first: Inductor has no product that adds to what is there."""
+    return total + left @ right if torch.compiler.is_compiling() else total.addmm_(left, right)
 
 
 def _widens(weight: torch.Tensor, thin: torch.Tensor) -> bool:
