@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 ASKED = """
 import sys
 from qwen_cl import megatron
@@ -27,3 +29,13 @@ def test_a_web_server_is_not_imported_to_train() -> None:
     empty, said = done.stdout.splitlines()[-2:]
     assert empty == "[] LeptonJobState.Running"
     assert said == "leptonai.api.v2.client is not imported in a process that trains"
+
+
+def test_a_numpy_without_what_megatron_calls_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+
+    from qwen_cl.megatron.imports import import_megatron
+
+    monkeypatch.delattr(numpy, "product")
+    import_megatron()
+    assert numpy.product((2, 3)) == 6

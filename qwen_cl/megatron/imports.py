@@ -12,8 +12,18 @@ from typing import Any
 
 def import_megatron() -> None:
     """Before anything else of Megatron or NeMo is imported; idempotent."""
+    _restore_product()
     _skip_lepton()
     _skip_inference_library()
+
+
+def _restore_product() -> None:
+    """megatron/core/dist_checkpointing calls ``numpy.product``, which numpy 2 has no more: where an image brings that,
+    runs on several GPUs would train until their first checkpoint, and fail there."""
+    import numpy
+
+    if not hasattr(numpy, "product"):
+        numpy.product = numpy.prod  # type: ignore[attr-defined]
 
 
 def _skip_inference_library() -> None:
