@@ -23,26 +23,24 @@ def install(model: Any) -> int:
     """Returns how many weights' gradients are added so.
 
     Megatron takes a gradient whose weight says ``grad_added_to_main_grad`` for one that a fused product has added; of
-    a shared embedding only the output layer's, which ``zero_out_wgrad`` says. Where it has such products, they stay.
+    a shared embedding only the output layer's, which ``zero_out_wgrad`` says. Where it has such products, they stay;
+    and where it sends a gradient as soon as it is there, none can wait for another.
     """
     if get_model_config(model[0]).gradient_accumulation_fusion:
         return 0
     groups = [
         _Group(weights, _compiled())
         for part in model.modules()
-        if isinstance(part, DistributedDataParallel)
+        if isinstance(part, DistributedDataParallel) and not part.ddp_config.overlap_grad_reduce
         for weights in _grouped(part)
     ]
     return sum(len(group.weights) for group in groups)
 
 
 def _grouped(part: DistributedDataParallel) -> list[list[torch.nn.Parameter]]:
-    """The weights of each layer, and each of the others alone. Where gradients are sent as soon as they are there, a
-    weight waits for no other."""
+    """The weights of each layer, and each of the others alone."""
     layers = [module for module in part.modules() if isinstance(module, TransformerLayer)]
-    layer_of = (
-        {} if part.ddp_config.overlap_grad_reduce else {id(w): id(own) for own in layers for w in own.parameters()}
-    )
+    layer_of = {id(weight): id(layer) for layer in layers for weight in layer.parameters()}
     groups: dict[int, list[torch.nn.Parameter]] = {}
     for weight in part.parameters():
         if weight.requires_grad and hasattr(weight, "main_grad"):
