@@ -134,6 +134,20 @@ def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, in
             torch.testing.assert_close(one, two)
 
 
+def test_gradients_of_a_layer_are_added_once_though_some_never_come() -> None:
+    from qwen_cl.megatron.accumulation import _add, _Group
+
+    weights: list[Any] = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(3)]
+    for weight in weights:
+        weight.main_grad, weight.zero_out_wgrad = torch.zeros(2), True
+    group = _Group(weights, _add)
+    for used in ((0, 2), (2, 1, 0)):
+        sum(weights[number].sum() * 2**number for number in used).backward()
+        assert not group._waiting
+    assert [weight.main_grad[0].item() for weight in weights] == [2, 2, 8]
+    assert [weight.grad_added_to_main_grad and not weight.zero_out_wgrad for weight in weights] == [True] * 3
+
+
 @pytest.mark.parametrize("width", [4, 640], ids=["narrow", "in parts"])
 def test_swiglu_in_a_form_for_the_compiler_is_megatrons(width: int) -> None:
     from qwen_cl.megatron.fusible import _in_parts, _swiglu
