@@ -71,7 +71,7 @@ def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> N
     assert (best.name, best.val_loss, best.first_val_loss, best.train_loss) == ("02-lr_1e-3-rank_8", 2.5, 5.0, 3.0)
     assert best.forgotten == pytest.approx(0.4)
     assert best.tokens_per_second == 300.0
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=80)  # as rich takes it where there is no terminal
     print_results(results, [("time", "9 s")], console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"\* +02 +COMPLETED +1e-3 +8 +2\.5000 +\+0\.4000 +3\.0000 +300 +60 +20", text)

@@ -106,8 +106,9 @@ def best_of(results: Sequence[Result]) -> Result | None:
 
 
 def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], console: Console) -> None:
-    width = None if console.is_terminal else WIDTH_OF_A_FILE
-    console.print(_table(results), highlight=False, width=width)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_A_FILE)
+    console.print(_table(results), highlight=False)
     for result in results:
         if not result.completed:
             console.print(
