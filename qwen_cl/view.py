@@ -7,7 +7,7 @@ import os
 import statistics
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ from qwen_cl.run_folder import RunFolder
 
 WARM_UP = 5
 """Logged steps that throughput does not count."""
+WIDTH_OF_A_FILE = 240
 
 
 class MetricsTail:
@@ -143,6 +144,14 @@ def _measured(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
             text += f", bits per byte {bits.values[0]:.3f} -> {bits.values[-1]:.3f}"
         lines.append(("validation" if loss.name == TARGET else f"retention {loss.name}", text))
     return lines
+
+
+def console_for_tables(file: IO[str] | None = None) -> Console:
+    """A terminal's own width; a file or a pipe takes any table whole, which rich would cut at 80 columns."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_A_FILE)
+    return console
 
 
 def print_facts(lines: list[tuple[str, str]], console: Console) -> None:

@@ -20,6 +20,7 @@ from qwen_cl.run_folder import RunFolder
 from qwen_cl.sweep.results import best_of, print_results, read_results, write_results
 from qwen_cl.sweep.trial import Trial, trial_name, write_json
 from qwen_cl.sweep.view import SweepView
+from qwen_cl.view import console_for_tables
 
 
 def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: tuple[float, ...], **said: str) -> None:
@@ -71,7 +72,7 @@ def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> N
     assert (best.name, best.val_loss, best.first_val_loss, best.train_loss) == ("02-lr_1e-3-rank_8", 2.5, 5.0, 3.0)
     assert best.forgotten == pytest.approx(0.4)
     assert best.tokens_per_second == 300.0
-    console = Console(file=io.StringIO(), width=80)  # as rich takes it where there is no terminal
+    console = console_for_tables(io.StringIO())
     print_results(results, [("time", "9 s")], console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"\* +02 +COMPLETED +1e-3 +8 +2\.5000 +\+0\.4000 +3\.0000 +300 +60 +20", text)

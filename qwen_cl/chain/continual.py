@@ -20,7 +20,7 @@ from qwen_cl.config.rules import quoted
 from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.run_folder import RunFolder, State, now
-from qwen_cl.view import print_facts
+from qwen_cl.view import console_for_tables, print_facts
 
 
 def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str], directory: Path) -> None:
@@ -51,8 +51,8 @@ def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str]
             raise
         folder.update_status(state=State.COMPLETED, end=now(), stages=_states(stages))
     if task.sets:
-        write_matrix(task, rows, directory, Console())
-    write_comparison(stages, directory, Console())
+        write_matrix(task, rows, directory, console_for_tables())
+    write_comparison(stages, directory, console_for_tables())
     facts = [("state", "COMPLETED"), ("picture", str(folder.report)), ("last stage", str(stages[-1].folder.directory))]
     print_facts(facts, Console())
 

@@ -16,6 +16,7 @@ from qwen_cl.chain.measuring import Measured
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.inference.subject import write_whole
 from qwen_cl.transfer import Transfer, measure_transfer
+from qwen_cl.view import console_for_tables
 
 VALUES = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 MEASURES = {
@@ -47,7 +48,7 @@ def write_matrix(task: ContinualConfig, rows: Sequence[Measured], directory: Pat
         _measures_table(measures),
     )
     text = io.StringIO()
-    Console(file=text, width=120).print(block)
+    console_for_tables(text).print(block)
     write_whole(directory / "matrix.txt", text.getvalue())
     console.print(block)
 

@@ -19,9 +19,6 @@ from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
 from qwen_cl.view import median_rate, print_facts, read_metrics
 
-WIDTH_OF_A_FILE = 160
-"""Columns of the table where no terminal bounds it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -106,8 +103,6 @@ def best_of(results: Sequence[Result]) -> Result | None:
 
 
 def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], console: Console) -> None:
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH_OF_A_FILE)
     console.print(_table(results), highlight=False)
     for result in results:
         if not result.completed:

@@ -23,6 +23,7 @@ from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 from qwen_cl.sweep.view import WAITING, SweepView, tally
+from qwen_cl.view import console_for_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def run_trials(
         RunPreempted: the sweep was asked to stop.
     """
     with enduring_output(sweep.directory):
-        console = Console()
+        console = console_for_tables()
         scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
         console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
         started, start = time.monotonic(), now()
