@@ -12,9 +12,9 @@ from typing import Any
 
 @contextmanager
 def enduring_output(directory: Path) -> Iterator[None]:
-    """A reader that went away (``| head``) or a full disk under ``> file`` would end the launcher, and with it hours
-    of training. In here it is said once, where that can still be read, and the rest is not
-    printed. ``directory`` has what happens all the same."""
+    """A reader that went away (``| head``) or a full disk under ``> file`` would end the launcher, and with it hours of
+    training. In here it is said once, where that can still be read, and the rest is not printed. ``directory`` has what
+    happens all the same."""
     before = sys.stdout, sys.stderr
     told = f"what is printed cannot be written any more ({{}}); what runs goes on, and {directory} has its records"
     sys.stdout, sys.stderr = (_Enduring(stream, told) for stream in before)

@@ -127,6 +127,7 @@ def check_results(directory: Path, stdout: str) -> None:
     assert summary["best"] == trial_folders(directory)["05"].directory.name
     behind = losses[order[1]][-1] - losses["05"][-1]
     assert f"best  {summary['best']}, validation loss {losses['05'][-1]:.4f}, {behind:.4f} (" in stdout
+    assert re.search(rf"^ \* +05 +COMPLETED .* {losses['05'][-1]:.4f} ", stdout, re.MULTILINE), "cut to 80 columns"
     assert len((directory / "sweep.csv").read_text().splitlines()) == 7
     for name in ("loss-curves.png", "pareto.png"):
         assert (directory / name).read_bytes().startswith(b"\x89PNG")
