@@ -31,7 +31,8 @@ LAYOUTS = {
     "DP2": ["cluster.devices=2"],
 }
 SAME_LEVERS = [
-    f"speed.{name}=never" for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products")
+    f"speed.{name}=never"
+    for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products", "fused_accumulation")
 ]
 """All layouts are compared with those levers that all can have by default."""
 FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]

@@ -68,7 +68,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         self.directory = Path(dirpath)
         self.interval, self.keep_last, self.keep_best = every_n_train_steps, keep_last, keep_best
         self.waits = not async_save  # NeMo's own name for it says that of the strategy, which always is
-        self._saved_step = 0
+        self._saved_step = self._needed = 0
         self._writers: Writers | None = None
         self._unfinished: _Unfinished | None = None
         self._thread = ThreadPoolExecutor(1, "hashes")
@@ -166,7 +166,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
 
     def _may_go_on(self) -> bool:
         """While the writers of this rank write. On a CPU what they read, and training changes, is there twice."""
-        return not self.waits and psutil.virtual_memory().available > (size_of(self.directory) or 0)
+        return not self.waits and psutil.virtual_memory().available > self._needed
 
     def _together(self, trainer: pl.Trainer, partial: Path, action: Callable[[], Any]) -> None:
         """Do it on every rank; where one of them fails, all of them do, and nothing half-written is left."""
@@ -186,11 +186,12 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         raise (NoRoomError(reason) if reason.startswith(NO_ROOM) else RuntimeError(reason)) from fault
 
     def _begin(self, trainer: pl.Trainer) -> None:
-        needed = expected_size(trainer)
+        expected = expected_size(trainer)
+        self._needed = size_of(self.directory) or expected
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.directory)
-            require_room(self.directory, size_of(self.directory) or needed)
+            require_room(self.directory, self._needed)
 
     def _write(self, trainer: pl.Trainer, partial: Path) -> None:
         trainer.save_checkpoint(str(partial))

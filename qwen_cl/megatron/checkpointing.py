@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from qwen_cl.megatron import optimizer_state
 from qwen_cl.megatron.writers import hold_what_is_staged
 
 
@@ -22,6 +23,7 @@ def install(*, cpu: bool) -> None:
     checkpoint.
     """
     hold_what_is_staged()
+    optimizer_state.install()
     filesystem_async._get_write_results_queue = Report  # one for each save of each rank
     if not distrib_optimizer.HAVE_APEX_OR_TE and not hasattr(DistributedOptimizer, "_resumes_torch_adam"):
         _resume_torch_adam()
