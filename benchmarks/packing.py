@@ -43,6 +43,7 @@ def main() -> int:
         model = base / "model" if device == "cuda" else ROOT / "qwen_cl/demo/model"
         if device == "cuda":
             write_model(model, SHAPES["0.5b"])
+            _widen_tokenizer(model, SHAPES["0.5b"]["vocab_size"])
         scale = MEDIAN_WORDS if device == "cuda" else MEDIAN_WORDS // 8
         sizes = _write_rows(base / "rows.jsonl", model, total * 16 * 8, scale, length)
         print(f"LoRA on {_machine(device)}; rows of {statistics.mean(sizes):.0f} tokens (mean), to {max(sizes)}\n")
@@ -57,6 +58,18 @@ def main() -> int:
     for name, rate in rates.items():
         print(f"| {name} | {rate:,.0f} | {rate / rates[PEER]:.2f} |")
     return 0
+
+
+def _widen_tokenizer(model: Path, size: int) -> None:
+    """The demo's has 4,096 ids, and a run refuses a model that was trained with another tokenizer: ids that no text
+    becomes stand for the others."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}  # or they are numbered anew
+    taken = set(vocabulary.values())
+    vocabulary |= {f"<unused {number}>": number for number in range(size) if number not in taken}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -> list[int]:

@@ -2,9 +2,9 @@
 
 Trains the same rows in one process, and at tensor, pipeline and data parallel 2 over nccl, with the distributed
 optimizer: Qwen2.5-0.5B with every weight and 7B with LoRA, random weights, as ``python launch.py`` runs them. The run
-at tensor parallel 2 goes on at data parallel 2, beside one that did all of it in one process. A sweep of 8 trials takes
-both GPUs, with one and two trials on each. Prints one table in Markdown for each. On a CPU the embedded model shows the
-same over gloo.
+at tensor parallel 2 goes on at data parallel 2, beside one that did all of it in one process. A sweep of 8 trials of
+the embedded model takes both GPUs, with one and two trials on each. Prints one table in Markdown for each. On a CPU
+the embedded model shows the same over gloo.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,13 @@ FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}
 ON_CPU = {"embedded": [*FULL, "task.sequence_length=128"]}
 STEPS, MORE, WARM = 8, 4, 3
+DEMO = ROOT / "qwen_cl/demo/model"
 LOADED = re.compile(r"Loaded .*: \d+ shards, ([\d.]+) MB read in ([\d.]+) s by rank (\d+)")
 SEVERAL = ["lr=1e-4,2e-4,3e-4,4e-4", "peft.rank=8,16"]
 PARTS = ("layouts", "sweep")
+HEADINGS = """\
+| layout | first loss | apart | tokens/s | times one | efficiency | peak GiB | loaded in s | MB read by each rank |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
 def main() -> int:
@@ -68,16 +73,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="two-gpus-") as temporary:
         base = Path(temporary)
         sizes = {name: SIZES[name] for name in arguments.shapes} if device == "cuda" else ON_CPU
-        for name, said in sizes.items():
-            model = base / f"model-{name}" if device == "cuda" else ROOT / "qwen_cl/demo/model"
-            if device == "cuda":
-                write_model(model, SHAPES[name])
-            common = [*_common(model, device), *said, *arguments.overrides]
-            first = name == next(iter(sizes))
-            if "layouts" in arguments.parts:
-                failed |= _compare_layouts(base / name, common, name, resumed=first)
-            if "sweep" in arguments.parts and first:
-                failed |= _compare_sweeps(base, device, common)
+        models = {name: base / f"model-{name}" if device == "cuda" else DEMO for name in sizes}
+        making = {
+            name: threading.Thread(target=write_model, args=(model, SHAPES[name]))
+            for name, model in models.items()
+            if device == "cuda" and "layouts" in arguments.parts
+        }
+        for thread in making.values():
+            thread.start()  # the next model is made while the one before trains
+        for name, said in sizes.items() if "layouts" in arguments.parts else ():
+            if name in making:
+                making[name].join()
+            common = [*_common(models[name], device), *said, *arguments.overrides]
+            failed |= _compare_layouts(base / name, common, name, resumed=name == next(iter(sizes)))
+        if "sweep" in arguments.parts:
+            failed |= _compare_sweeps(base, device, [*_common(DEMO, device), *arguments.overrides])
     return int(failed)
 
 
@@ -87,41 +97,67 @@ def _common(model: Path, device: str) -> list[str]:
         *("model.verify=none", "wandb.mode=disabled", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"),
         *("task.global_batch_size=8", "task.micro_batch_size=2", "task.sample_prompts=0", "task.log_interval=1"),
         *("task.lr_schedule=constant", "task.warmup_steps=0", "lr=1e-4", "task.val_check_interval=1000"),
-        f"task.checkpoint_interval={STEPS}",
+        "task.checkpoint_interval=1000",
     ]
 
 
-def _start(directory: Path, command: list[str]) -> None:
-    """Runs it to its end. Raises RuntimeError, with the last of what it said, where it fails."""
-    print(f"{directory.name} …", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-    if done.returncode:
-        log = directory / "run.log"
-        said = (log.read_text(errors="replace")[-5000:] if log.exists() else done.stdout[-3000:]) + done.stderr[-3000:]
-        print(said, file=sys.stderr)
-        raise RuntimeError(f"exit code {done.returncode}")
+class Run:
+    """A process of ``launch.py``, which saves while the next one starts."""
+
+    def __init__(self, directory: Path, *said: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {directory.name} …", file=sys.stderr, flush=True)
+        self.directory = directory
+        self.before = len(self.lines())
+        command = [sys.executable, str(ROOT / "launch.py"), *said]
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as this object
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT, env=dict(os.environ))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of its metrics, of all its starts."""
+        path = self.directory / "metrics.jsonl"
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def train(self, last_step: int) -> None:
+        """To the end of its last step, or its own."""
+        while self.process.poll() is None and not any(
+            line["step"] == last_step for line in self.lines()[self.before :]
+        ):
+            time.sleep(0.2)
+
+    def end(self) -> None:
+        """Raises RuntimeError, with the last of what it said on stderr, where it failed."""
+        if not self.process.wait():
+            return
+        self.output.seek(0)
+        log = self.directory / "run.log"
+        print(
+            log.read_text(errors="replace")[-5000:] if log.exists() else "", self.output.read()[-3000:], file=sys.stderr
+        )
+        raise RuntimeError(f"exit code {self.process.returncode}")
 
 
-def _launch(directory: Path, *said: str) -> list[dict[str, Any]]:
-    """The lines of its metrics, of all its starts."""
-    _start(directory, [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", *said])
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _train(base: Path, common: list[str], layout: str, steps: int) -> Run:
+    directory = base.with_name(f"{base.name}-{layout}")
+    run = Run(directory, f"hydra.run.dir='{directory}'", *common, *LAYOUTS[layout], f"task.max_steps={steps}")
+    run.train(steps)
+    return run
 
 
-def _train(directory: Path, common: list[str], layout: str, steps: int) -> dict[str, Any]:
+def _measured(run: Run) -> dict[str, Any]:
     try:
-        lines = _launch(directory, *common, *LAYOUTS[layout], f"task.max_steps={steps}")
+        run.end()
     except RuntimeError as error:
         return {"error": f"failed: {error}"}
-    done = [line for line in lines if "train/loss" in line]
-    loaded = LOADED.findall((directory / "run.log").read_text(encoding="utf-8", errors="replace"))
+    done = [line for line in run.lines() if "train/loss" in line]
+    loaded = LOADED.findall((run.directory / "run.log").read_text(encoding="utf-8", errors="replace"))
     return {
         "losses": {line["step"]: line["train/loss"] for line in done},
         "rate": statistics.median(line["throughput/tokens_per_second"] for line in done[WARM:]),
         "peak": max(line["memory/peak_gib"] for line in done),
         "read": [float(megabytes) for megabytes, _, _ in loaded],
         "seconds": [float(seconds) for _, seconds, _ in loaded],
-        "copied": sum(path.stat().st_size for path in directory.rglob("*") if _is_copy(path, directory)),
+        "copied": sum(path.stat().st_size for path in run.directory.rglob("*") if _is_copy(path, run.directory)),
     }
 
 
@@ -133,27 +169,31 @@ def _is_copy(path: Path, directory: Path) -> bool:
 
 def _compare_layouts(base: Path, common: list[str], name: str, resumed: bool) -> bool:
     """Returns whether anything failed. With ``resumed``, the run in one process is as long as the resumed one."""
-    runs = {
-        layout: _train(base.with_name(f"{name}-{layout}"), common, layout, STEPS + MORE * (resumed and layout == "one"))
-        for layout in LAYOUTS
-    }
+    steps = {layout: STEPS + MORE * (resumed and layout == "one") for layout in LAYOUTS}
+    started = {layout: _train(base, common, layout, steps[layout]) for layout in LAYOUTS}
+    runs = {layout: _measured(run) for layout, run in started.items()}
     print(f"{name}, {STEPS} steps of 8 rows; beside one process, the largest difference of a loss, and the speed\n")
-    print("| layout | first loss | apart | tokens/s | times one | peak GiB | loaded in s | MB read by each rank |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| layout | first loss | apart | tokens/s | times one | efficiency | peak GiB | loaded in s | MB read by each rank |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for layout, run in runs.items():
-        print(f"| {layout} | {run['error'] if 'error' in run else _cells(run, runs['one'])} |")
+        print(
+            f"| {layout} | {run['error'] if 'error' in run else _cells(run, runs['one'], processes=1 if layout == 'one' else 2)} |"
+        )
     written = max((run["copied"] for run in runs.values() if "error" not in run), default=0)
     print(f"\nBeside checkpoints, no run wrote more than {written / 1e6:.1f} MB.\n", flush=True)
     failed = any("error" in run for run in runs.values())
     return failed or (resumed and _resume(base.with_name(f"{name}-TP2"), common, runs["one"]["losses"]))
 
 
-def _cells(run: dict[str, Any], one: dict[str, Any]) -> str:
+def _cells(run: dict[str, Any], one: dict[str, Any], processes: int) -> str:
     compared = "error" not in one
     apart = max(abs(loss - one["losses"][step]) for step, loss in run["losses"].items()) if compared else float("nan")
+    times = run["rate"] / one["rate"] if compared else float("nan")
     return (
         f"{next(iter(run['losses'].values())):.4f} | {apart:.4f} | {run['rate']:,.0f} "
-        f"| {run['rate'] / one['rate'] if compared else float('nan'):.2f} | {run['peak']:.1f} "
+        f"| {times:.2f} | {times / processes:.0%} | {run['peak']:.1f} "
         f"| {max(run['seconds']):.2f} | {', '.join(f'{each:,.1f}' for each in run['read'])}"
     )
 
@@ -161,12 +201,13 @@ def _cells(run: dict[str, Any], one: dict[str, Any]) -> str:
 def _resume(directory: Path, common: list[str], whole: dict[int, float]) -> bool:
     """Goes on at data parallel 2 with what was saved at tensor parallel 2; returns whether that failed."""
     more = [f"task.max_steps={STEPS + MORE}", "resume.allow=[task.max_steps]"]
+    run = Run(directory, f"hydra.run.dir='{directory}'", *common, *LAYOUTS["DP2"], *more)
     try:
-        lines = _launch(directory, *common, *LAYOUTS["DP2"], *more)
+        run.end()
     except RuntimeError as error:
         print(f"What was saved at TP2 did not go on at DP2: {error}\n", flush=True)
         return True
-    ours = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    ours = {line["step"]: line["train/loss"] for line in run.lines() if "train/loss" in line}
     print(f"Saved at TP2 after step {STEPS}, gone on with at DP2; in one process\n\n| step | loss | in one process |")
     print("|---:|---:|---:|")
     for step in range(STEPS - 1, STEPS + MORE + 1):
@@ -192,7 +233,7 @@ def _sweep(directory: Path, on_each: int, device: str, common: list[str]) -> str
     said = [f"hydra.sweep.dir='{directory}'", *common, "peft=lora", f"hydra.launcher.{slots}", *SEVERAL]
     said += ["task.sequence_length=512" if device == "cuda" else "task.sequence_length=64", "task.max_steps=20"]
     started = time.monotonic()
-    _start(directory, [sys.executable, str(ROOT / "launch.py"), "-m", *said])
+    Run(directory, "-m", *said).end()
     seconds = time.monotonic() - started
     spans: dict[str, list[tuple[str, str]]] = {}
     for path in directory.glob("*/trial.json"):

@@ -21,12 +21,16 @@ from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
+from qwen_cl.devices import cpu_cores
 from qwen_cl.levers import has_static_shapes
 from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.saving import StepCheckpoint
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.watchers import build_callbacks
+
+MOST_WRITERS = 8
+"""As many files as qwen_cl/checkpoints/manifest.py reads at once."""
 
 
 def build_recipe(
@@ -78,10 +82,17 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             context_parallel_size=cluster.context_parallel,
             sequence_parallel=cluster.sequence_parallel,
             ckpt_async_save=True,
+            ckpt_torch_dist_multiproc=_writers(cluster.devices),
             # torch's Adam keeps a scalar step, which the default format of the distributed optimizer refuses.
             ckpt_optim_fully_reshardable=True,
         ),
     )
+
+
+def _writers(ranks: int) -> int:
+    """Processes of each rank that write a checkpoint, and threads that hash it: a core of what its host has for each,
+    and Megatron's two where there are few. One core hashes half a gigabyte a second, and disks take more."""
+    return min(MOST_WRITERS, max(2, cpu_cores() // ranks))
 
 
 def _lightning_precision(config: RunConfig) -> str:
