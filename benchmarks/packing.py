@@ -70,6 +70,7 @@ def _widen_tokenizer(model: Path, size: int) -> None:
     taken = set(vocabulary.values())
     vocabulary |= {f"<unused {number}>": number for number in range(size) if number not in taken}
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": vocabulary["<|endoftext|>"]}))
 
 
 def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -> list[int]:

@@ -173,14 +173,10 @@ def _compare_layouts(base: Path, common: list[str], name: str, resumed: bool) ->
     started = {layout: _train(base, common, layout, steps[layout]) for layout in LAYOUTS}
     runs = {layout: _measured(run) for layout, run in started.items()}
     print(f"{name}, {STEPS} steps of 8 rows; beside one process, the largest difference of a loss, and the speed\n")
-    print(
-        "| layout | first loss | apart | tokens/s | times one | efficiency | peak GiB | loaded in s | MB read by each rank |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(HEADINGS)
     for layout, run in runs.items():
-        print(
-            f"| {layout} | {run['error'] if 'error' in run else _cells(run, runs['one'], processes=1 if layout == 'one' else 2)} |"
-        )
+        processes = 1 if layout == "one" else 2
+        print(f"| {layout} | {run['error'] if 'error' in run else _cells(run, runs['one'], processes)} |")
     written = max((run["copied"] for run in runs.values() if "error" not in run), default=0)
     print(f"\nBeside checkpoints, no run wrote more than {written / 1e6:.1f} MB.\n", flush=True)
     failed = any("error" in run for run in runs.values())
