@@ -18,6 +18,7 @@ from qwen_cl.flops import TrainingFlops, peak_flops
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.step_clock import StepClock
 from qwen_cl.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class RunRecorder(pl.Callback):
         self.dashboard: Dashboard | None = None
         self.tokens = 0
         self.pairs = 0
+        self.clock = StepClock()
         self._since = (0.0, 0, 0)
         self._lr = 0.0
         self._logged: dict[str, torch.Tensor] = {}
@@ -95,13 +97,13 @@ class RunRecorder(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stop is not None:
             self.stop.begin_training()
-        self._since = (time.monotonic(), self.tokens, self.pairs)
+        self._since = (self.clock.start(), self.tokens, self.pairs)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
             self._evaluate(trainer)
             # What other callbacks did before is no training either.
-            self._since = (time.monotonic(), self.tokens, self.pairs)
+            self._since = (self.clock.start(), self.tokens, self.pairs)
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(
@@ -139,11 +141,10 @@ class RunRecorder(pl.Callback):
         if self._unread is None:
             return
         step, self._unread = self._unread, None
-        if step.read is not None:
-            step.read.synchronize()
+        ended = self.clock.wait(step.read)
         values = {name: float(value) for name, value in step.values.items()}
         if self._is_recorded(trainer, step.number):
-            self._record(trainer, step, values)
+            self._record(trainer, step, ended, values)
         for what, name in (("loss", LOSS), ("gradient norm", GRADIENT)):
             if not math.isfinite(value := values.get(name, 0.0)):
                 raise FloatingPointError(f"training {what} is {value} at step {step.number}; {NOT_FINITE_ADVICE}")
@@ -154,11 +155,7 @@ class RunRecorder(pl.Callback):
     def _on_its_way(self, step: int) -> _Step:
         logged, self._logged = self._logged, {}
         values = {name: value.to("cpu", non_blocking=True) for name, value in logged.items()}
-        read = None
-        if any(value.is_cuda for value in logged.values()):
-            read = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            read.record()
-        return _Step(step, self._lr, self.tokens, self.pairs, values, read)
+        return _Step(step, self._lr, self.tokens, self.pairs, values, self.clock.mark())
 
     def _evaluate(self, trainer: pl.Trainer) -> None:
         """Every named set at the same step, in one line: what was learnt beside what was forgotten."""
@@ -172,14 +169,14 @@ class RunRecorder(pl.Callback):
                 record[f"{scored.name}/bits_per_byte"] = total / math.log(2) / scored.num_bytes
             record[f"{scored.name}/tokens"] = tokens
         self._measured = (trainer.global_step, record.get(f"{TARGET}/loss"))
-        self._write(trainer, trainer.global_step, self.tokens, record)
+        self._write(trainer, trainer.global_step, self.tokens, record, time.monotonic())
         since, tokens_before, pairs_before = self._since
-        self._since = (since + time.monotonic() - paused, tokens_before, pairs_before)
+        self._since = (since + self.clock.start() - paused, tokens_before, pairs_before)
 
-    def _record(self, trainer: pl.Trainer, step: _Step, values: dict[str, float]) -> None:
+    def _record(self, trainer: pl.Trainer, step: _Step, ended: float, values: dict[str, float]) -> None:
         since, tokens, pairs = self._since
-        elapsed = max(time.monotonic() - since, 1e-9)
-        self._since = (time.monotonic(), step.tokens, step.pairs)
+        elapsed = max(ended - since, 1e-9)
+        self._since = (ended, step.tokens, step.pairs)
         record = {
             "train/loss": values[LOSS],
             "optim/lr": step.lr,
@@ -192,7 +189,7 @@ class RunRecorder(pl.Callback):
             record["throughput/mfu"] = done / elapsed / peak
         if GRADIENT in values:
             record["optim/grad_norm"] = values[GRADIENT]
-        self._write(trainer, step.number, step.tokens, record)
+        self._write(trainer, step.number, step.tokens, record, ended)
 
     def _peak_flops(self, trainer: pl.Trainer) -> float | None:
         """Of all devices; None on a CPU, in fp32, and on a GPU that qwen_cl/flops.py does not know."""
@@ -201,10 +198,10 @@ class RunRecorder(pl.Callback):
         peak = peak_flops(torch.cuda.get_device_name())
         return None if peak is None else peak * trainer.world_size
 
-    def _write(self, trainer: pl.Trainer, step: int, tokens: int, record: dict[str, Any]) -> None:
+    def _write(self, trainer: pl.Trainer, step: int, tokens: int, record: dict[str, Any], at: float) -> None:
         if not trainer.is_global_zero:
             return
-        self.folder.append_metrics({"step": step, "time": time.time(), **record})
+        self.folder.append_metrics({"step": step, "time": time.time() + at - time.monotonic(), **record})
         self.folder.update_status(step=step, phase="training")
         if self.dashboard is not None:
             self.dashboard.log({"tokens": tokens, **record}, step)

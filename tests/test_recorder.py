@@ -26,12 +26,12 @@ class ReadLate:
 
         stock = RunRecorder._record
 
-        def record(self: Any, trainer: Any, step: Any, values: Any) -> None:
+        def record(self: Any, trainer: Any, step: Any, *measured: Any) -> None:
             with (folder.directory / "recorded").open("a") as stream:
                 stream.write(f"{step.number}:{trainer.global_step} ")
             waits = trainer.strategy.megatron_parallel[0].ddp_config.check_for_nan_in_grad
             (folder.directory / "waits for each gradient").write_text(str(waits))
-            stock(self, trainer, step, values)
+            stock(self, trainer, step, *measured)
 
         patched: Any = RunRecorder
         patched.reads_late, patched._record = True, record
