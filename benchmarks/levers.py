@@ -56,6 +56,7 @@ def main() -> int:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import throughput
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from benchmarks.throughput_table import OURS
 
     on_gpu = (device := arguments.device or _default_device()) == "cuda"
     results: dict[str, Any] = {"machine": _machine(device), "training": arguments.training, "runs": {}}
@@ -79,9 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         results |= {name: specification[name] for name in ("sequence_length", "global_batch_size", "micro_batch_size")}
         for name, overrides in _chosen(arguments.levers, arguments.training, on_gpu).items():
             said = ["speed=plain", *overrides]
-            results["runs"][name] = throughput._visit(
-                throughput.OURS, specification, base / f"run-{len(results['runs'])}", said
-            )
+            results["runs"][name] = throughput._visit(OURS, specification, base / f"run-{len(results['runs'])}", said)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results

@@ -24,6 +24,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.throughput_table import OURS, table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 SEED, LR, SIDE_SECONDS = 1234, 1e-4, 240
 SHOWN_VERSIONS = ("torch", "nemo_toolkit", "megatron-core", "transformers", "peft", "liger-kernel", "trl")
@@ -34,7 +37,6 @@ PEERS: dict[str, dict[str, Any]] = {
     "TRL, compiled": {"compiled": True, "liger": False, "program": "benchmarks.trl_peer"},
 }
 """By default the first two; the others after `pip install -c constraints.txt -e '.[peers]'`."""
-OURS = "qwen_cl"
 
 
 def main() -> int:
@@ -85,6 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
         "versions": versions(SHOWN_VERSIONS),
         **common,
+        "matrix_flops": _matrix_flops(device),
         "visits": [],
     }
     output = arguments.output or RESULTS / f"throughput-{device}-{arguments.shape if on_gpu else 'embedded'}.json"
@@ -107,6 +110,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     if side == OURS and "error" in visit:
                         return results  # nothing to compare with
     return results
+
+
+def _matrix_flops(device: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.matrix_rate", device]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
 
 def _write_tokens(common: dict[str, Any], vocab_size: int) -> int:
@@ -187,68 +195,6 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
         "mfu": statistics.median(line.get("throughput/mfu", 0.0) for line in steps[specification["warmup_steps"] :]),
         "ended": timed[-1],
     }
-
-
-def table(results: dict[str, Any]) -> str:
-    """Of the median, with the tenth and ninetieth percentile, over all timed steps of a side's visits. Seconds to the
-    end of the first step are those of its first visit and of its last, which finds what was compiled."""
-    lines = [
-        f"{results['model']}; {results['machine']}; rows of {results['sequence_length']} tokens, "
-        f"{results['global_batch_size']} a step; {results['date']}; `{results['command']}`; "
-        + ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
-        "",
-        "| training | micro batch | side | tokens/s (p10-p90) | times best peer | peak GiB | first step | GPU busy |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    groups = dict.fromkeys((visit["training"], visit["micro_batch"]) for visit in results["visits"])
-    for training, micro in groups:
-        visits = [v for v in results["visits"] if (v["training"], v["micro_batch"]) == (training, micro)]
-        sides = {name: [v for v in visits if v["side"] == name] for name in dict.fromkeys(v["side"] for v in visits)}
-        rates = {name: _rates(results, own) for name, own in sides.items() if not any("error" in v for v in own)}
-        peers = [statistics.median(rate) for name, rate in rates.items() if name != OURS]
-        for name, own in sides.items():
-            lines.append(f"| {training} | {micro} | {name} | {_cells(name, own, rates, max(peers, default=None))} |")
-    lines += ["", _losses(results)]
-    return "\n".join(lines)
-
-
-def _rates(results: dict[str, Any], visits: list[dict[str, Any]]) -> list[float]:
-    tokens = results["sequence_length"] * results["global_batch_size"]
-    return sorted(tokens / seconds for visit in visits for seconds in visit["seconds"])
-
-
-def _cells(name: str, visits: list[dict[str, Any]], rates: dict[str, list[float]], best: float | None) -> str:
-    if name not in rates:
-        return f"{next(visit['error'] for visit in visits if 'error' in visit)} | | | |"
-    rate = rates[name]
-    median = statistics.median(rate)
-    low, high = rate[len(rate) // 10], rate[-1 - len(rate) // 10]
-    peak = max(visit["peak"] for visit in visits)
-    first = " / ".join(dict.fromkeys(f"{visit['first_step']:.0f} s" for visit in (visits[0], visits[-1])))
-    busy = [visit["busy"] for visit in visits if visit["busy"] is not None]
-    return " | ".join([
-        f"{median:,.0f} ({low:,.0f}-{high:,.0f})",
-        f"{median / best:.2f}" if best else "-",
-        f"{peak / 2**30:.1f}" if peak else "-",
-        first,
-        f"{statistics.mean(busy):.0%}" if busy else "-",
-    ])  # fmt: skip
-
-
-def _losses(results: dict[str, Any]) -> str:
-    """That all sides begin with the same model on the same tokens, and how far apart they come: random adapters
-    are not the same."""
-    found = []
-    for training in dict.fromkeys(visit["training"] for visit in results["visits"]):
-        curves = [v["losses"] for v in results["visits"] if v["training"] == training and "error" not in v]
-        spreads = [max(losses) - min(losses) for losses in zip(*curves)]
-        if spreads:
-            verdict = "agree" if spreads[0] < 1e-2 else "DO NOT AGREE"
-            found.append(
-                f"{training}: losses of all sides {verdict} at step 1 ({spreads[0]:.4f} apart) "
-                f"and are at most {max(spreads):.4f} apart in {len(spreads)} steps"
-            )
-    return "; ".join(found)
 
 
 def _command(arguments: argparse.Namespace) -> str:
