@@ -3,7 +3,8 @@
 Three sides in turn, each in its own process, on the same rows, whose lengths are log-normal with a mean of about 300
 tokens: ours with ``task.packing=true``, ours with one conversation to a row, padded to the longest of its micro batch,
 and transformers with PEFT, compiled, with every row padded to the sequence length. On a GPU, LoRA on a Qwen2.5-0.5B of
-random weights; on a CPU, the embedded model. Prints a table in Markdown; tokens are the rows' own, without padding.
+random weights; on a CPU, the embedded model. Prints a table in Markdown; tokens are the rows' own, without padding. Our
+sides train about as many rows in a step, packed or not, so that their losses can be compared.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,27 @@ def main() -> int:
         print(f"LoRA on {_machine(device)}; rows of {statistics.mean(sizes):.0f} tokens (mean), to {max(sizes)}\n")
         common = ["model=local", f"model.source='{model}'", f"task.sequence_length={length}", f"task.max_steps={total}"]
         common += [f"task.micro_batch_size={micro}", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
-        rates = {}
+        in_one = int(length / statistics.mean(sizes))  # about as many rows share a sequence
+        sides = {}
         for name, packing in OURS.items():
-            more = arguments.packed_overrides if packing else []
-            rates[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
-        rates[PEER] = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
-    print("| side | tokens/s of the rows | times padded to the sequence length |\n|---|---:|---:|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:,.0f} | {rate / rates[PEER]:.2f} |")
+            more = arguments.packed_overrides if packing else [f"task.global_batch_size={16 * in_one}"]
+            sides[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
+        padded = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
+    print("| side | tokens/s of the rows | times padded to the sequence length | loss before | and after |")
+    print("|---|---:|---:|---:|---:|")
+    for name, side in sides.items():
+        print(f"| {name} | {side.rate:,.0f} | {side.rate / padded:.2f} | {side.before:.4f} | {side.after:.4f} |")
+    print(f"| {PEER} | {padded:,.0f} | 1.00 | | |")
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    rate: float
+    """Tokens of the rows a second."""
+    before: float
+    after: float
+    """Validation loss."""
 
 
 def _widen_tokenizer(model: Path, size: int) -> None:
@@ -96,21 +110,23 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
     return [example.num_positions for example in build_examples(rows, tokenizer, longest, LossOn.all)]
 
 
-def _ours(directory: Path, rows: Path, packing: bool, said: list[str], warmup: int) -> float:
+def _ours(directory: Path, rows: Path, packing: bool, said: list[str], warmup: int) -> Side:
     print(f"{directory.name} …", file=sys.stderr, flush=True)
-    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", "task=finetune", *said]
+    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", "task=finetune"]
     command += ["data=jsonl", f"data.path='{rows}'", "retention=none", "model.verify=none", "wandb.mode=disabled"]
     command += [f"task.packing={str(packing).lower()}", "task.loss_on=all", "task.global_batch_size=16"]
     command += ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0", "task.sample_prompts=0"]
     command += ["task.val_check_interval=1000", "task.checkpoint_interval=1000", "task.log_interval=1"]
-    command += ["task.warmup_steps=0"]
+    command += ["task.warmup_steps=0", *said]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         log = directory / "run.log"
         raise SystemExit((log.read_text(errors="replace")[-5000:] if log.exists() else "") + done.stderr[-3000:])
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "train/loss" in line][warmup - 1 :]
-    return float((steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["time"] - steps[0]["time"]))
+    rate = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["time"] - steps[0]["time"])
+    losses = [line["val/target/loss"] for line in lines if "val/target/loss" in line]
+    return Side(rate, losses[0], losses[-1])
 
 
 def _peer(

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 from tests.warm import warm_environment
 
@@ -56,3 +58,6 @@ def test_packed_rows_beside_padded_ones() -> None:
     ]
     assert [row[1].strip() for row in rows[2:]] == ["qwen_cl, packed", "qwen_cl, one to a row", "transformers, padded"]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows[2:])
+    before, after = ([float(row[place]) for row in rows[2:4]] for place in (4, 5))
+    assert before[0] == before[1] and after[0] == pytest.approx(after[1], rel=0.01)
+    assert before[0] - after[0] > 0.5  # it learned something
