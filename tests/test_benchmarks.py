@@ -28,14 +28,23 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_throughput_beside_another_library(tmp_path: Path) -> None:
-    arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full", "--visits", "1"]
+    arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full"]
     arguments += ["--sides", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
     assert "losses of all sides agree at step 1" in run("throughput", *arguments)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 2]
+    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 4, 2]
     phases = results["visits"][0]["began"]
     assert 0 < phases["starting"] < phases["training"] < results["visits"][0]["first_step"]
     assert str(tmp_path) not in results["command"]
+
+
+def test_the_order_of_the_sides() -> None:
+    """A-B-C-C-B-A, of which the two in the middle are one process."""
+    from benchmarks.throughput import _order
+
+    assert _order(["a", "b", "c"], 2) == [("a", 1), ("b", 1), ("c", 2), ("b", 1), ("a", 1)]
+    assert _order(["a", "b", "c"], 1) == [("a", 1), ("b", 1), ("c", 1)]
+    assert _order(["a"], 2) == [("a", 1), ("a", 1)]
 
 
 def test_a_lever_alone(tmp_path: Path) -> None:

@@ -98,14 +98,16 @@ def _collect(optimizer: Any, parameter: torch.nn.Parameter, pieces: list[Piece])
     if own != owner:
         torch.distributed.send(part, torch.distributed.get_global_rank(group, owner.rank), group)
         return None
-    whole = torch.empty(len(STATE), parameter.numel())
+    whole = {key: torch.empty(parameter.numel(), dtype=part.dtype) for key in STATE}
     for piece in pieces:
         if piece != own:
-            part = torch.empty(len(STATE), piece.size, device=there["param"].device)
-            torch.distributed.recv(part, torch.distributed.get_global_rank(group, piece.rank), group)
-            whole[:, piece.start : piece.end] = part.cpu()
-    whole[:, own.start : own.end] = torch.stack([there[key].detach() for key in STATE]).cpu()
-    return dict(zip(STATE, whole.unbind()))
+            found = part.new_empty(len(STATE), piece.size)
+            torch.distributed.recv(found, torch.distributed.get_global_rank(group, piece.rank), group)
+        else:
+            found = part
+        for tensor, values in zip(whole.values(), found.cpu()):
+            tensor[piece.start : piece.end] = values
+    return whole
 
 
 def _as(model: Any, key: str, data: torch.Tensor, optimizer: Any, speaks: bool) -> Any:
