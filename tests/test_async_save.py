@@ -99,6 +99,21 @@ def test_without_it_training_waits(tmp_path: Path) -> None:
     assert set((folder.directory / "seen").read_text().split()) == {"2"}
 
 
+def test_training_waits_where_memory_is_short_also_for_the_first(tmp_path: Path) -> None:
+    """Nothing that was saved before says then how much it takes."""
+    folder = RunFolder(tmp_path / "run")
+    fault = Both(short_of_memory, AtWriting(2, until=2, action=note_newest))
+    assert train(folder, *LORA, "task.max_steps=4", fault=fault).returncode == 0
+    assert set((folder.directory / "seen").read_text().split()) == {"2"}
+
+
+def short_of_memory(folder: RunFolder) -> None:
+    from types import SimpleNamespace
+
+    patched: Any = psutil
+    patched.virtual_memory = lambda: SimpleNamespace(available=2**20, total=2**40)
+
+
 def note_newest(folder: RunFolder) -> None:
     with (folder.directory / "seen").open("a") as stream:
         time.sleep(0.5)  # in which a step would come

@@ -3,9 +3,9 @@
 The names and shapes in the checkpoint are those of ``DistributedOptimizer.sharded_param_state_fully_reshardable``
 (megatron-core 0.15): of each parameter its fp32 copy and Adam's two moments, whole. To make them, Megatron copies the
 state to the host, gathers all of it on every rank of the data parallel group, and copies it twice more, while training
-waits: for 0.5B parameters in one process, 14 GB of memory and 18 s on a laptop. But nearly every parameter is whole on
-one rank already. Here that rank gives what it has; of those few that the ranks' shares cut, the rank with the largest
-part collects the others.
+waits: for 0.5B parameters in one process on two cores, 18 s, when 13 GB more were taken and memory was out. But nearly
+every parameter is whole on one rank already. Here that rank gives what it has; of those few that the ranks' shares cut,
+the rank with the largest part collects the others.
 """
 
 from __future__ import annotations
