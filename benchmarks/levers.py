@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="that are timed")
     parser.add_argument("--output", type=Path, help="also write what was measured, as JSON, after each run")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
+    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        return 0
     if min(arguments.warmup_steps, arguments.steps) < 1:
         parser.error("--warmup-steps and --steps must be at least 1: a step lasts from the end of the one before")
     print(table(measure(arguments)))
@@ -57,9 +62,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import throughput
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
     from benchmarks.throughput_table import OURS
+    from qwen_cl.run_folder import versions
 
     on_gpu = (device := arguments.device or _default_device()) == "cuda"
-    results: dict[str, Any] = {"machine": _machine(device), "training": arguments.training, "runs": {}}
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": _machine(device),
+        "versions": versions(throughput.SHOWN_VERSIONS),
+        "training": arguments.training,
+        "runs": {},
+    }
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="levers-") as temporary:
         base = Path(temporary)
         model = base / "model" if on_gpu else ROOT / "qwen_cl/demo/model"

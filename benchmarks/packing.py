@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     parser.add_argument("--warmup-steps", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument("--sides", nargs="+", choices=[*OURS, PEER], default=[*OURS, PEER], help="default: all three")
     parser.add_argument("--packed-overrides", nargs="*", default=[], help="of our packed side, as to launch.py")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, _default_device, _machine, write_model
@@ -53,15 +54,19 @@ def main() -> int:
         common += [f"task.micro_batch_size={micro}", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
         in_one = int(length / statistics.mean(sizes))  # about as many rows share a sequence
         sides = {}
-        for name, packing in OURS.items():
+        for name, packing in ((name, packing) for name, packing in OURS.items() if name in arguments.sides):
             more = arguments.packed_overrides if packing else [f"task.global_batch_size={16 * in_one}"]
             sides[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
-        padded = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
+        padded = None
+        if PEER in arguments.sides:
+            padded = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
     print("| side | tokens/s of the rows | times padded to the sequence length | loss before | and after |")
     print("|---|---:|---:|---:|---:|")
     for name, side in sides.items():
-        print(f"| {name} | {side.rate:,.0f} | {side.rate / padded:.2f} | {side.before:.4f} | {side.after:.4f} |")
-    print(f"| {PEER} | {padded:,.0f} | 1.00 | | |")
+        times = f"{side.rate / padded:.2f}" if padded else "-"
+        print(f"| {name} | {side.rate:,.0f} | {times} | {side.before:.4f} | {side.after:.4f} |")
+    if padded:
+        print(f"| {PEER} | {padded:,.0f} | 1.00 | | |")
     return 0
 
 

@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="that are timed")
     parser.add_argument("--visits", type=int, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
     parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
-    parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE.json")
+    parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE-MODEL.json")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
     parser.add_argument(
         "--table", type=Path, nargs="+", help="print the tables of files of results, and measure nothing"

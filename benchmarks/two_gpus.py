@@ -35,7 +35,7 @@ SAME_LEVERS = [
     f"speed.{name}=never"
     for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products", "fused_accumulation")
 ]
-"""All layouts are compared with those levers that all can have by default."""
+"""All layouts are compared with those levers that all have by default."""
 FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}
 ON_CPU = {"embedded": [*FULL, "task.sequence_length=128"]}
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPUs if there are any")
     parser.add_argument("--shapes", nargs="+", choices=SIZES, default=list(SIZES), help="on GPUs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="'one' is always there")
     parser.add_argument(
         "--overrides",
         nargs="*",
@@ -85,7 +86,9 @@ def main() -> int:
             if name in making:
                 making[name].join()
             common = [*_common(models[name], device), *said, *arguments.overrides]
-            failed |= _compare_layouts(base / name, common, name, resumed=name == next(iter(sizes)))
+            layouts = [layout for layout in LAYOUTS if layout in ("one", *arguments.layouts)]
+            resumed = name == next(iter(sizes)) and "TP2" in layouts
+            failed |= _compare_layouts(base / name, common, name, layouts, resumed)
         if "sweep" in arguments.parts:
             failed |= _compare_sweeps(base, device, [*_common(DEMO, device), *arguments.overrides])
     return int(failed)
@@ -167,10 +170,10 @@ def _is_copy(path: Path, directory: Path) -> bool:
     return path.is_file() and path.suffix != ".log" and not any(place in path.parents for place in trained)
 
 
-def _compare_layouts(base: Path, common: list[str], name: str, resumed: bool) -> bool:
+def _compare_layouts(base: Path, common: list[str], name: str, layouts: list[str], resumed: bool) -> bool:
     """Returns whether anything failed. With ``resumed``, the run in one process is as long as the resumed one."""
-    steps = {layout: STEPS + MORE * (resumed and layout == "one") for layout in LAYOUTS}
-    started = {layout: _train(base, common, layout, steps[layout]) for layout in LAYOUTS}
+    steps = {layout: STEPS + MORE * (resumed and layout == "one") for layout in layouts}
+    started = {layout: _train(base, common, layout, steps[layout]) for layout in layouts}
     runs = {layout: _measured(run) for layout, run in started.items()}
     print(f"{name}, {STEPS} steps of 8 rows; beside one process, the largest difference of a loss, and the speed\n")
     print(HEADINGS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, DoraConfig, LocalConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
@@ -18,7 +20,11 @@ LOSS_CHUNK_BYTES = 3 * 2**29
 fill any GPU."""
 GAIN_ON_CPU = ("low_rank_products",)
 """Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
-SETTLED = ("compile", "linear_cross_entropy", "low_rank_products", "cuda_graphs", "fused_accumulation")
+COMPILED = ("compile", "linear_cross_entropy", "fused_accumulation")
+OF_OUR_LAYERS = ("compile", "cuda_graphs", "fused_accumulation")
+"""What nobody has tried with Transformer Engine's."""
+NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or what CC and CXX name)"
+SETTLED = (*COMPILED, "low_rank_products", "cuda_graphs")
 
 
 def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
@@ -34,8 +40,8 @@ def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
         obstacle = _obstacle(name, config, kind)
         if wanted is When.always and obstacle:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
-        gains = (kind is Accelerator.gpu or name in GAIN_ON_CPU) and not obstacle and not _untried(name, config)
-        chosen[name] = When.always if wanted is When.always or (wanted is When.auto and gains) else When.never
+        taken = wanted is When.auto and not obstacle and _gains(name, config, kind)
+        chosen[name] = When.always if wanted is When.always or taken else When.never
     if speed.recompute is When.auto:
         chosen["recompute"] = When.never  # for qwen_cl/micro_batch.py to change, which knows the memory
     return replace(speed, **chosen)
@@ -48,11 +54,10 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "there is no LoRA in this run (peft=lora)"
     if name == "low_rank_products" and isinstance(peft, LoraConfig) and peft.dropout > 0:
         return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
-    compiles = name in ("compile", "fused_accumulation") or (name == "linear_cross_entropy" and kind is Accelerator.gpu)
-    if compiles and isinstance(cluster, LocalConfig) and not _has_compiler(kind):
-        return "there is no C compiler here (gcc or clang, and g++ for a CPU, or CC and CXX)"
-    if name == "compile":
-        return _compile_obstacle(config, kind)
+    if isinstance(cluster, LocalConfig) and _wants_compiler(name, kind) and not _has_compiler(kind):
+        return NO_COMPILER.format("this machine")
+    if name == "compile" and (obstacle := _compile_obstacle(config, kind)):
+        return obstacle
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
         return "there is no GPU"
     if name == "cuda_graphs" and config.speed.recompute is When.always:
@@ -84,15 +89,46 @@ def has_static_shapes(config: RunConfig) -> bool:
     return _packed(config) and When.always in (config.speed.compile, config.speed.cuda_graphs)
 
 
-def _untried(name: str, config: RunConfig) -> bool:
-    """What nobody has run on a GPU is there to be asked for, and is nobody's default: several GPUs, a cluster, whose
-    containers may have Transformer Engine's layers, those layers, and packed rows."""
-    if name not in ("compile", "cuda_graphs", "fused_accumulation"):
-        return config.cluster.tensor_parallel > 1
-    elsewhere = not isinstance(config.cluster, LocalConfig) or config.cluster.world_size > 1
-    return elsewhere or find_spec("transformer_engine") is not None or _packed(config)
+def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
+    """On one H200 each does (benchmarks/levers.py), and all together at data and pipeline parallel 2. At tensor
+    parallel 2 they did not: 27,000 tokens/s with them and 31,000 without (0.5B, benchmarks/two_gpus.py)."""
+    cluster = config.cluster
+    if cluster.tensor_parallel > 1:
+        return False
+    if kind is Accelerator.cpu:
+        return name in GAIN_ON_CPU
+    same_packages = isinstance(cluster, LocalConfig) or (
+        isinstance(cluster, SlurmConfig) and cluster.container_image is None
+    )
+    if same_packages and name in COMPILED and not _has_compiler(kind):
+        return False  # a node mostly has what the machine has from which jobs are submitted
+    return name not in OF_OUR_LAYERS or (same_packages and find_spec("transformer_engine") is None)
+
+
+def require_compiler(config: RunConfig) -> None:
+    """On the node where the run runs, which may not be the machine that settled its levers.
+
+    Raises:
+        UserError: a lever needs a C compiler, and there is none.
+    """
+    kind = config.cluster.accelerator
+    wanting = [
+        name
+        for name in SETTLED
+        if getattr(config.speed, name) is When.always and _wants_compiler(name, kind) and not _has_compiler(kind)
+    ]
+    if wanting:
+        raise UserError(
+            f"speed.{wanting[0]}=always: {NO_COMPILER.format(platform.node())}; load one in cluster.setup, or set "
+            + " ".join(f"speed.{name}=never" for name in wanting)
+        )
+
+
+def _wants_compiler(name: str, kind: Accelerator) -> bool:
+    return name in COMPILED and (name != "linear_cross_entropy" or kind is Accelerator.gpu)
 
 
 def _has_compiler(kind: Accelerator) -> bool:
-    names = [os.environ.get("CC"), "gcc", "clang"] if kind is Accelerator.gpu else [os.environ.get("CXX"), "g++"]
-    return any(shutil.which(name) for name in names if name)
+    """The one that torch and Triton would call."""
+    variable, usual = ("CC", ["gcc", "clang"]) if kind is Accelerator.gpu else ("CXX", ["g++"])
+    return any(shutil.which(name) for name in ([os.environ[variable]] if os.environ.get(variable) else usual))

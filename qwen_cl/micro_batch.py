@@ -19,7 +19,7 @@ from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import Architecture
 
 ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
-"""Of a pass. From 8,192 to 16,384 an H200 gains 2 % (benchmarks/results); a CPU's is a choice, not a measurement."""
+"""Of a pass. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); a CPU's is a choice, not a measurement."""
 USABLE = 0.85
 """Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "the kernel was out of memory")

@@ -22,6 +22,7 @@ from qwen_cl.config.file import load_config
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.store import register_schemas
+from qwen_cl.levers import require_compiler
 from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.stop import Preempted, StopRequest
 
@@ -76,6 +77,7 @@ def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
 def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     if _rank() == 0:
         folder.update_status(phase="importing NeMo")
+    require_compiler(config)
     gc.disable()  # a tenth of the time NeMo takes to import
     prepare(config)
     import fiddle
@@ -148,7 +150,8 @@ def _reason(error: BaseException, speed: SpeedConfig) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         fix = "; lower task.micro_batch_size or task.sequence_length"
         fix += "" if speed.recompute is When.always else ", or set speed.recompute=always"
-    return f"{type(error).__name__}: {text[:500]}{fix}"
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{name}{text[:500]}{fix}"
 
 
 def _rank() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -228,6 +229,17 @@ def test_a_rank_that_hangs_on_another_node_is_named(tmp_path: Path) -> None:
     log = folder.log.read_text(errors="replace")
     assert len(re.findall(r"line \d+ in _run_module_as_main", log)) == 2  # where each is: the main thread's first frame
     wait_until(lambda: not processes(folder), folder)
+
+
+def test_a_node_without_the_compiler_that_a_lever_needs_says_so(tmp_path: Path) -> None:
+    asked = ["speed.compile=always", "task.packing=false", "cluster.setup='export CXX=nowhere'"]
+    process = start(f"hydra.run.dir={tmp_path / 'run'}", *SMALL, *SUBMIT, *asked, PATH=SEARCH)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    reason = str(RunFolder(tmp_path / "run").status()["reason"])
+    assert reason.startswith(f"speed.compile=always: there is no C compiler on {platform.node()} (")
+    assert reason.endswith("; load one in cluster.setup, or set speed.compile=never")
+    assert reason in stderr
 
 
 def test_what_slurm_refuses_is_said_and_nothing_is_left(tmp_path: Path) -> None:

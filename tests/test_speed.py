@@ -14,7 +14,7 @@ import torch
 
 import qwen_cl.levers as levers
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import Accelerator, RunConfig
+from qwen_cl.config.schema import Accelerator, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.megatron.steps import NOT_COUNTED
@@ -168,23 +168,43 @@ def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
     return levers.settle_speed(replace(config, speed=replace(config.speed, **keys)), kind)
 
 
+def taken(config: RunConfig, kind: Accelerator = Accelerator.gpu) -> set[str]:
+    speed = settled(config, kind)
+    return {name for name in levers.SETTLED if getattr(speed, name) is When.always}
+
+
 def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
-    packed = settled(default_config, Accelerator.gpu)
-    assert (packed.compile, packed.cuda_graphs) == (When.never, When.never)
-    assert not levers.has_static_shapes(replace(default_config, speed=packed))
-    asked = settled(default_config, Accelerator.gpu, compile=When.always)
-    assert asked.compile is When.always
-    assert levers.has_static_shapes(replace(default_config, speed=asked))
+    assert taken(default_config) == set(levers.SETTLED)
+    packed = replace(default_config, speed=settled(default_config, Accelerator.gpu))
+    assert levers.has_static_shapes(packed)
     task = default_config.task
     assert isinstance(task, FinetuneConfig)
-    on_gpu = settled(replace(default_config, task=replace(task, packing=False)), Accelerator.gpu)
-    assert {getattr(on_gpu, name) for name in levers.SETTLED} == {When.always}
-    several = settled(replace(default_config, cluster=replace(default_config.cluster, devices=2)), Accelerator.gpu)
-    assert (several.cuda_graphs, several.low_rank_products) == (When.never, When.always)
-    on_cpu = settled(default_config, Accelerator.cpu)
-    assert {name for name in levers.SETTLED if getattr(on_cpu, name) is When.always} == {"low_rank_products"}
-    split = replace(default_config, cluster=replace(default_config.cluster, devices=2, tensor_parallel=2))
-    assert {getattr(settled(split, Accelerator.gpu), name) for name in levers.SETTLED} == {When.never}
+    assert not levers.has_static_shapes(replace(packed, task=replace(task, packing=False)))
+    in_fp32 = replace(default_config, cluster=replace(default_config.cluster, precision=Precision.fp32))
+    assert taken(in_fp32) == set(levers.SETTLED) - {"compile", "cuda_graphs"}
+    assert not levers.has_static_shapes(replace(in_fp32, speed=settled(in_fp32, Accelerator.gpu)))
+    assert taken(default_config, Accelerator.cpu) == {"low_rank_products"}
+    for layout, missing in {
+        "data": set(),
+        "pipeline": {"cuda_graphs"},
+        "context": {"cuda_graphs", "compile"},
+        "tensor": set(levers.SETTLED),
+    }.items():
+        said = [] if layout == "data" else [f"cluster.{layout}_parallel=2"]
+        assert taken(composed("cluster.devices=2", *said)) == set(levers.SETTLED) - missing, layout
+
+
+def test_auto_takes_on_a_cluster_what_its_packages_are_known_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(*overrides: str) -> set[str]:
+        return taken(composed("cluster.accelerator=gpu", *overrides))
+
+    without_compiler = {"low_rank_products", "cuda_graphs"}
+    not_ours = {"linear_cross_entropy", "low_rank_products"}
+    assert on("cluster=slurm") == set(levers.SETTLED)
+    assert on("cluster=slurm", "cluster.container_image=nemo") == on("cluster=docker", "cluster.image=nemo") == not_ours
+    monkeypatch.setenv("CC", "nowhere")
+    assert on("cluster=slurm") == on("cluster=local") == without_compiler
+    assert on("cluster=docker", "cluster.image=nemo") == not_ours
 
 
 @pytest.mark.parametrize(
@@ -206,16 +226,19 @@ def default_config() -> RunConfig:
     return composed()
 
 
-def test_the_readme_has_the_figures_of_the_results() -> None:
-    """As `python benchmarks/throughput.py --table` prints them."""
+def test_what_is_written_has_the_figures_of_the_results() -> None:
+    """As `python benchmarks/throughput.py --table` and `levers.py --table` print them."""
+    from benchmarks import levers as each_lever
     from benchmarks.throughput import RESULTS
     from benchmarks.throughput_table import table
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = {path: table for path in RESULTS.glob("throughput-h200*.json")}
+    tables |= {path: each_lever.table for path in RESULTS.glob("levers-h200*.json")}
     rows = [
         line
-        for path in RESULTS.glob("throughput-*.json")
-        for line in table(json.loads(path.read_text(encoding="utf-8"))).splitlines()
-        if line.startswith(("| lora", "| full"))
+        for path, shown in tables.items()
+        for line in shown(json.loads(path.read_text(encoding="utf-8"))).splitlines()
+        if line.startswith("| ") and not line.startswith(("| training", "| lever"))
     ]
-    assert len(rows) >= 5 and [row for row in rows if row not in readme] == []
+    written = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/speed.md")]
+    assert len(rows) >= 25 and [row for row in rows if row not in "".join(written)] == []
