@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
-from qwen_cl.config.speed import When
+from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
+from qwen_cl.levers import has_static_shapes
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.families import count_parameters, expected_shapes
@@ -75,11 +78,23 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "tokens per step",
-            f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}"
-            + (" at most (a micro batch is padded to its longest)" if isinstance(task, FinetuneConfig) else ""),
+            f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{_padding(config)}",
         ),
         ("learning rate", f"{config.lr:g}"),
+        ("levers", ", ".join(_levers(config.speed)) or "none"),
     ]
+
+
+def _padding(config: RunConfig) -> str:
+    if not isinstance(config.task, FinetuneConfig):
+        return ""
+    if has_static_shapes(config):
+        return ", filled up with padding (layers are compiled or recorded for one shape)"
+    return " at most (a micro batch is padded to its longest)"
+
+
+def _levers(speed: SpeedConfig) -> list[str]:
+    return [field.name for field in fields(speed) if getattr(speed, field.name) in (True, When.always)]
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:

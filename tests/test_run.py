@@ -130,6 +130,9 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
         assert fact in done.stdout
     assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
     assert ("layers computed again (speed.recompute)" in done.stdout) == bool(arguments)
+    levers = ["compile", "linear_cross_entropy"] if arguments else []
+    levers += ["low_rank_products", *(["fused_accumulation", "recompute"] if arguments else [])]
+    assert f"levers  {', '.join(levers)}, rotary_tables, fused_adam, foreach_gradients\n" in done.stdout
     # Transformer Engine's layers cannot keep segments apart.
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)

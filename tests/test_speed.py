@@ -232,8 +232,8 @@ def test_what_is_written_has_the_figures_of_the_results() -> None:
     from benchmarks.throughput import RESULTS
     from benchmarks.throughput_table import table
 
-    tables = {path: table for path in RESULTS.glob("throughput-h200*.json")}
-    tables |= {path: each_lever.table for path in RESULTS.glob("levers-h200*.json")}
+    tables = dict.fromkeys(RESULTS.glob("throughput-h200*.json"), table)
+    tables |= dict.fromkeys(RESULTS.glob("levers-h200*.json"), each_lever.table)
     rows = [
         line
         for path, shown in tables.items()
