@@ -55,7 +55,11 @@ SHAPES = {
     "tiny": shape(512, 2048, 8, 8, 2, 8192, True),
     "0.5b": shape(896, 4864, 24, 14, 2, 151936, True),
     "1.5b": shape(1536, 8960, 28, 12, 2, 151936, True),
+    "3b": shape(2048, 11008, 36, 16, 2, 151936, True),
     "7b": shape(3584, 18944, 28, 28, 4, 152064, False),
+    "14b": shape(5120, 13824, 48, 40, 8, 152064, False),
+    "32b": shape(5120, 27648, 64, 40, 8, 152064, False),
+    "72b": shape(8192, 29568, 80, 64, 8, 152064, False),
 }
 SIDE_SECONDS = 150
 FILE_BYTES = 4 * 10**9  # of one safetensors file, as on the Hub

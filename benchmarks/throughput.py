@@ -42,7 +42,7 @@ PEERS: dict[str, dict[str, Any]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--shape", default="0.5b", help="on a GPU: 0.5b, 1.5b or 7b")
+    parser.add_argument("--shape", default="0.5b", help="on a GPU, like 0.5b or 7b: a size of Qwen2.5")
     parser.add_argument("--training", choices=("lora", "full"), nargs="+", default=["lora", "full"])
     parser.add_argument("--sides", nargs="+", default=[OURS, *list(PEERS)[:2]], help=f"of: {OURS}; {'; '.join(PEERS)}")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=None, help="default 4; on a CPU 2")

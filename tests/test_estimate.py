@@ -12,11 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from benchmarks.load import SHAPES
 from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.speed import When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.estimate import MemoryEstimate, batch_of, estimate_memory
-from qwen_cl.flops import adapter_parameters
+from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
@@ -159,6 +160,19 @@ def test_layers_that_are_computed_again_keep_little() -> None:
     logits = config.training.sequence_length * config.training.rows_per_pass * 151936 * 6
     assert (before.activations - logits) / 24 < after.activations - logits < (before.activations - logits) / 12
     assert (after.weights, after.gradients_and_optimizer) == (before.weights, before.gradients_and_optimizer)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/model").glob("qwen*.yaml")), ids=lambda path: path.stem)
+def test_an_adapter_costs_less_than_every_weight_at_every_size(path: Path) -> None:
+    """Memory by the estimate, and what there is to compute; benchmarks/results has the speed of what fits one GPU."""
+    shape = read_architecture(SHAPES[path.stem.removeprefix("qwen2.5-")], ROOT)
+    cost = {}
+    for peft in ("lora", "none"):
+        config = run_config(f"peft={peft}")
+        needed = estimate_memory(shape, batch_of(config), config.peft, config.cluster, Precision.bf16, config.speed)
+        cost[peft] = (needed.total, training_flops(shape, adapter_parameters(config.peft, shape)).per_token)
+    assert cost["lora"][0] < 0.5 * cost["none"][0]
+    assert cost["lora"][1] < 0.8 * cost["none"][1]
 
 
 def test_the_total_is_the_sum_of_its_parts() -> None:
