@@ -84,26 +84,28 @@ def steps(folder: RunFolder) -> list[int]:
 def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a run's/50% folder")
     arguments = [*SMALL, *SUBMIT, "wandb.mode=offline", "cluster.nodes=2", "cluster.max_requeues=1"]
-    arguments += ["task.max_steps=30", "task.val_check_interval=30", "cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
+    last = 100  # some seconds of training: a busy machine takes that long to pass a signal on
+    arguments += [f"task.max_steps={last}", f"task.val_check_interval={last}"]
+    arguments += ["cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
     process = start(f"hydra.run.dir={quoted(str(folder.directory))}", *arguments, **CANARIES, PATH=SEARCH)
     wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
     slurm.signal_steps(job(folder), "USR1")  # what Slurm sends before the time is up (--signal)
     wait_until(lambda: folder.status()["state"] == "SUBMITTED", folder, process)
     stopped = folder.status()["step"]
-    assert 2 <= stopped < 30
+    assert 2 <= stopped < last
     assert folder.status()["reason"] == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].state == "PENDING", folder)
     subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now+3"], check=True)  # else 2 minutes
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stderr, folder.log.read_text()[-3000:])
     status = folder.status()
-    assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", 30, 1)
+    assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", last, 1)
     assert status["job"]["nodes"] == "n[1-2]"
     assert status["job"]["seconds_before"] > 0
     assert [entry["step"] for entry in status["resumed"]] == [stopped]
-    assert steps(folder) == list(range(1, 31))
+    assert steps(folder) == list(range(1, last + 1))
     assert f"submitted as job {job(folder)}. To follow it: python launch.py task=job" in stdout
-    assert "COMPLETED at step 30" in stdout
+    assert f"COMPLETED at step {last}" in stdout
     assert (folder.directory / "job.sh").read_text().count("#SBATCH --nodes=2") == 1
     assert_no_secret(tmp_path, stdout + stderr)
 
