@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import default_device, existing_device, existing_file, machine, positive  # noqa: E402
+
 LEVERS = {
     "none": [],
     "compile": ["speed.compile=always"],
@@ -38,36 +40,36 @@ OF_LORA, OF_A_GPU = ("low_rank_products",), ("cuda_graphs",)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
     parser.add_argument("--training", choices=("lora", "full"), default="lora")
     parser.add_argument(
         "--levers", nargs="+", choices=[*LEVERS, ALL], help="default: all that there are for the device"
     )
-    parser.add_argument("--warmup-steps", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12, help="that are timed")
+    parser.add_argument("--warmup-steps", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=12, help="that are timed")
     parser.add_argument("--output", type=Path, help="also write what was measured, as JSON, after each run")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
-    parser.add_argument("--table", type=Path, help="print the table of a file of results, and measure nothing")
+    parser.add_argument("--table", type=existing_file, help="print the table of a file of results, and measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
         return 0
-    if min(arguments.warmup_steps, arguments.steps) < 1:
-        parser.error("--warmup-steps and --steps must be at least 1: a step lasts from the end of the one before")
     print(table(measure(arguments)))
     return 0
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import throughput
-    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from benchmarks.load import SHAPES, write_model
     from benchmarks.throughput_table import OURS
     from qwen_cl.run_folder import versions
 
-    on_gpu = (device := arguments.device or _default_device()) == "cuda"
+    on_gpu = (device := arguments.device or default_device()) == "cuda"
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": _machine(device),
+        "machine": machine(device),
         "versions": versions(throughput.SHOWN_VERSIONS),
         "training": arguments.training,
         "runs": {},

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
 from benchmarks.sides import SIDES  # noqa: E402
 
 COMMON = {
@@ -68,11 +69,13 @@ FILE_BYTES = 4 * 10**9  # of one safetensors file, as on the Hub
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--repeats", type=int, help="of each side; default 3, tiny 2")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
+    parser.add_argument("--repeats", type=positive, help="of each side; default 3, tiny 2")
     parser.add_argument("--directory", type=Path, help="where the temporary directory is made")
     arguments = parser.parse_args()
-    device = arguments.device or _default_device()
+    device = arguments.device or default_device()
     repeats = arguments.repeats or (2 if arguments.shape == "tiny" else 3)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="load-") as temporary:
         model, tiny = Path(temporary) / "model", Path(temporary) / "tiny"
@@ -85,12 +88,6 @@ def main() -> int:
         write_model(tiny, SHAPES["tiny"])
         print_stock(_measure("import_ckpt", tiny, device))
     return 0 if all("error" not in record for record in measured["ours"]) else 1
-
-
-def _default_device() -> str:
-    from qwen_cl.devices import visible_gpus
-
-    return "cuda" if visible_gpus() else "cpu"
 
 
 def write_model(directory: Path, config: dict[str, Any]) -> int:
@@ -195,7 +192,7 @@ def print_table(shape: str, device: str, size: int, measured: dict[str, list[dic
         for timed in good[0]["seconds"]:
             table.add_row(name, timed, *_figures(good, timed, size))
     console = Console(width=150)
-    console.print(f"Qwen2.5 {shape}: {size / 1e9:.2f} GB of bf16 safetensors, warm page cache, on {_machine(device)}")
+    console.print(f"Qwen2.5 {shape}: {size / 1e9:.2f} GB of bf16 safetensors, warm page cache, on {machine(device)}")
     console.print(table)
     console.print(
         "RSS: peak of resident memory beyond what was resident before, with mapped pages of the files; anon: without "
@@ -225,13 +222,6 @@ def _figures(records: list[dict[str, Any]], timed: str, size: int) -> list[str]:
         f"{max(record['written'] for record in records):,}",
         f"{max(record['device_peak'] for record in records) / 1e6:,.0f}",
     ]
-
-
-def _machine(device: str) -> str:
-    from qwen_cl.devices import visible_gpus
-
-    cpus = f"{len(os.sched_getaffinity(0))} CPU cores"
-    return f"{visible_gpus()[0].name}, {cpus}" if device == "cuda" else f"a CPU, {cpus}"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
+
 MEDIAN_WORDS, SPREAD, SEED = 115, 0.85, 7
 OURS = {"qwen_cl, packed": True, "qwen_cl, one to a row": False}
 PEER = "transformers, padded"
@@ -30,15 +33,17 @@ PEER = "transformers, padded"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--warmup-steps", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="that are timed")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
+    parser.add_argument("--warmup-steps", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=20, help="that are timed")
     parser.add_argument("--sides", nargs="+", choices=[*OURS, PEER], default=[*OURS, PEER], help="default: all three")
     parser.add_argument("--packed-overrides", nargs="*", default=[], help="of our packed side, as to launch.py")
     arguments = parser.parse_args()
-    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from benchmarks.load import SHAPES, write_model
 
-    device = arguments.device or _default_device()
+    device = arguments.device or default_device()
     length, micro = (2048, 4) if device == "cuda" else (256, 2)
     warmup, total = arguments.warmup_steps, arguments.warmup_steps + arguments.steps
     with tempfile.TemporaryDirectory(prefix="packing-") as temporary:
@@ -49,7 +54,7 @@ def main() -> int:
             _widen_tokenizer(model, SHAPES["0.5b"]["vocab_size"])
         scale = MEDIAN_WORDS if device == "cuda" else MEDIAN_WORDS // 8
         sizes = _write_rows(base / "rows.jsonl", model, total * 16 * 8, scale, length)
-        print(f"LoRA on {_machine(device)}; rows of {statistics.mean(sizes):.0f} tokens (mean), to {max(sizes)}\n")
+        print(f"LoRA on {machine(device)}; rows of {statistics.mean(sizes):.0f} tokens (mean), to {max(sizes)}\n")
         common = ["model=local", f"model.source='{model}'", f"task.sequence_length={length}", f"task.max_steps={total}"]
         common += [f"task.micro_batch_size={micro}", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
         in_one = int(length / statistics.mean(sizes))  # about as many rows share a sequence

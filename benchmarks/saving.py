@@ -19,24 +19,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
+
 SIDES = {"task.async_save=true": True, "task.async_save=false": False}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--saves", type=int, default=3, help="of each run, beside the last step's")
-    parser.add_argument("--every", type=int, help="steps between them; default 40, on a CPU 6")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
+    parser.add_argument("--saves", type=positive, default=3, help="of each run, beside the last step's")
+    parser.add_argument("--every", type=positive, help="steps between them; default 40, on a CPU 6")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
     arguments = parser.parse_args()
-    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from benchmarks.load import SHAPES, write_model
 
-    device = arguments.device or _default_device()
+    device = arguments.device or default_device()
     every = arguments.every or (40 if device == "cuda" else 6)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="saving-") as temporary:
         base = Path(temporary)
         write_model(base / "model", SHAPES["0.5b" if device == "cuda" else "tiny"])
-        print(f"On {_machine(device)}; {arguments.saves} checkpoints, {every} steps apart\n")
+        print(f"On {machine(device)}; {arguments.saves} checkpoints, {every} steps apart\n")
         print("| | seconds added for each checkpoint | median step | GB |\n|---|---:|---:|---:|")
         for name in (*SIDES, *reversed(SIDES)):
             print(_row(base / f"run-{len(list(base.iterdir()))}", name, device, arguments.saves, every), flush=True)

@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
+
 GRID = ["lr=1e-4,3e-4", "peft.rank=8,16,32"]
 TRIALS = 6
 ON_GPU = ["task.sequence_length=2048", "task.global_batch_size=8", "task.micro_batch_size=2", "data.rows=64"]
@@ -31,13 +33,15 @@ SAMPLE_SECONDS = 0.2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--at-once", type=int, help="trials that share the device; default 3 on a GPU, 2 on a CPU")
-    parser.add_argument("--steps", type=int, default=20, help="of each trial")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
+    parser.add_argument("--at-once", type=positive, help="trials that share the device; default 3 on a GPU, 2 on a CPU")
+    parser.add_argument("--steps", type=positive, default=20, help="of each trial")
     arguments = parser.parse_args()
-    from benchmarks.load import SHAPES, _default_device, write_model
+    from benchmarks.load import SHAPES, write_model
 
-    device = arguments.device or _default_device()
+    device = arguments.device or default_device()
     at_once = arguments.at_once or (3 if device == "cuda" else 2)
     with tempfile.TemporaryDirectory(prefix="sweep-") as temporary:
         base = Path(temporary)
@@ -131,9 +135,7 @@ class DeviceWatch:
 
 
 def _print(sides: dict[int, dict[str, Any]], device: str) -> None:
-    from benchmarks.load import _machine
-
-    print(f"{TRIALS} trials of LoRA on {_machine(device)}\n")
+    print(f"{TRIALS} trials of LoRA on {machine(device)}\n")
     print("| trials at a time | seconds | tokens/s, whole sweep | tokens/s, while training | of one trial | GiB |")
     print("|---:|---:|---:|---:|---:|---:|")
     for at_once, side in sides.items():

@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import default_device, existing_device, existing_file, machine, positive  # noqa: E402
+from benchmarks.load import SHAPES  # noqa: E402
 from benchmarks.throughput_table import OURS, table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
@@ -41,36 +43,44 @@ PEERS: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--shape", default="0.5b", help="on a GPU, like 0.5b or 7b: a size of Qwen2.5")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="of Qwen2.5, on a GPU")
     parser.add_argument("--training", choices=("lora", "full"), nargs="+", default=["lora", "full"])
-    parser.add_argument("--sides", nargs="+", default=[OURS, *list(PEERS)[:2]], help=f"of: {OURS}; {'; '.join(PEERS)}")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=None, help="default 4; on a CPU 2")
-    parser.add_argument("--sequence-length", type=int, help="default 2048; on a CPU 128")
-    parser.add_argument("--global-batch", type=int, help="rows of a step; default 16; on a CPU 8")
-    parser.add_argument("--warmup-steps", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="that are timed")
-    parser.add_argument("--visits", type=int, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
+    sides = [OURS, *PEERS]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides[:3], help="default: the first three")
+    parser.add_argument("--micro-batch", type=positive, nargs="+", default=None, help="default 4; on a CPU 2")
+    parser.add_argument("--sequence-length", type=positive, help="default 2048; on a CPU 128")
+    parser.add_argument("--global-batch", type=positive, help="rows of a step; default 16; on a CPU 8")
+    parser.add_argument("--warmup-steps", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=20, help="that are timed")
+    parser.add_argument("--visits", type=positive, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
     parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE-MODEL.json")
     parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
     parser.add_argument(
-        "--table", type=Path, nargs="+", help="print the tables of files of results, and measure nothing"
+        "--table", type=existing_file, nargs="+", help="print the tables of files of results, and measure nothing"
     )
     arguments = parser.parse_args()
     if arguments.table:
         print("\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.table))
         return 0
-    results = measure(arguments)
+    device = arguments.device or default_device()
+    rows = arguments.global_batch or (16 if device == "cuda" else 8)
+    arguments.micro_batch = arguments.micro_batch or [4 if device == "cuda" else 2]
+    for micro in arguments.micro_batch:
+        if rows % micro:
+            parser.error(f"--micro-batch {micro} must divide the rows of a step, --global-batch {rows}")
+    results = measure(arguments, device)
     print(table(results))
     return 1 if any("error" in visit for visit in results["visits"] if visit["side"] == OURS) else 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
+    from benchmarks.load import write_model
     from qwen_cl.run_folder import versions
 
-    device = arguments.device or _default_device()
     on_gpu = device == "cuda"
     common = {
         "device": device,
@@ -83,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     results = {
         "command": _command(arguments),
         "date": date.today().isoformat(),
-        "machine": _machine(device),
+        "machine": machine(device),
         "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
         "versions": versions(SHOWN_VERSIONS),
         **common,
@@ -99,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         common |= {"model": str(model), "tokens": str(base / "tokens.npy")}
         rows = _write_tokens(common, json.loads((model / "config.json").read_text())["vocab_size"])
         for training in arguments.training:
-            for micro in arguments.micro_batch or ([4] if on_gpu else [2]):
+            for micro in arguments.micro_batch:
                 for number, (side, windows) in enumerate(_order(arguments.sides, arguments.visits)):
                     specification = {**common, "training": training, "micro_batch_size": micro, "rows": rows}
                     specification["timed_steps"] *= windows

@@ -100,5 +100,6 @@ def _losses(results: dict[str, Any]) -> str:
             found.append(
                 f"{training}: losses of all sides {verdict} at step 1 ({spreads[0]:.4f} apart) "
                 f"and are at most {max(spreads):.4f} apart in {len(spreads)} steps"
+                + (", with other random adapters" if training == "lora" else "")
             )
     return "; ".join(found)

@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import default_device, existing_device, machine  # noqa: E402
+
 LAYOUTS = {
     "one": [],
     "TP2": ["cluster.devices=2", "cluster.tensor_parallel=2"],
@@ -51,7 +53,9 @@ HEADINGS = """\
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPUs if there are any")
+    parser.add_argument(
+        "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPUs if there are any"
+    )
     parser.add_argument("--shapes", nargs="+", choices=SIZES, default=list(SIZES), help="on GPUs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="'one' is always there")
@@ -63,13 +67,13 @@ def main() -> int:
     )
     parser.add_argument("--directory", type=Path, help="where the temporary directory with models and runs is made")
     arguments = parser.parse_args()
-    from benchmarks.load import SHAPES, _default_device, _machine, write_model
+    from benchmarks.load import SHAPES, write_model
     from qwen_cl.devices import visible_gpus
 
-    device = arguments.device or _default_device()
+    device = arguments.device or default_device()
     if device == "cuda" and (gpus := len(visible_gpus())) < 2:
         parser.error(f"--device cuda needs two GPUs, and {gpus} is here; --device cpu shows the same over gloo")
-    print(f"On {_machine(device)}; {len(visible_gpus()) if device == 'cuda' else 0} GPUs\n", flush=True)
+    print(f"On {machine(device)}; {len(visible_gpus()) if device == 'cuda' else 0} GPUs\n", flush=True)
     failed = False
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="two-gpus-") as temporary:
         base = Path(temporary)

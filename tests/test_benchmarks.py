@@ -38,6 +38,22 @@ def test_throughput_beside_another_library(tmp_path: Path) -> None:
     assert str(tmp_path) not in results["command"]
 
 
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        ("--sides nobody", "argument --sides: invalid choice: 'nobody'"),
+        ("--steps 0", "argument --steps: 0 must be a whole number, 1 or more"),
+        ("--global-batch 9", "--micro-batch 2 must divide the rows of a step, --global-batch 9"),
+        ("--table nothing.json", "argument --table: there is no file nothing.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(said: str, rule: str) -> None:
+    command = [sys.executable, "benchmarks/throughput.py", "--device", "cpu", *said.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"throughput.py: error: {rule}")
+
+
 def test_the_order_of_the_sides() -> None:
     """A-B-C-C-B-A, of which the two in the middle are one process."""
     from benchmarks.throughput import _order
