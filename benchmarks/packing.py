@@ -59,7 +59,9 @@ def main() -> int:
         common += [f"task.micro_batch_size={micro}", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
         in_one = int(length / statistics.mean(sizes))  # about as many rows share a sequence
         sides = {}
-        for name, packing in ((name, packing) for name, packing in OURS.items() if name in arguments.sides):
+        for name, packing in OURS.items():
+            if name not in arguments.sides:
+                continue
             more = arguments.packed_overrides if packing else [f"task.global_batch_size={16 * in_one}"]
             sides[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
         padded = None

@@ -90,8 +90,9 @@ def has_static_shapes(config: RunConfig) -> bool:
 
 
 def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
-    """On one H200 each does (benchmarks/levers.py), and all together at data and pipeline parallel 2. At tensor
-    parallel 2 they did not: 27,000 tokens/s with them and 31,000 without (0.5B, benchmarks/two_gpus.py)."""
+    """All together train 3.1 times as fast on one H200 (benchmarks/levers.py), and faster at data and pipeline
+    parallel 2. At tensor parallel 2 they did not: 27,000 tokens/s with them and 31,000 without (0.5B,
+    benchmarks/two_gpus.py)."""
     cluster = config.cluster
     if cluster.tensor_parallel > 1:
         return False

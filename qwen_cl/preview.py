@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.config.speed import When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
@@ -81,7 +80,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{_padding(config)}",
         ),
         ("learning rate", f"{config.lr:g}"),
-        ("levers", ", ".join(_levers(config.speed)) or "none"),
+        ("levers", ", ".join(name for name, taken in config.speed.taken().items() if taken) or "none"),
     ]
 
 
@@ -91,10 +90,6 @@ def _padding(config: RunConfig) -> str:
     if has_static_shapes(config):
         return ", filled up with padding (layers are compiled or recorded for one shape)"
     return " at most (a micro batch is padded to its longest)"
-
-
-def _levers(speed: SpeedConfig) -> list[str]:
-    return [field.name for field in fields(speed) if getattr(speed, field.name) in (True, When.always)]
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:

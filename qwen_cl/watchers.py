@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import nemo_run as run
@@ -10,7 +9,6 @@ import nemo_run as run
 from qwen_cl.callbacks import MaskPaddedVocabulary, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
-from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
 from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.progress import TellProgress
@@ -35,7 +33,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(ScheduleFromConfig),
         run.Config(ConcludeAnyway),
         run.Config(TellProgress),
-        run.Config(Accelerate, output_dir=str(output_dir), **_levers(config.speed)),
+        run.Config(Accelerate, output_dir=str(output_dir), **config.speed.taken()),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
@@ -49,10 +47,6 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         ),
         *_adapter(config, output_dir),
     ]
-
-
-def _levers(speed: SpeedConfig) -> dict[str, bool]:
-    return {name: value in (True, When.always) for name, value in asdict(speed).items()}
 
 
 def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import qwen_cl.levers as levers
+import qwen_cl.preview as preview
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
@@ -179,7 +180,10 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
     assert levers.has_static_shapes(packed)
     task = default_config.task
     assert isinstance(task, FinetuneConfig)
-    assert not levers.has_static_shapes(replace(packed, task=replace(task, packing=False)))
+    assert "filled up" in preview._padding(packed)
+    unpacked = replace(packed, task=replace(task, packing=False))
+    assert not levers.has_static_shapes(unpacked)
+    assert "padded to its longest" in preview._padding(unpacked)
     in_fp32 = replace(default_config, cluster=replace(default_config.cluster, precision=Precision.fp32))
     assert taken(in_fp32) == set(levers.SETTLED) - {"compile", "cuda_graphs"}
     assert not levers.has_static_shapes(replace(in_fp32, speed=settled(in_fp32, Accelerator.gpu)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 
 
@@ -34,3 +34,7 @@ class SpeedConfig:
     """Adam's step of all weights in one kernel, and not an operation at a time."""
     foreach_gradients: bool
     """Norm and clipping of all gradients at once, without waiting for the GPU."""
+
+    def taken(self) -> dict[str, bool]:
+        """Whether the run has each lever, once nothing is auto."""
+        return {name: value in (True, When.always) for name, value in asdict(self).items()}
