@@ -198,7 +198,9 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
         assert taken(composed("cluster.devices=2", *said)) == set(levers.SETTLED) - missing, layout
 
 
-def test_auto_takes_on_a_cluster_what_its_packages_are_known_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_the_packages_that_are_there_are_known_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def on(*overrides: str) -> set[str]:
         return taken(composed("cluster.accelerator=gpu", *overrides))
 
@@ -206,6 +208,10 @@ def test_auto_takes_on_a_cluster_what_its_packages_are_known_for(monkeypatch: py
     not_ours = {"linear_cross_entropy", "low_rank_products"}
     assert on("cluster=slurm") == set(levers.SETTLED)
     assert on("cluster=slurm", "cluster.container_image=nemo") == on("cluster=docker", "cluster.image=nemo") == not_ours
+    (tmp_path / "transformer_engine.py").touch()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert on("cluster=slurm") == on("cluster=local") == not_ours
     monkeypatch.setenv("CC", "nowhere")
     assert on("cluster=slurm") == on("cluster=local") == without_compiler
     assert on("cluster=docker", "cluster.image=nemo") == not_ours
