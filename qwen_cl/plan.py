@@ -13,9 +13,10 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
+from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, text_content
-from qwen_cl.data.examples import check_chat_template, check_examples, load_tokenizer
+from qwen_cl.data.examples import check_examples, load_tokenizer
 from qwen_cl.data.fingerprints import as_corpora, of_rows
 from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
 from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.conversations import ASSISTANT, Conversation
+from qwen_cl.data.chat import render_conversation
+from qwen_cl.data.conversations import Conversation
 from qwen_cl.data.rows import Row, Text
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def build_examples(
 def whole_example(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
     """One row by itself, of any length."""
     if isinstance(row, Conversation):
-        return _conversation(row, tokenizer, loss_on)
+        ids, answers = render_conversation(row, tokenizer, loss_on)
+        return Example(ids, ((1, len(ids)),) if loss_on is LossOn.all else answers)
     ids = _document(row, tokenizer)
     return Example(ids, ((1, len(ids)),))
 
@@ -80,32 +82,6 @@ def check_examples(
             f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
             "longer; raise task.sequence_length or shorten the prompts"
         )
-
-
-def _conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
-    """What is asked and what is answered are tokenised apart, as they are when the model answers."""
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
-    ids: list[int] = []
-    answers: list[tuple[int, int]] = []
-    done = ""
-    for number, message in enumerate(row.messages):
-        if message.role != ASSISTANT or (loss_on is LossOn.last_answer and number + 1 < len(messages)):
-            continue
-        asked = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
-            raise UserError(
-                "the model's chat template renders a prompt differently once it is answered, so the answer cannot be "
-                "told from the prompt; write task.loss_on=last_answer if that is so of earlier answers only, or give "
-                "the tokenizer a template that does not"
-            )
-        answer = answered[len(asked) :].rstrip("\n")
-        ids += _encode(tokenizer, asked[len(done) :])
-        start = len(ids)
-        ids += _encode(tokenizer, answer)
-        answers.append((start, len(ids)))
-        done = asked + answer
-    return Example(ids, ((1, len(ids)),) if loss_on is LossOn.all else tuple(answers))
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
@@ -148,13 +124,3 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: its tokenizer names no eos_token; set it in tokenizer_config.json")
     return tokenizer
-
-
-def check_chat_template(
-    tokenizer: PreTrainedTokenizerBase, directory: str, otherwise: str = "use task=pretrain"
-) -> None:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{directory}: its tokenizer has no chat template, which conversations are rendered with; "
-            f"add chat_template to tokenizer_config.json, or {otherwise}"
-        )

@@ -12,7 +12,7 @@ from rich.console import Console
 from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.data.examples import check_chat_template
+from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.named_sets import local_sets, read_sets, score_set
 from qwen_cl.inference.child import run_child
 from qwen_cl.inference.prompts import check_prompts, read_prompts

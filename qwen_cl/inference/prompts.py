@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.conversations import ASSISTANT, USER, Message, check_text, parse_messages
-from qwen_cl.data.examples import check_chat_template
 from qwen_cl.data.lines import numbered_lines, parse_object
 
 if TYPE_CHECKING:
