@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 from qwen_cl.data.examples import Example
+from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.megatron.sampling import can_sample, continue_greedily
 from qwen_cl.run_folder import RunFolder
 
@@ -78,9 +79,10 @@ class RecordSamples(pl.Callback):
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _questions(self, trainer: pl.Trainer) -> list[Question]:
-        eos = trainer.datamodule.tokenizer.tokenizer.eos_token_id
+        delimiters = document_delimiters(trainer.datamodule.tokenizer.tokenizer)
+        eos, bos = delimiters.eos_id, delimiters.bos_id if trainer.datamodule.raw_text else None
         examples = trainer.datamodule.evaluation_sets[0].examples
-        return [question_of(examples[index], eos, self.new_tokens) for index in _first(examples, self.prompts)]
+        return [question_of(examples[index], eos, self.new_tokens, bos) for index in _first(examples, self.prompts)]
 
     def _decoded(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
         tokenizer = trainer.datamodule.tokenizer.tokenizer
@@ -89,12 +91,20 @@ class RecordSamples(pl.Callback):
         ]
 
 
-def question_of(example: Example, eos: int, new_tokens: int) -> Question:
-    """Of a conversation all before its first answer, of a text its beginning. An answer ends where the set's ends."""
+def question_of(example: Example, eos: int, new_tokens: int, bos: int | None = None) -> Question:
+    """Of a conversation all before its first answer, of a text its beginning. An answer ends where the set's ends.
+
+    ``bos``: what the tokenizer begins a text with. A sequence that starts in the middle of a document is asked as a
+    text of its own.
+    """
     start, stop = example.counted[0]
-    if start == 1:
-        start = max(1, min(TEXT_PROMPT, len(example.ids) // 2))
-        return Question(example.ids[:start], example.ids[start : start + new_tokens], frozenset({eos}))
+    between = bos is not None and example.ids[:2] == [eos, bos]  # it starts with the end of the document before
+    if start == 1 or between:
+        ids = example.ids[1:] if between else example.ids
+        if bos is not None and ids[0] != bos:
+            ids = [bos, *ids]
+        start = max(1, min(TEXT_PROMPT, len(ids) // 2))
+        return Question(ids[:start], ids[start : start + new_tokens], frozenset({eos}))
     return Question(example.ids[:start], example.ids[start : stop - 1], frozenset({eos, example.ids[stop - 1]}))
 
 

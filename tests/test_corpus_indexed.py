@@ -12,7 +12,9 @@ from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.prepare import prepare_corpus
 from qwen_cl.data.corpus.reader import read_bounds, read_ids
+from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.examples import Example
+from qwen_cl.data.raw_text import Delimiters
 from tests.building import (
     EOS,
     INDEXED,
@@ -33,7 +35,7 @@ def test_an_indexed_dataset_is_taken_as_it_is(suffix: str, tmp_path: Path) -> No
     assert (corpus.counts.documents, corpus.counts.tokens, corpus.counts.largest_id) == (3, 12, EOS)
     assert corpus.text_bytes(np.array([0])) is None
     assert (tmp_path / "mine.bin").read_bytes() == before
-    assert CorpusExamples(corpus.prefix, np.array([2, 0]), 6, EOS)[:] == [
+    assert CorpusExamples(Selection(corpus, np.array([2, 0])), 6, Delimiters(None, EOS))[:] == [
         Example([EOS, 10, 11, 12, 13, EOS, 5], ((1, 7),)),
         Example([5, 6, 7, 8, EOS], ((1, 5),)),
     ]

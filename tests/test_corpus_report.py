@@ -103,7 +103,7 @@ def test_ten_documents_are_shown_from_their_start(target: TextTarget) -> None:
 
 def test_only_what_trains_is_described(target: TextTarget, tmp_path: Path) -> None:
     held_out = TextTarget(train=target.train, validation=None, validation_share=0.5, seed=3)
-    (_, trained), _ = held_out.split()
+    trained, _ = held_out.split()
     found = described(held_out)
-    assert found.rows == len(trained) == len(TEXTS) // 2
-    assert found.tokens == sum(len(expected_ids(TEXTS[number])) for number in trained)
+    assert found.rows == len(trained.documents) == len(TEXTS) // 2
+    assert found.tokens == sum(len(expected_ids(TEXTS[number])) for number in trained.documents)

@@ -10,7 +10,9 @@ import pytest
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
+from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.raw_text import Delimiters
 from tests.building import (
     corpus_with_blanks,
     expected_ids,
@@ -31,14 +33,14 @@ def test_sequences_make_every_token_of_every_document_a_label_once(corpus: Corpu
         # Also where the text ends with a sequence, one token before and one after.
         for length in (1, 2, 7, 64, len(stream) - 2, len(stream) - 1, len(stream), 10**6):
             expected = [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
-            examples = CorpusExamples(corpus.prefix, selection, length, eos)
+            examples = CorpusExamples(Selection(corpus, selection), length, Delimiters(None, eos))
             assert [example.ids for example in examples] == expected
             assert [example.counted for example in examples] == [((1, len(ids)),) for ids in expected]
             assert sum(example.num_labels for example in examples) == examples.num_labels == len(stream) - 1
 
 
 def test_sequences_are_a_sequence(corpus: Corpus) -> None:
-    examples = CorpusExamples(corpus.prefix, np.arange(len(TEXTS)), 64, tokenizer().eos_token_id)
+    examples = CorpusExamples(Selection(corpus, np.arange(len(TEXTS))), 64, Delimiters(None, tokenizer().eos_token_id))
     everything = list(examples)
     assert len(examples) == len(everything) > 5
     assert examples[-1] == everything[-1]

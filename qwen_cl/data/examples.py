@@ -11,6 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.chat import render_conversation
 from qwen_cl.data.conversations import Conversation
+from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, loss_spans
 from qwen_cl.data.rows import Row, Text
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Example:
 def build_examples(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn = LossOn.answers
 ) -> Iterator[Example]:
-    """Conversations become one example each; texts are joined by the end-of-text token and cut to full length."""
+    """Conversations become one example each; texts are joined, each with its BOS and end-of-text, and cut to full
+    length."""
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -57,17 +59,21 @@ def build_examples(
     if isinstance(first, Text):
         yield from _pack(everything, tokenizer, sequence_length)
     else:
-        for row in everything:
-            yield whole_example(row, tokenizer, loss_on).cut(sequence_length + 1)
+        for example in whole_examples(everything, tokenizer, loss_on):
+            yield example.cut(sequence_length + 1)
 
 
-def whole_example(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Example:
-    """One row by itself, of any length."""
-    if isinstance(row, Conversation):
-        ids, answers = render_conversation(row, tokenizer, loss_on)
-        return Example(ids, ((1, len(ids)),) if loss_on is LossOn.all else answers)
-    ids = _document(row, tokenizer)
-    return Example(ids, ((1, len(ids)),))
+def whole_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Iterator[Example]:
+    """Each row by itself, of any length."""
+    delimiters = None
+    for row in rows:
+        if isinstance(row, Conversation):
+            ids, answers = render_conversation(row, tokenizer, loss_on)
+            yield Example(ids, loss_spans(len(ids), []) if loss_on is LossOn.all else answers)
+            continue
+        delimiters = delimiters or document_delimiters(tokenizer)
+        ids = _document(row, tokenizer, delimiters)
+        yield Example(ids, loss_spans(len(ids), []))
 
 
 def check_examples(
@@ -85,21 +91,31 @@ def check_examples(
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
-    """An end-of-text token comes before the first text as it does before every other, and consecutive sequences share
-    one token: so every token of the texts is a label once, with the context it has later too."""
-    buffer: list[int] = [tokenizer.eos_token_id]
+    """Each text begins with the tokenizer's BOS; where it has none, an end-of-text token comes before the first text as
+    it does before every other. Consecutive sequences share one token: so every token of the texts is a label once, with
+    the context it has later too."""
+    delimiters = document_delimiters(tokenizer)
+    buffer: list[int] = [] if delimiters.bos_id is not None else [delimiters.eos_id]
+    bos_places: list[int] = []
     for row in rows:
         assert isinstance(row, Text)
-        buffer += _document(row, tokenizer)
-        while len(buffer) > sequence_length:
-            yield Example(buffer[: sequence_length + 1], ((1, sequence_length + 1),))
-            buffer = buffer[sequence_length:]
+        if delimiters.bos_id is not None:
+            bos_places.append(len(buffer))
+        buffer += _document(row, tokenizer, delimiters)
+        start = 0
+        while len(buffer) - start > sequence_length:
+            stop = start + sequence_length + 1
+            within = [place - start for place in bos_places if start <= place < stop]
+            yield Example(buffer[start:stop], loss_spans(stop - start, within))
+            start += sequence_length
+        buffer, bos_places = buffer[start:], [place - start for place in bos_places if place >= start]
     if len(buffer) > 1:
-        yield Example(buffer, ((1, len(buffer)),))
+        yield Example(buffer, loss_spans(len(buffer), bos_places))
 
 
-def _document(row: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [*_encode(tokenizer, row.text), tokenizer.eos_token_id]
+def _document(row: Text, tokenizer: PreTrainedTokenizerBase, delimiters: Delimiters) -> list[int]:
+    bos = [] if delimiters.bos_id is None else [delimiters.bos_id]
+    return [*bos, *encode_text(tokenizer, row.text), delimiters.eos_id]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

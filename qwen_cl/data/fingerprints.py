@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_cl.data.normalisation import normalise, text_key
+from qwen_cl.data.raw_text import encode_text, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def of_rows(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
 
 
 def of_tokens(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> Iterator[Fingerprint]:
-    """Of documents of a corpus, without their end-of-text."""
+    """Of documents of a corpus, without their BOS and end-of-text."""
     is_blank = _blank_tokens(tokenizer)
     for ids in documents:
         kept = ids[~is_blank[np.minimum(ids, len(is_blank) - 1)]]
@@ -67,10 +68,8 @@ def as_corpora(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
     """Of texts, as ``of_tokens`` has them once they are tokenised for a corpus."""
 
     def fingerprints(texts: Iterable[str]) -> Iterator[Fingerprint]:
-        def encode(text: str) -> Ids:
-            return np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int64)
-
-        return of_tokens(map(encode, texts), tokenizer)
+        encoded = (np.array(encode_text(tokenizer, text), np.int64) for text in texts)
+        return of_tokens(encoded, tokenizer)
 
     return fingerprints
 
@@ -84,8 +83,7 @@ def content_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
         return blank[token]
 
     def encode(texts: list[str]) -> list[list[int]]:
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[token for token in of_text if not is_blank(token)] for of_text in ids]
+        return [[token for token in ids if not is_blank(token)] for ids in encode_texts(tokenizer, texts)]
 
     return encode
 

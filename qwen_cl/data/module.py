@@ -83,6 +83,9 @@ class Sets:
 class TokenDataModule(pl.LightningDataModule, IOMixin):
     """Trains and validates on token sequences. Subclasses say where the examples come from."""
 
+    raw_text = False
+    """The target is documents, rather than conversations."""
+
     def __init__(
         self,
         *,

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.batches import padded_width, padding_share
-from qwen_cl.data.examples import Example, whole_example
+from qwen_cl.data.examples import Example, whole_examples
 from qwen_cl.data.normalisation import normalise, row_text, text_key
 from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.packing import plan_packs
+from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.rows import Row, Text
 from qwen_cl.data.writing import writing_shares
 
@@ -92,8 +93,7 @@ def describe(
     labels = truncated = truncated_labels = 0
     keys: set[bytes] = set()
     characters: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        whole = whole_example(row, tokenizer, layout.loss_on)
+    for number, (row, whole) in enumerate(zip(rows, whole_examples(rows, tokenizer, layout.loss_on))):
         cut = whole if documents else whole.cut(layout.sequence_length + 1)
         lengths.append(len(whole.ids))
         labels += cut.num_labels
@@ -107,8 +107,9 @@ def describe(
         if number in shown:
             rendered.append(render(cut, tokenizer))
     if documents:
-        sizes = stream_sizes(sum(lengths), layout.sequence_length)
-        labels = sum(sizes)
+        bos_id = document_delimiters(tokenizer).bos_id
+        sizes = stream_sizes(sum(lengths), layout.sequence_length, bos=bos_id is not None)
+        labels = sum(lengths) - (len(rows) if bos_id is not None else 0)
     by_way, padding = sequences(sizes, layout, documents=documents)
     return DataReport(
         documents=documents,
@@ -136,9 +137,10 @@ def quantiles(lengths: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, int]:
     return {name: int(np.quantile(lengths, part, method="inverted_cdf")) for name, part in QUANTILES.items()}
 
 
-def stream_sizes(tokens: int, sequence_length: int) -> list[int]:
-    """Positions of the sequences that documents are joined and cut to (examples.py)."""
-    full, rest = divmod(tokens, sequence_length)  # an end-of-text token goes before the first
+def stream_sizes(tokens: int, sequence_length: int, *, bos: bool) -> list[int]:
+    """Positions of the sequences that documents are joined and cut to (examples.py). ``tokens``: of all documents, with
+    their end-of-text and, if ``bos``, their BOS; without one, an end-of-text goes before the first."""
+    full, rest = divmod(tokens - bos, sequence_length)
     return [sequence_length] * full + [rest] * (rest > 0)
 
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
+from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.corpus.target import TextTarget
 from qwen_cl.data.examples import Example
 from qwen_cl.data.module import Sets, TokenDataModule
 from qwen_cl.data.named_sets import TARGET, NamedSet, ScoredSet, read_sets, score_set
 from qwen_cl.data.packing import pack_examples
-from qwen_cl.data.rows import RowFiles, read_rows
+from qwen_cl.data.raw_text import Delimiters
+from qwen_cl.data.rows import RowFiles, Text, read_rows
 
 
 class MixedDataModule(TokenDataModule):
@@ -73,6 +73,7 @@ class RowDataModule(MixedDataModule):
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
         train, validation = read_rows(self.files)
+        self.raw_text = isinstance(train[0], Text)
         path = self.files.validation or self.files.train
         return (
             self.to_train(NamedSet("target", self.files.train, train, [])),
@@ -83,19 +84,22 @@ class RowDataModule(MixedDataModule):
 class TextDataModule(MixedDataModule):
     """Raw text that the launcher has tokenised: sequences are cut from the file as they are asked for."""
 
+    raw_text = True
+
     def __init__(self, *, target: dict[str, Any], **common: Any) -> None:
         super().__init__(**common)
         self.target = target
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
-        trained, measured = TextTarget.parse(self.target).split()
-        corpus, documents = measured
-        examples = self._examples(corpus, documents)
-        num_bytes = corpus.text_bytes(documents) or 0
-        return self._examples(*trained), ScoredSet(TARGET, examples, len(documents), num_bytes)
+        target = TextTarget.parse(self.target)
+        trained, measured = target.split()
+        num_bytes = measured.text_bytes() or 0
+        scored = ScoredSet(TARGET, self._examples(target, measured), len(measured.documents), num_bytes)
+        return self._examples(target, trained), scored
 
-    def _examples(self, corpus: Corpus, documents: npt.NDArray[np.int64]) -> CorpusExamples:
-        return CorpusExamples(corpus.prefix, documents, self.seq_length, self.tokenizer.tokenizer.eos_token_id)
+    def _examples(self, target: TextTarget, selection: Selection) -> CorpusExamples:
+        delimiters = Delimiters(target.bos_id, self.tokenizer.tokenizer.eos_token_id)
+        return CorpusExamples(selection, self.seq_length, delimiters)
 
 
 class MockDataModule(TokenDataModule):

@@ -11,6 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.conversations import ASSISTANT, USER, Message, check_text, parse_messages
 from qwen_cl.data.lines import numbered_lines, parse_object
+from qwen_cl.data.raw_text import encode_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> list[int]:
     """Token ids; a conversation tokenised as in training, a raw text as the model's tokenizer starts texts."""
     if raw:
-        return list(tokenizer(prompt.last)["input_ids"])
+        return encode_start(tokenizer, prompt.last)
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

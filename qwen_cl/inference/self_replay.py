@@ -17,10 +17,14 @@ from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
+from qwen_cl.data.examples import load_tokenizer
+from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.inference.child import run_child
 from qwen_cl.inference.subject import find_model, write_whole
 from qwen_cl.source.fingerprint import fingerprint
-from qwen_cl.source.reference import local_directory
+from qwen_cl.source.nemo_context import tokenizer_directory
+from qwen_cl.source.reference import local_directory, resolve
+from qwen_cl.source.settings import HubSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +42,7 @@ def with_sampled_text(config: RunConfig, replay: GeneratedReplayConfig) -> RunCo
         UserError: the cache cannot be written to.
         RunFailed: the process that samples died.
     """
-    path = sampled_file(config, replay)
+    path = sampled_file(config, replay, _bos_id(config))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,11 +55,14 @@ def with_sampled_text(config: RunConfig, replay: GeneratedReplayConfig) -> RunCo
     return replace(config, replay=FileReplayConfig(share=replay.share, sets={SET: str(path)}, weights={}))
 
 
-def sampled_file(config: RunConfig, replay: GeneratedReplayConfig) -> Path:
-    """Named by the model's commit (or its files' fingerprint), the seed, and how it is sampled."""
+def sampled_file(config: RunConfig, replay: GeneratedReplayConfig, bos_id: int | None = None) -> Path:
+    """Named by the model's commit (or its files' fingerprint), the seed, how it is sampled, and the BOS it is sampled
+    from, if the model's tokenizer begins texts with one."""
     source = config.model.source
     model = source if source.startswith("hf://") else fingerprint(local_directory(source))
     how = {name: value for name, value in asdict(replay).items() if name not in ("share", "batch_size")}
+    if bos_id is not None:
+        how["bos_id"] = bos_id
     key = hashlib.sha256(json.dumps([model, config.seed, how], sort_keys=True).encode()).hexdigest()
     return cache_home() / "replay" / f"{key}.jsonl"
 
@@ -80,7 +87,12 @@ def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:
             f"{replay.max_length}); replay text of your own with replay=files"
         )
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    write_whole(sampled_file(config, replay), "".join(lines))
+    write_whole(sampled_file(config, replay, document_delimiters(tokenizer).bos_id), "".join(lines))
+
+
+def _bos_id(config: RunConfig) -> int | None:
+    model = resolve(config.model.source, HubSettings.of(config.model), weights=False)
+    return document_delimiters(load_tokenizer(str(tokenizer_directory(model.directory)))).bos_id
 
 
 def _samples(
@@ -91,7 +103,8 @@ def _samples(
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    eos = tokenizer.eos_token_id
+    delimiters = document_delimiters(tokenizer)
+    eos = delimiters.eos_id
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=replay.temperature,
@@ -101,7 +114,7 @@ def _samples(
         eos_token_id=eos,
         pad_token_id=eos,
     )
-    start = torch.full((replay.batch_size, 1), eos, device=model.device)
+    start = torch.full((replay.batch_size, 1), delimiters.first_id, device=model.device)
     tokens = 0
     while tokens < replay.tokens:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from qwen_cl.data.corpus.files import find_files, stamps
 from qwen_cl.data.corpus.hub_dataset import read_hub_dataset
 from qwen_cl.data.corpus.prepare import Order
 from qwen_cl.data.corpus.tokens import tokenise
+from qwen_cl.data.raw_text import Delimiters
 
 
 def build(order: Order) -> None:
@@ -69,7 +70,7 @@ def _build_alone(order: Order, entry: Path, console: Console) -> None:
         if order.known.prefix is not None:
             from qwen_cl.data.corpus.indexed import check_indexed
 
-            counts = check_indexed(order.known.prefix, order.eos_id, order.source)
+            counts = check_indexed(order.known.prefix, Delimiters(order.bos_id, order.eos_id), order.source)
         else:
             counts = _tokenise_into(unfinished, order, console)
         write_manifest(unfinished, order.known.content, counts)

@@ -27,10 +27,13 @@ MANIFEST, STEM, TEXT_BYTES = "manifest.json", "corpus", "text_bytes.npy"
 class Counts:
     documents: int
     tokens: int
-    """With one end-of-text a document."""
+    """With one end-of-text a document, and BOS where the file has it."""
     blank: int
     """Documents of the source that held no text, and were left out."""
     largest_id: int
+    has_bos: bool = False
+    """Each document begins with the tokenizer's BOS: only where the user has indexed it so. What is tokenised here is
+    kept without, and begins with it when it is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

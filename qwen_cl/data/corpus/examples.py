@@ -6,35 +6,38 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.examples import Example
+from qwen_cl.data.raw_text import Delimiters, loss_spans
 
 
 class CorpusExamples(Sequence[Example]):
-    """The documents one after another, cut to ``sequence_length`` labels each.
+    """The documents one after another, cut to ``sequence_length`` positions each.
 
-    The stream starts with an end-of-text, and every document ends with one: so each id of each document is a label
-    exactly once, the first of them too. Consecutive examples share an id; the last may be shorter. In memory are
-    16 bytes a document, whatever its length.
+    Each document begins with BOS, which is no label; where the tokenizer has none, the stream starts with an
+    end-of-text. Every document ends with one: so each id of each document is a label exactly once, the first of them
+    too. Consecutive examples share an id; the last may be shorter. In memory are 16 bytes a document, whatever its
+    length.
     """
 
-    def __init__(self, prefix: str, documents: npt.NDArray[np.int64], sequence_length: int, eos_id: int) -> None:
-        """``documents``: indices into the dataset, in the order they are joined in; at least one."""
+    def __init__(self, selection: Selection, sequence_length: int, delimiters: Delimiters) -> None:
+        """``selection``: at least one document, joined in its order."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        self.sequence_length, self.eos_id = sequence_length, eos_id
-        self._dataset = IndexedDataset(prefix)
+        self.sequence_length, self.delimiters = sequence_length, delimiters
+        self._dataset = IndexedDataset(selection.corpus.prefix)
         self._dtype = np.dtype(self._dataset.index.dtype)
-        tokens_before = np.concatenate(([0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)))
-        bounds = tokens_before[self._dataset.document_indices]
-        self._starts = bounds[documents]
+        self._starts, stops = selection.bounds()
         """Of each document in the .bin, in ids."""
-        self._offsets = np.concatenate(([0], np.cumsum(bounds[documents + 1] - self._starts)))
-        """Of each document in the stream, without the stream's first id; and its end."""
+        self._label_count = int((stops - self._starts).sum())
+        lengths = stops - self._starts + (delimiters.bos_id is not None)
+        lengths[0] += delimiters.bos_id is None
+        self._offsets = np.concatenate(([0], np.cumsum(lengths)))
+        """Of each document in the stream, of what is put before it; and the stream's end."""
 
     def __len__(self) -> int:
-        return int(-(-self._offsets[-1] // self.sequence_length))
+        return int(-(-(self._offsets[-1] - 1) // self.sequence_length))
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -47,24 +50,29 @@ class CorpusExamples(Sequence[Example]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]  # raises IndexError
         start = number * self.sequence_length
-        labels = self._read(start, min(start + self.sequence_length, int(self._offsets[-1])))
-        before = self._read(start - 1, start) if start else [self.eos_id]
-        return Example([*before, *labels], ((1, len(labels) + 1),))
+        return self._read(start, min(start + self.sequence_length + 1, int(self._offsets[-1])))
 
     @property
     def num_labels(self) -> int:
-        return int(self._offsets[-1])
+        return self._label_count
 
-    def _read(self, start: int, stop: int) -> list[int]:
-        """Ids of the stream, counted from the first document's first."""
+    def _read(self, start: int, stop: int) -> Example:
+        """A stretch of the stream."""
         ids: list[int] = []
-        number = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        while start < stop:
+        bos_places: list[int] = []
+        number, place = int(np.searchsorted(self._offsets, start, side="right")) - 1, start
+        while place < stop:
+            within = place - int(self._offsets[number])
+            before = 1 if number == 0 or self.delimiters.bos_id is not None else 0
+            if within < before:
+                bos_places.append(len(ids))
+                ids.append(self.delimiters.first_id)
+                place, within = place + 1, 1
             until = min(stop, int(self._offsets[number + 1]))
-            place = int(self._starts[number]) + start - int(self._offsets[number])
+            first = int(self._starts[number]) + within - before
             piece: Any = self._dataset.bin_reader.read(
-                dtype=self._dtype.type, count=until - start, offset=place * self._dtype.itemsize
+                dtype=self._dtype.type, count=until - place, offset=first * self._dtype.itemsize
             )
             ids += piece.tolist()
-            start, number = until, number + 1
-        return ids
+            place, number = until, number + 1
+        return Example(ids, loss_spans(len(ids), bos_places))

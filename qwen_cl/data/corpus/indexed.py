@@ -12,15 +12,17 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Counts
 from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.reader import HEADER, INTEGERS, MAGIC
+from qwen_cl.data.raw_text import Delimiters
 
 CHUNK = 2**24
 
 
-def check_indexed(prefix: str, eos_id: int, source: TextSource) -> Counts:
+def check_indexed(prefix: str, delimiters: Delimiters, source: TextSource) -> Counts:
     """Reads every id once: a damaged file must not show itself in the middle of a run.
 
     Raises:
-        UserError: it is not Megatron's format or not whole, or a document does not end with ``eos_id``.
+        UserError: it is not Megatron's format or not whole, a document does not end with the end-of-text token, or
+            some begin with the tokenizer's BOS and others do not.
     """
     where = f"{source.key} ({prefix})"
     _check_header(prefix, where)
@@ -46,15 +48,40 @@ def check_indexed(prefix: str, eos_id: int, source: TextSource) -> Counts:
     tokens = int(ends[-1])
     ids = dataset.bin_reader.read(dtype=dataset.index.dtype, count=tokens, offset=0)
     last = ids[ends[bounds[1:] - 1] - 1]
-    if (others := np.flatnonzero(last != eos_id)).size:
+    if (others := np.flatnonzero(last != delimiters.eos_id)).size:
         raise UserError(
             f"{where}: document {others[0] + 1} ends with id {last[others[0]]}, not with this tokenizer's end-of-text "
-            f"({eos_id}); index it with this tokenizer and --append-eod, or give the text itself"
+            f"({delimiters.eos_id}); index it with this tokenizer and --append-eod, or give the text itself"
         )
     smallest, largest = _extremes(ids)
     if smallest < 0:
         raise UserError(f"{where} has a negative token id ({smallest}); index it again")
-    return Counts(documents=len(bounds) - 1, tokens=tokens, blank=0, largest_id=largest)
+    has_bos = delimiters.bos_id is not None and _has_bos(ids, ends[bounds[1:] - 1], delimiters.bos_id, where)
+    return Counts(documents=len(bounds) - 1, tokens=tokens, blank=0, largest_id=largest, has_bos=has_bos)
+
+
+def _has_bos(ids: npt.NDArray[Any], stops: npt.NDArray[np.int64], bos_id: int, where: str) -> bool:
+    """Whether each document begins with BOS: all do or none, and it stands nowhere else. ``stops``: each one's end."""
+    starts = np.concatenate(([0], stops[:-1]))
+    places = np.flatnonzero(ids == bos_id)
+    if not places.size:
+        return False
+    fix = "index it again with one BOS before each document, or with none: qwen_cl then puts it there"
+    without = np.flatnonzero((starts == stops) | (ids[np.minimum(starts, len(ids) - 1)] != bos_id))
+    if 0 < without.size < len(starts):
+        first = int(np.setdiff1d(np.arange(len(starts)), without)[0])
+        raise UserError(
+            f"{where}: document {first + 1} begins with this tokenizer's BOS ({bos_id}) and document {without[0] + 1} "
+            f"does not; {fix}"
+        )
+    inner = np.setdiff1d(places, starts, assume_unique=False)
+    if inner.size:
+        number = int(np.searchsorted(stops, inner[0], side="right"))
+        raise UserError(
+            f"{where}: document {number + 1} has this tokenizer's BOS ({bos_id}) at its token "
+            f"{int(inner[0] - starts[number]) + 1}, where no document begins; {fix}"
+        )
+    return True
 
 
 def _check_header(prefix: str, where: str) -> None:

@@ -24,6 +24,7 @@ from qwen_cl.data.corpus.documents import TextSource, read_files
 from qwen_cl.data.corpus.files import find_files, hash_files, stamps
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin
 from qwen_cl.data.corpus.references import recall, remember
+from qwen_cl.data.raw_text import document_delimiters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ class Order:
     tokenizer: str
     """The text of tokenizer.json."""
     eos_id: int
+    bos_id: int | None
+    """See ``Delimiters``; only an indexed dataset is looked through for it."""
     workers: int
 
     @classmethod
@@ -71,7 +74,8 @@ def prepare_corpus(
 ) -> Corpus:
     """Each document's tokens and the tokenizer's end-of-text. Shows its progress on standard error.
 
-    ``vocab_size`` is the model's. Text is never taken for a special token, whatever it reads like.
+    ``vocab_size`` is the model's. Text is never taken for a special token, whatever it reads like. BOS is not kept but
+    put before each document when it is read.
 
     Raises:
         UserError: something in the source is not as it must be, or the cache cannot be written to.
@@ -115,10 +119,19 @@ def make_order(
     """Says what the source is now, and so which entry of the cache is its."""
     root = cache_directory(cache)
     known = _identify(source, root)
-    rules, eos_id = _tokenizer_rules(tokenizer), int(tokenizer.eos_token_id)
-    name = _hash(FORMAT_VERSION, known.content, source.text_field, known.prefix is None, rules, eos_id)
-    count = workers or os.cpu_count() or 1
-    return Order(source=source, known=known, entry=str(root / name), tokenizer=rules, eos_id=eos_id, workers=count)
+    rules, delimiters = _tokenizer_rules(tokenizer), document_delimiters(tokenizer)
+    parts = [FORMAT_VERSION, known.content, source.text_field, known.prefix is None, rules, delimiters.eos_id]
+    if known.prefix is not None and delimiters.bos_id is not None:
+        parts.append(delimiters.bos_id)
+    return Order(
+        source=source,
+        known=known,
+        entry=str(root / _hash(*parts)),
+        tokenizer=rules,
+        eos_id=delimiters.eos_id,
+        bos_id=delimiters.bos_id,
+        workers=workers or os.cpu_count() or 1,
+    )
 
 
 def _identify(source: TextSource, root: Path) -> Identity:

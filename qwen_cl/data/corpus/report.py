@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from qwen_cl.data.corpus.target import Selection, TextTarget, document_ids
+from qwen_cl.data.corpus.selection import Selection
+from qwen_cl.data.corpus.target import TextTarget
 from qwen_cl.data.examples import Example
 from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.report import RENDERED, DataReport, Layout, histogram, quantiles, render, sequences, stream_sizes
@@ -35,14 +36,15 @@ def describe_corpus(
     """Everything is counted over all documents that train, except characters: of a large corpus over a sample."""
     trained, _ = target.split()
     lengths = target.lengths(trained)
-    sampled, characters = _characters(trained, lengths, tokenizer)
-    sizes = stream_sizes(int(lengths.sum()), layout.sequence_length)
+    tokens = int(lengths.sum())
+    sampled, characters = _characters(trained, tokens, tokenizer)
+    sizes = stream_sizes(tokens, layout.sequence_length, bos=target.bos_id is not None)
     by_way, padding = sequences(sizes, layout, documents=True)
     return DataReport(
         documents=True,
         rows=len(lengths),
-        tokens=int(lengths.sum()),
-        labels=sum(sizes),
+        tokens=tokens,
+        labels=int(trained.lengths().sum()),
         lengths=quantiles(lengths),
         histogram=histogram(lengths.tolist()),
         truncated=0,
@@ -54,42 +56,41 @@ def describe_corpus(
         padding=padding,
         writing=writing_shares(characters),
         sampled=sampled,
-        rendered=_rendered(trained, tokenizer),
+        rendered=_rendered(trained, target.bos_id, tokenizer),
         overlap=overlap,
         retention_overlap=dict(retention_overlap),
     )
 
 
 def _duplicates(selection: Selection) -> int:
-    keys = {hashlib.sha256(ids.tobytes()).digest()[:16] for ids in document_ids(*selection)}
-    return len(selection[1]) - len(keys)
+    keys = {hashlib.sha256(ids.tobytes()).digest()[:16] for ids in selection.texts()}
+    return len(selection.documents) - len(keys)
 
 
 def _characters(
-    selection: Selection, lengths: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
+    selection: Selection, tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, Counter[str]]:
     """Of all documents, or of so many, spread evenly."""
-    corpus, documents = selection
     counts: Counter[str] = Counter()
-    tokens = int(lengths.sum())
     if tokens <= SAMPLE:
-        for ids in document_ids(corpus, documents):
+        for ids in selection.texts():
             counts.update(tokenizer.decode(ids))
         return None, counts
-    number = max(RENDERED, len(documents) * SAMPLE // tokens)
-    chosen = _spread(documents, number)
-    for ids in document_ids(corpus, chosen):
+    number = max(RENDERED, len(selection.documents) * SAMPLE // tokens)
+    chosen = _spread(selection, number)
+    for ids in chosen.texts():
         counts.update(tokenizer.decode(ids[: LONGER * SAMPLE // number]))
-    return len(chosen), counts
+    return len(chosen.documents), counts
 
 
-def _rendered(selection: Selection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    corpus, documents = selection
-    shown = document_ids(corpus, _spread(documents, RENDERED))
-    return [render(Example(ids.tolist(), ((0, len(ids)),)), tokenizer) for ids in shown]
+def _rendered(selection: Selection, bos_id: int | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    before = [] if bos_id is None else [bos_id]
+    shown = ([*before, *ids.tolist()] for ids in _spread(selection, RENDERED).texts())
+    return [render(Example(ids, ((len(before), len(ids)),)), tokenizer) for ids in shown]
 
 
-def _spread(documents: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:
+def _spread(selection: Selection, number: int) -> Selection:
     """The first, the last, and those between at even distances."""
+    documents = selection.documents
     places = np.linspace(0, len(documents) - 1, min(number, len(documents))).round().astype(np.int64)
-    return documents[places]
+    return replace(selection, documents=documents[places])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,14 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.data.corpus.cache import Corpus, Counts
 from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.prepare import locate_document, prepare_corpus, source_content
-from qwen_cl.data.corpus.reader import read_bounds, read_ids
+from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.corpus.split import held_out
 from qwen_cl.data.fingerprints import of_tokens
 from qwen_cl.data.overlap import Compared
+from qwen_cl.data.raw_text import document_delimiters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Selection = tuple[Corpus, npt.NDArray[np.int64]]
-"""A corpus, and the indices of some of its documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,20 +31,19 @@ class TextTarget:
     """None where it is held out of ``train``."""
     validation_share: float
     seed: int
+    bos_id: int | None = None
+    """What every document begins with (``raw_text.Delimiters``)."""
 
     def split(self) -> tuple[Selection, Selection]:
         """What trains, and what validates."""
         if self.validation is not None:
-            both = (self.train, self.validation)
-            first, second = ((corpus, np.arange(corpus.counts.documents)) for corpus in both)
-            return first, second
+            return _everything(self.train), _everything(self.validation)
         trained, measured = held_out(self.train.counts.documents, share=self.validation_share, seed=self.seed)
-        return (self.train, trained), (self.train, measured)
+        return Selection(self.train, trained), Selection(self.train, measured)
 
     def lengths(self, selection: Selection) -> npt.NDArray[np.int64]:
-        """Tokens of each document, with its end-of-text."""
-        corpus, documents = selection
-        return np.diff(read_bounds(corpus.prefix))[documents]
+        """Tokens of each document, with its BOS and end-of-text."""
+        return selection.lengths() + (self.bos_id is not None)
 
     @property
     def content(self) -> str:
@@ -75,7 +71,13 @@ def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokeniz
         for source in _sources(data)
     ]
     train, validation = corpora if len(corpora) == 2 else (corpora[0], None)
-    return TextTarget(train=train, validation=validation, validation_share=data.validation_share, seed=seed)
+    return TextTarget(
+        train=train,
+        validation=validation,
+        validation_share=data.validation_share,
+        seed=seed,
+        bos_id=document_delimiters(tokenizer).bos_id,
+    )
 
 
 def text_content(data: TextDataConfig) -> str:
@@ -124,19 +126,16 @@ def compared_documents(
 def _compared(
     name: str, selection: Selection, source: TextSource, tokenizer: PreTrainedTokenizerBase, remove_from: str
 ) -> Compared:
-    documents = selection[1]
+    documents = selection.documents
 
     def locate(index: int) -> str:
         return locate_document(source, int(documents[index]))
 
-    return Compared(name, len(documents), of_tokens(document_ids(*selection), tokenizer), locate, remove_from)
+    return Compared(name, len(documents), of_tokens(selection.texts(), tokenizer), locate, remove_from)
 
 
-def document_ids(corpus: Corpus, documents: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
-    """Their ids, without their end-of-text."""
-    ids, bounds = read_ids(corpus.prefix), read_bounds(corpus.prefix)
-    for number in documents:
-        yield ids[bounds[number] : bounds[number + 1] - 1]
+def _everything(corpus: Corpus) -> Selection:
+    return Selection(corpus, np.arange(corpus.counts.documents))
 
 
 def _corpus(plain: dict[str, Any]) -> Corpus:
