@@ -95,8 +95,8 @@ def write_model(directory: Path, config: dict[str, Any]) -> int:
     import shutil
 
     from qwen_cl.source.architecture import read_architecture
-    from qwen_cl.source.checkpoint import INDEX
     from qwen_cl.source.families import count_parameters, expected_shapes
+    from qwen_cl.source.tensor_files import INDEX
 
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))

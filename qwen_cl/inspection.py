@@ -17,12 +17,13 @@ from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
 from qwen_cl.plan import check_weights
 from qwen_cl.source.architecture import FAMILIES, Architecture, read_architecture
 from qwen_cl.source.card import licence_of
-from qwen_cl.source.checkpoint import DTYPES, Checkpoint, weight_files
+from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.distributed_metadata import DistributedMetadata
 from qwen_cl.source.families import count_parameters, expected_shapes
 from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.source.reference import ModelFiles, resolve
 from qwen_cl.source.settings import HubSettings
+from qwen_cl.source.tensor_files import DTYPES, SHARD, SINGLE, weight_files
 from qwen_cl.view import print_facts
 
 GIB = 2**30
@@ -83,7 +84,8 @@ def _weights(model: ModelFiles) -> tuple[int, str]:
     """Bytes (0 where nobody says), and the type of their values."""
     if model.commit is not None:
         files = model.manifest.files if model.manifest else {}
-        size = sum(file.size or 0 for name, file in files.items() if name.endswith(".safetensors") and "/" not in name)
+        names = [SINGLE] if SINGLE in files else [name for name in files if SHARD.fullmatch(name)]
+        size = sum(files[name].size or 0 for name in names)
         return size, f"{model.config.get('dtype') or model.config.get('torch_dtype') or 'of a type config.json omits'}"
     if is_nemo_checkpoint(model.directory):
         metadata = DistributedMetadata(model.directory / WEIGHTS)

@@ -19,6 +19,7 @@ from qwen_cl.execute import ROOT
 from qwen_cl.plan import Plan, fetch_weights, with_text
 from qwen_cl.resume import Resumption, resume
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.source.architecture import TIED
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.small_files import copy_small_files
 
@@ -27,8 +28,7 @@ def ready(plan: Plan) -> Plan:
     """Everything is here that the run reads: raw text is tokenised, the weights are fetched. Raises UserError."""
     if isinstance(plan.config.data, TextDataConfig):
         plan = with_text(plan, plan.config.data)
-    fetch_weights(plan)
-    return plan
+    return fetch_weights(plan)
 
 
 def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) -> Resumption:
@@ -61,6 +61,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         data_hash=plan.data_hash,
         trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
+        output_layer=_output_layer(plan),
         git_commit=git_commit(ROOT),
         versions=versions(),
         device=plan.device.name,
@@ -74,7 +75,14 @@ def _facts(plan: Plan) -> dict[str, str | None]:
         "data.hash": plan.data_hash,
         "model.fingerprint": _fingerprint(plan),
         "model.tokenizer": plan.tokenizer_hash,
+        "model.output_layer": _output_layer(plan),
     }
+
+
+def _output_layer(plan: Plan) -> str | None:
+    """Where it is another than config.json says, which a run of an earlier version did not look at."""
+    own = plan.model.config.get(TIED) and not plan.architecture.tied_embeddings
+    return "its own, and not the embedding" if own else None
 
 
 def _fingerprint(plan: Plan) -> str | None:

@@ -169,9 +169,12 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))
 
 
-def fetch_weights(plan: Plan) -> None:
-    """Make the weights present and check that they are this architecture's."""
-    check_weights(resolve(plan.model.source, HubSettings.of(plan.config.model)), plan.architecture)
+def fetch_weights(plan: Plan) -> Plan:
+    """Make the weights present and check them; whether the output layer is the embedding, they alone can say."""
+    model = resolve(plan.model.source, HubSettings.of(plan.config.model))
+    architecture = read_architecture(model.config, model.directory)
+    check_weights(model, architecture)
+    return replace(plan, architecture=architecture)
 
 
 def check_weights(model: ModelFiles, architecture: Architecture) -> None:

@@ -43,7 +43,7 @@ MAY_DIFFER = (
 """Keys, by their beginning, that a run's result does not depend on when it goes on: a checkpoint fits every layout, and
 each token weighs the same in every micro batch."""
 MUST_NOT_DIFFER = ("cluster.precision",)
-NEVER_ALLOWED = ("model.source", "model.fingerprint", "model.tokenizer", "task.type", "peft.")
+NEVER_ALLOWED = ("model.source", "model.fingerprint", "model.tokenizer", "model.output_layer", "task.type", "peft.")
 """Its checkpoints fit nothing else."""
 DAMAGED = "damaged-"
 
@@ -61,7 +61,7 @@ def resume(
 ) -> Resumption:
     """Make the folder ready for a run with this config: a new one, or the one that was cut off in it.
 
-    ``facts`` are of what the config names: ``data.hash``, ``model.fingerprint``, ``model.tokenizer``.
+    ``facts`` are of what the config names: ``data.hash``, ``model.fingerprint``, ``model.tokenizer`` and others.
 
     Raises:
         UserError: it holds another run, or a finished one, or one with no checkpoint that is good. Nothing was changed.
@@ -134,6 +134,7 @@ def _facts_of(status: Mapping[str, Any]) -> dict[str, Any]:
         "data.hash": "data_hash",
         "model.fingerprint": "model_fingerprint",
         "model.tokenizer": "tokenizer_hash",
+        "model.output_layer": "output_layer",
     }
     return {key: status.get(name) for key, name in names.items()}
 

@@ -13,7 +13,8 @@ import torch
 from qwen_cl.data.examples import Example
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.run_folder import RunFolder
-from qwen_cl.source.reference import local_directory
+from qwen_cl.source.architecture import read_architecture
+from qwen_cl.source.reference import local_directory, read_model_config
 
 logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_TOKENS = 2, 128
@@ -94,8 +95,13 @@ def _transformers_loss(source: str, examples: list[Example]) -> float:
     """In fp32 on the CPU, each row by itself; the model is gone when this returns."""
     from transformers import AutoModelForCausalLM
 
+    directory = local_directory(source)
     model = AutoModelForCausalLM.from_pretrained(
-        local_directory(source), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        directory,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        tie_word_embeddings=read_architecture(read_model_config(directory), directory).tied_embeddings,
     ).eval()
     total = count = 0.0
     for example in examples:

@@ -90,3 +90,15 @@ def save_random_model(
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         shutil.copy(SMALL_TOKENIZER / name, directory)
     return directory
+
+
+def write_index(directory: Path) -> None:
+    """The index of whatever safetensors are in ``directory``."""
+    from safetensors import safe_open
+
+    weight_map: dict[str, str] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as stream:
+            weight_map |= dict.fromkeys(stream.keys(), path.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

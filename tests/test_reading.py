@@ -19,6 +19,7 @@ from qwen_cl.source.reading import Copy, read_into
 from qwen_cl.source.staging import BLOCK
 from qwen_cl.view import ProgressView
 from tests.conftest import ROOT
+from tests.models import write_index
 
 ROWS, COLUMNS = 3000, 1501  # several blocks, none of them even
 
@@ -34,6 +35,7 @@ def directory(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     """A file for each tensor."""
     for name, tensor in tensors.items():
         save_file({name: tensor.contiguous()}, tmp_path / f"{name}.safetensors")
+    write_index(tmp_path)
     return tmp_path
 
 
@@ -117,6 +119,7 @@ def test_host_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     for number in range(3):
         tensor = torch.full((size * mebibyte // 2 // 1024, 1024), number, dtype=torch.bfloat16)
         save_file({str(number): tensor}, tmp_path / f"{number}.safetensors")
+    write_index(tmp_path)
     for dtype in ("bfloat16", "float32"):
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path), dtype], cwd=ROOT, capture_output=True, text=True, check=True

@@ -57,6 +57,7 @@ def _empty_model(subject: Subject, dtype: torch.dtype, device: str) -> PreTraine
     from transformers.modeling_utils import no_init_weights
 
     fields: dict[str, Any] = {key: value for key, value in subject.config.items() if key != "model_type"}
+    fields["tie_word_embeddings"] = subject.architecture.tied_embeddings
     config = AutoConfig.for_model(subject.config["model_type"], **fields)
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's rescaling of low rotary frequencies (transformers/modeling_rope_utils.py, "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from qwen_cl.source.rope import Rope, RopeScaling, read_rope
+from qwen_cl.source.tensor_files import has_own_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,28 +64,48 @@ class Family:
     head_dim: int | None = None
     """Where config.json has none; else hidden_size / num_attention_heads."""
     window: Callable[[dict[str, Any]], int | None] = lambda config: None
+    """Tokens that some layer looks back on; None where every layer has all of them."""
+    slides: bool = True
+    """Whether layers may have a window at all."""
+    key_value_heads_required: bool = True
+    """Whether transformers' own default of num_key_value_heads is another than num_attention_heads."""
     rope_types: tuple[str, ...] = ("default",)
-    unbuilt_flags: tuple[str, ...] = ()
+    unsupported_flags: tuple[str, ...] = ()
     """Fields that must be false: the layers they add are not built."""
 
 
+TIED = "tie_word_embeddings"
+FULL, SLIDING = KINDS = "full_attention", "sliding_attention"
+QUANTIZED = ("quantization_config", "compression_config")
+NOT_EMPTY = ("per_layer_config", "pruned_heads", "transformers_weights")
+"""Fields that transformers has for every model: layers of other shapes, weights in other files."""
+
+
+def _qwen_window(config: dict[str, Any]) -> int | None:
+    """As Qwen2Config and Qwen3Config have it: layers from max_window_layers on slide, unless layer_types says which."""
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first: int = config.get("max_window_layers", 28) or 0
+        return window if first < config["num_hidden_layers"] else None
+    return window if SLIDING in kinds else None
+
+
 FAMILIES = {
-    "qwen2": Family(
-        title="Qwen2, Qwen2.5",
-        qkv_bias=True,
-        window=lambda config: config.get("sliding_window") if config.get("use_sliding_window") else None,
-    ),
+    "qwen2": Family(title="Qwen2, Qwen2.5", qkv_bias=True, window=_qwen_window),
     "qwen3": Family(
         title="Qwen3",
         qk_norm=True,
         head_dim=128,
-        window=lambda config: config.get("sliding_window") if config.get("use_sliding_window") else None,
-        unbuilt_flags=("attention_bias",),
+        window=_qwen_window,
+        unsupported_flags=("attention_bias",),
     ),
     "llama": Family(
         title="Llama 2 and 3, SmolLM2",
+        slides=False,
+        key_value_heads_required=False,
         rope_types=("default", "llama3"),
-        unbuilt_flags=("attention_bias", "mlp_bias"),
+        unsupported_flags=("attention_bias", "mlp_bias"),
     ),
     "mistral": Family(title="Mistral", window=lambda config: config.get("sliding_window", 4096)),
 }
@@ -109,73 +123,98 @@ def read_architecture(config: dict[str, Any], directory: Path) -> Architecture:
     if family is None:
         supported = ", ".join(f"{key} ({value.title})" for key, value in FAMILIES.items())
         raise UserError(f"{path}: model_type ({name}) is not supported; supported: {supported}")
-    _refuse_unbuilt(config, family, path)
-    try:
-        return _architecture(str(name), family, config)
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: a field has the wrong type or value: {error}") from error
+    _check_fields(config, family, path)
+    _refuse_unsupported(config, family, path)
+    _check_layer_types(config, family, path)
+    return _architecture(str(name), family, config, read_rope(config, family.rope_types, path), directory)
 
 
-def _architecture(name: str, family: Family, config: dict[str, Any]) -> Architecture:
-    heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
-    rope = _rope(config)
-    window = family.window(config)
+REQUIRED = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"),
+    "max_position_embeddings",
+)
+OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+"""May be absent or null; all of these are positive integers."""
+
+
+def _check_fields(config: dict[str, Any], family: Family, path: Path) -> None:
+    required = (*REQUIRED, "rms_norm_eps", *(("num_key_value_heads",) if family.key_value_heads_required else ()))
+    for name in required:
+        if name not in config:
+            raise UserError(f"{path}: {name} is missing")
+    for name in (*REQUIRED, *(name for name in OPTIONAL if config.get(name) is not None)):
+        least = 0 if name == "max_window_layers" else 1
+        if type(config[name]) is not int or config[name] < least:
+            raise UserError(f"{path}: {name} ({json.dumps(config[name])}) must be a positive integer")
+    for name in ("rms_norm_eps", *(("initializer_range",) if "initializer_range" in config else ())):
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} ({json.dumps(value)}) must be a positive number")
+
+
+def _architecture(name: str, family: Family, config: dict[str, Any], rope: Rope, directory: Path) -> Architecture:
+    heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
+    groups = config["num_key_value_heads"] if family.key_value_heads_required else config.get("num_key_value_heads")
     return Architecture(
         family=name,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=config["num_hidden_layers"],
         hidden_size=hidden_size,
-        ffn_hidden_size=int(config["intermediate_size"]),
+        ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        kv_channels=int(config.get("head_dim") or family.head_dim or hidden_size // heads),
-        vocab_size=int(config["vocab_size"]),
-        max_position_embeddings=int(config["max_position_embeddings"]),
-        sliding_window=None if window is None else int(window),
+        num_query_groups=groups or heads,
+        kv_channels=config.get("head_dim") or family.head_dim or hidden_size // heads,
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        sliding_window=family.window(config),
         layernorm_epsilon=float(config["rms_norm_eps"]),
-        rotary_base=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling=_llama3_scaling(rope) if _rope_type(rope) == "llama3" else None,
+        rotary_base=rope.theta,
+        rope_scaling=rope.scaling,
         init_method_std=float(config.get("initializer_range", 0.02)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config.get(TIED)) and not has_own_head(directory),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
     )
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes ``rope_parameters``; before, ``rope_theta`` stood beside ``rope_scaling``."""
-    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-    return {**theta, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+def _check_layer_types(config: dict[str, Any], family: Family, path: Path) -> None:
+    """The list that transformers 5 writes; a family without a window has no layer that slides."""
+    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(
+            f"{path}: layer_types ({json.dumps(kinds)}) must name a kind for each of num_hidden_layers ({layers})"
+        )
+    known = KINDS if family.slides else (FULL,)
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise UserError(
+            f"{path}: layer_types has {json.dumps(unknown[0])}, which is not supported; supported: {', '.join(known)}"
+        )
+    if SLIDING in kinds and family.window(config) is None:
+        raise UserError(
+            f"{path}: layer_types has {SLIDING}, and sliding_window or use_sliding_window say that there is no window; "
+            "set them to what the model was trained with"
+        )
 
 
-def _rope_type(rope: dict[str, Any]) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")
-
-
-def _llama3_scaling(rope: dict[str, Any]) -> RopeScaling:
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _refuse_unbuilt(config: dict[str, Any], family: Family, path: Path) -> None:
+def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
     """Features that would change the result silently if they were ignored."""
-    rope = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    try:
-        rope_type = _rope_type(_rope(config))
-    except TypeError as error:
-        raise UserError(f"{path}: {rope} ({config.get(rope)}) must be an object") from error
-    unbuilt = {
-        rope: rope_type not in family.rope_types,
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1) != 1,
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "quantization_config": config.get("quantization_config") is not None,
-        **{flag: bool(config.get(flag)) for flag in family.unbuilt_flags},
+    for flag in (TIED, "use_sliding_window", *family.unsupported_flags):
+        if not isinstance(config.get(flag), bool | None):
+            raise UserError(f"{path}: {flag} ({json.dumps(config[flag])}) must be true or false")
+    for field in QUANTIZED:
+        if config.get(field):
+            how = config[field].get("quant_method") if isinstance(config[field], dict) else config[field]
+            raise UserError(
+                f"{path}: {field} ({how or 'of a method that it does not name'}) is not supported, because the weights "
+                "are quantized; use the model that this one was quantized from"
+            )
+    unsupported = {
+        "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),
+        "attention_dropout": bool(config.get("attention_dropout")),
+        **{field: bool(config.get(field)) for field in NOT_EMPTY},
+        **{flag: bool(config.get(flag)) for flag in family.unsupported_flags},
     }
-    for field, present in unbuilt.items():
+    for field, present in unsupported.items():
         if present:
             raise UserError(f"{path}: {field} ({config[field]}) is not supported; use a model without it")

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import deliberately_unused, expected_shapes
+from qwen_cl.source.tensor_files import DTYPES, HEAD, Location, locate_tensors
 
 if TYPE_CHECKING:
     import torch
-
-INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-"""Those whose values are the weights. A quantized type would need its scales, which nothing here reads."""
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a tensor's values lie, row by row."""
-
-    path: Path
-    offset: int
-    """Of the first byte, in the file."""
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors names it: BF16, F32."""
 
 
 class Checkpoint:
@@ -40,12 +23,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.bytes_read = 0
-        self._locations: dict[str, Location] = {}
-        for path in weight_files(directory):
-            for name, location in _read_header(path).items():
-                if name in self._locations:
-                    raise UserError(f"{path}: tensor {name} is in another file of {directory} too")
-                self._locations[name] = location
+        self._locations = locate_tensors(directory)
 
     @property
     def names(self) -> set[str]:
@@ -69,60 +47,9 @@ class Checkpoint:
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open
 
-        handle: Any = safe_open(str(self._locations[name].path), framework="pt")
-        return handle.get_slice(name)
-
-
-def _read_header(path: Path) -> dict[str, Location]:
-    """safetensors checks the header and that the file is as long as it says; it does not tell where tensors lie."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="np"), path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    return {
-        name: Location(path, 8 + length + field["data_offsets"][0], tuple(field["shape"]), field["dtype"])
-        for name, field in header.items()
-        if name != "__metadata__"
-    }
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files the index names, or the single file there is."""
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern))
-            found = f" (found {', '.join(others[:3])})" if others else ""
-            raise UserError(f"{directory} holds no *.safetensors{found}; weights are read from safetensors only")
-        return files
-    named = indexed_files(index)
-    for name in named:
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing; {INDEX} names it, so the download is not whole")
-    return [directory / name for name in named]
-
-
-def indexed_files(index: Path) -> list[str]:
-    """The names of the files an index lists.
-
-    Raises:
-        UserError: it is no index, or names a file of another directory or another kind.
-    """
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not a safetensors index: {error!r}") from error
-    for name in sorted(named, key=str):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index}: file name {name!r} leaves the directory")
-        if not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name} is not a safetensors file, and no other kind is read")
-    return sorted(named)
+        location = self._locations[name]
+        handle: Any = safe_open(str(location.path), framework="pt")
+        return handle.get_slice(location.name)
 
 
 def check_tensors(directory: Path, architecture: Architecture) -> None:
@@ -133,7 +60,15 @@ def check_tensors(directory: Path, architecture: Architecture) -> None:
     """
     checkpoint = Checkpoint(directory)
     found, expected = checkpoint.names, expected_shapes(architecture)
-    if missing := sorted(expected.keys() - found):
+    _refuse_quantized(directory, found)
+    missing = sorted(expected.keys() - found)
+    if missing == [HEAD]:
+        raise UserError(
+            f"{directory}: its safetensors lack {HEAD}, which config.json calls for: tie_word_embeddings is not true; "
+            "transformers would make a random one. Save the model with its output layer (AutoModelForCausalLM), or set "
+            "tie_word_embeddings to true if that is the embedding"
+        )
+    if missing:
         raise UserError(f"{directory}: its safetensors lack {_some(missing)}, which config.json calls for")
     unknown = sorted(name for name in found - expected.keys() if not deliberately_unused(name, architecture))
     if unknown:
@@ -147,6 +82,18 @@ def check_tensors(directory: Path, architecture: Architecture) -> None:
                 f"{directory}: tensor {name} is {dtype}; weights must be {', '.join(DTYPES)}: use the model that "
                 "this one was quantized from"
             )
+
+
+QUANTIZED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
+"""Ends of the names that GPTQ, AWQ, fp8, compressed-tensors and bitsandbytes give what belongs to a weight."""
+
+
+def _refuse_quantized(directory: Path, names: set[str]) -> None:
+    if quantized := sorted(name for name in names if name.endswith(QUANTIZED)):
+        raise UserError(
+            f"{directory}: its safetensors hold {quantized[0]}, so they are quantized, which is not supported; use the "
+            "model that this one was quantized from"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.source.adapter import write_adapter
-from qwen_cl.source.checkpoint import INDEX
 from qwen_cl.source.merged import MergedModel, Trained, TrainedAdapter
 from qwen_cl.source.small_files import copy_small_files
+from qwen_cl.source.tensor_files import INDEX
 from qwen_cl.source.whole_folder import appearing, require_room
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from qwen_cl.source.checkpoint import weight_files
 from qwen_cl.source.distributed_metadata import METADATA
 from qwen_cl.source.nemo_context import CONTEXT, MODEL, WEIGHTS, is_nemo_checkpoint
+from qwen_cl.source.tensor_files import weight_files
 
 SAMPLES, SAMPLE_BYTES = 16, 2**16
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from qwen_cl.source.checkpoint import DTYPES, Checkpoint
+from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.staging import Block, OpenFiles, Ring, block_size
+from qwen_cl.source.tensor_files import DTYPES
 
 MOST_READERS = 8
 BYTES_PER_READER = 256 * 2**20

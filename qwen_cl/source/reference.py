@@ -18,6 +18,7 @@ from qwen_cl.source.manifest import Manifest
 from qwen_cl.source.nemo_config import read_nemo_config
 from qwen_cl.source.nemo_context import SCHEME, is_nemo_checkpoint, nemo_directory, refuse_half, refuse_other_kinds
 from qwen_cl.source.settings import HubSettings
+from qwen_cl.source.tensor_files import ADAPTER_CONFIG, GGUF, no_weights, weights_entry
 
 HUB_REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
 """No part of a revision starts with a dot, in git's rules and so that as a path in the cache it cannot leave that."""
@@ -54,6 +55,8 @@ def resolve(source: str, settings: HubSettings = HUB_DEFAULTS, *, weights: bool 
         source = str(nemo_directory(source))
     if not is_hub_reference(source):
         directory = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+        if directory.suffix == ".gguf" and directory.is_file():
+            raise UserError(f"model.source ({source}): {GGUF}: use the safetensors of the model it was made from")
         if not source.strip() or not directory.is_dir():
             raise UserError(
                 f"model.source ({source}) is not a directory; give one in Hugging Face layout, a NeMo 2.0 checkpoint, "
@@ -91,6 +94,9 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        names = {entry.name for entry in directory.iterdir()}
+        if weights_entry(names) is None and (ADAPTER_CONFIG in names or any(name.endswith(".gguf") for name in names)):
+            raise UserError(f"model.source ({directory}) {no_weights(names)}") from error
         raise UserError(
             f"{path} is missing: model.source must be in Hugging Face layout (config.json, tokenizer.json, "
             "*.safetensors)"

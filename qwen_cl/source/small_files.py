@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from qwen_cl.source.architecture import TIED, read_architecture
 from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.source.reference import read_model_config
 from qwen_cl.source.snapshot import FILES
@@ -18,6 +19,9 @@ def copy_small_files(source: Path, target: Path) -> None:
     for pattern in FILES:
         for path in tokenizer_directory(source).glob(pattern):
             shutil.copyfile(path, target / path.name)
-    if is_nemo_checkpoint(source):
-        config = json.dumps(read_model_config(source), indent=2)
-        (target / "config.json").write_text(config + "\n", encoding="utf-8")
+    config = read_model_config(source)
+    own_head = bool(config.get(TIED)) and not read_architecture(config, source).tied_embeddings
+    if own_head:  # where the weights are not, nothing but the flag can say it
+        config[TIED] = False
+    if own_head or is_nemo_checkpoint(source):
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.source.checkpoint import INDEX, indexed_files
 from qwen_cl.source.manifest import DIGEST, OURS, Manifest, write_whole
 from qwen_cl.source.parallel import for_each
+from qwen_cl.source.tensor_files import ADAPTER_CONFIG, INDEX, SINGLE, indexed_files, no_weights, weights_entry
 
 FILES = (
     "*.jinja",
@@ -32,8 +31,6 @@ FILES = (
 )
 """What training reads beside the weights. Nothing here is code, whatever the repository holds."""
 TOKENIZERS: tuple[set[str], ...] = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
-SINGLE = "model.safetensors"
-SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 CHUNK = 4 * 2**20
 LONG = 2**30
 """Bytes whose hashing takes long enough to be announced where no bar can be drawn."""
@@ -91,10 +88,14 @@ def needed_files(snapshot: Snapshot, *, weights: bool, trusted: Callable[[str], 
     _require_a_model(snapshot, names)
     if not weights:
         return needed
-    if INDEX not in names:
-        return [*needed, *_unindexed(snapshot, names)]
-    needed.append(INDEX)
-    if trusted(INDEX):
+    entry = weights_entry(names)
+    if entry is None:
+        raise UserError(
+            f"model.source ({snapshot.reference}): the cache ({snapshot.cache}) holds neither {SINGLE} nor {INDEX} of "
+            f"commit {snapshot.commit[:12]}; connect once to fetch them, or write model=local model.source=DIRECTORY"
+        )
+    needed.append(entry)
+    if entry == INDEX and trusted(INDEX):
         needed += indexed_files(snapshot.directory / INDEX)
         if snapshot.manifest is not None and (absent := sorted(set(needed) - names)):
             raise UserError(
@@ -103,30 +104,17 @@ def needed_files(snapshot: Snapshot, *, weights: bool, trusted: Callable[[str], 
     return needed
 
 
-def _unindexed(snapshot: Snapshot, names: set[str]) -> list[str]:
-    found = [SINGLE] if SINGLE in names else _safetensors(names)
-    if snapshot.manifest is None and (len(found) != 1 or SHARD.search(found[0])):
-        raise UserError(
-            f"model.source ({snapshot.reference}): the cache ({snapshot.cache}) holds neither {SINGLE} nor {INDEX} of "
-            f"commit {snapshot.commit[:12]}; connect once to fetch them, or write model=local model.source=DIRECTORY"
-        )
-    return found
-
-
-def _safetensors(names: set[str]) -> list[str]:
-    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-
-
 def _require_a_model(snapshot: Snapshot, names: set[str]) -> None:
     where = f"model.source ({snapshot.reference}): commit {snapshot.commit[:12]}"
     if snapshot.manifest is None:
         where += f" in the cache ({snapshot.cache})"
+    top = {name for name in names if "/" not in name}
     if "config.json" not in names:
+        if (weights_entry(top) is None and top & {ADAPTER_CONFIG}) or any(name.endswith(".gguf") for name in top):
+            raise UserError(f"{where} {no_weights(top)}")
         raise UserError(f"{where} holds no config.json; a model in Hugging Face layout has one")
-    if snapshot.manifest is not None and not _safetensors(names):
-        others = sorted(name for name in names if name.endswith((".bin", ".pt", ".gguf")))
-        found = f" (found {', '.join(others[:3])})" if others else ""
-        raise UserError(f"{where} holds no *.safetensors{found}; weights are read from safetensors only")
+    if snapshot.manifest is not None and weights_entry(top) is None:
+        raise UserError(f"{where} {no_weights(top)}")
     if not any(tokenizer <= names for tokenizer in TOKENIZERS):
         raise UserError(f"{where} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json and merges.txt)")
 
