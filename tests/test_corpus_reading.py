@@ -79,7 +79,7 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(b"\xff", mtime=0), "{path}:1: byte 0xff at column 1 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'{"text": "\xe9"}\n', "{path}:2: byte 0xe9 at column 11 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'\n{"text": \n', "{path}:3: not JSON (Expecting value at column 10)"),
-        ("a.jsonl", b'["x"]\n', "{path}:1: list where an object with text must be"),
+        ("a.jsonl", b'["x"]\n', "{path}:1: a string where an object with text must be"),
         ("a.jsonl", b'{"body": "x"}\n', "{path}:1: field 'text' is missing (found: 'body'); rename it, or set data.te"),
         ("a.jsonl", b'{"text": 3}\n', "{path}:1: field 'text' is int, it must be a string"),
         ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is NoneType, it must be a string"),
@@ -92,7 +92,11 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
         ),
         ("a.jsonl.gz", json_lines(TEXTS), "{path}: damaged gzip: zlib inflate failed: incorrect header check"),
         ("a.parquet", json_lines(TEXTS), "{path} cannot be read as Parquet: Parquet magic bytes not found"),
-        ("a.csv", b"text\n", "data.path: {path} is of an unknown format; known are .txt, .jsonl, .ndjson or .json"),
+        (
+            "a.xlsx",
+            b"text\n",
+            "data.path: {path} is of an unknown format; known are .txt, .jsonl, .ndjson, .json, .csv",
+        ),
         ("a.parquet.gz", b"", "data.path: {path} is of an unknown format"),
         ("README", b"text\n", "data.path: {path} is of an unknown format"),
     ],
@@ -123,8 +127,8 @@ def test_a_path_without_files_is_refused(path: str, message: str, tmp_path: Path
 
 def test_an_unknown_kind_among_others_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     text_files(tmp_path / "texts", TEXTS)
-    (tmp_path / "texts" / "table.csv").touch()
-    with pytest.raises(UserError, match=r"table\.csv is of an unknown format; .*; a glob such as .* others out$"):
+    (tmp_path / "texts" / "table.xlsx").touch()
+    with pytest.raises(UserError, match=r"table\.xlsx is of an unknown format; .*; a glob such as .* others out$"):
         read(tmp_path / "texts")
 
 

@@ -58,7 +58,7 @@ def tokens(text: str) -> list[int]:
     [
         (PAIR + b"nonsense\n", "{path}:2: not JSON (Expecting value at column 1); every line is one object"),
         (PAIR * 4 + b'{"prompt":\n' + PAIR, "{path}:5: not JSON (Expecting value at column 11)"),
-        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: int where an object with prompt, completion must be"),
+        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number where an object with prompt, completion must be"),
         (
             PAIR + b'{"prompt": "a", "completion": null}\n',
             "{path}:2: field 'completion' is NoneType, it must be a string",
@@ -98,7 +98,7 @@ def tokens(text: str) -> list[int]:
             "{path}:1: field 'input' is int, it must be a string",
         ),
         (PAIR + '{"prompt": "é"}\n'.encode("latin-1"), "{path}:2: byte 0xe9 at column 13 is not UTF-8"),
-        (b"\n\n", "{path} is empty; it must hold one JSON object a line with the fields prompt, completion"),
+        (b"\n\n", "{path} is empty; it must hold rows with the fields prompt, completion"),
         # Half of an emoji, which \u escapes can write and no tokenizer can read.
         (PAIR + b'{"prompt": "a", "completion": "\\ud83d"}\n', "{path}:2: field 'completion'"),
         (PAIR + b"[" * 100_000 + b"\n", "{path}:2: "),

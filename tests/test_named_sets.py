@@ -88,7 +88,7 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
             "{path} is empty; it must hold one JSON object a line, or a text",
         ),
         ("a.txt.gz", gzip.compress(b"\n", mtime=0), "{path}: the text is empty; remove the row or fill it"),
-        ("a.csv", b"text\nx\n", "retention.sets.old: {path} is of an unknown format; known are .txt, .jsonl"),
+        ("a.doc", b"text\nx\n", "retention.sets.old: {path} is of an unknown format; known are .txt, .jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

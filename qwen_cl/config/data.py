@@ -24,7 +24,7 @@ class DemoDataConfig(DataConfig):
 @dataclass(kw_only=True, slots=True)
 class FileDataConfig(DataConfig):
     path: str
-    """Training rows, JSON Lines in UTF-8."""
+    """Training rows: a file, a glob or a directory."""
     validation_path: str | None
     """Validation rows; without it every ``validation_every``-th row of ``path`` is held out."""
     validation_every: int

@@ -34,28 +34,98 @@ def numbered_lines(path: Path, key: str, content: str = "one a line") -> Iterato
         raise UserError(f"{path} is empty; it must hold {content}")
 
 
-def decode(line: bytes, where: str) -> str:
+def decode(line: bytes, where: str, *, mark: bool = True) -> str:
+    """``mark``: a byte order mark at the start is none of the text."""
     try:
-        return line.decode("utf-8-sig")
+        return line.decode("utf-8-sig" if mark else "utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(where, line[error.start], error.start + 1) from error
+        raise not_utf8(where, line, error.start, error.start + 1) from error
 
 
-def not_utf8(where: str, byte: int, column: int) -> UserError:
+def decode_text(content: bytes, path: Path) -> str:
+    """A whole file. Raises UserError with the line that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        start = content.rfind(b"\n", 0, error.start)
+        raise not_utf8(f"{path}:{line}", content, error.start, error.start - start) from error
+
+
+def not_utf8(where: str, content: bytes, place: int, column: int) -> UserError:
+    """``place`` is that of the byte in ``content``, ``column`` the one in its line."""
+    encoding = _guess_encoding(content[max(0, place - 200) : place + 200].split(b"\n"))
+    looks = f" (it looks like {encoding})" if encoding else ""
     return UserError(
-        f"{where}: byte 0x{byte:02x} at column {column} is not UTF-8; convert the file, "
-        "for example with: iconv -f SHIFT_JIS -t UTF-8"
+        f"{where}: byte 0x{content[place]:02x} at column {column} is not UTF-8{looks}; convert the file, "
+        f"for example with: iconv -f {encoding or 'SHIFT_JIS'} -t UTF-8"
     )
+
+
+def _guess_encoding(lines: list[bytes]) -> str | None:
+    """Of the old Japanese ones, that which makes kana of a line and of no byte nonsense."""
+    for encoding in ("CP932", "EUC-JP"):
+        for line in lines:
+            try:
+                text = line.decode(encoding.lower())
+            except UnicodeDecodeError:
+                continue
+            if any("\u3041" <= character <= "\u30fe" for character in text):
+                return encoding
+    return None
+
+
+class _RefusedValue(ValueError):
+    """JSON that the decoder takes, and that means nothing or says two things."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise _RefusedValue(f"field {twice!r} is there twice; remove one")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise _RefusedValue(f"{name} is no number of JSON; write a number, or null")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with JSON text that :data:`DECODER` did not take, less its place."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "JSON nested too deep"
+    return str(error) if isinstance(error, _RefusedValue) else "a number has too many digits"
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names = {str: "a string", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return names.get(type(value), "not text")
 
 
 def parse_object(line: str, where: str, fields: str) -> dict[str, Any]:
     """``fields`` names, for the message, what an object must hold."""
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); every line is one object") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deep; every line is one object of texts") from error
+        value = DECODER.decode(line)
+    except _RefusedValue as error:
+        raise UserError(f"{where}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {json_fault(error)}; every line is one object") from error
+    return require_object(value, where, fields)
+
+
+def require_object(value: Any, where: str, fields: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {type(value).__name__} where an object with {fields} must be")
+        raise UserError(f"{where}: {kind_of(value)} where an object with {fields} must be")
     return value

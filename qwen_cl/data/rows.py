@@ -1,10 +1,10 @@
-"""Rows of JSON Lines files, each checked where it stands. No torch."""
+"""Rows of files, each checked where it stands. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from qwen_cl.config.data import DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
-from qwen_cl.data.lines import numbered_lines, parse_object
+from qwen_cl.data.corpus.documents import read_records
+from qwen_cl.data.corpus.files import Format, find_files, hash_files
+from qwen_cl.data.corpus.record import Record
+from qwen_cl.data.fields import missing_field
 
-KEYS = "data.path (and data.validation_path)"
+PLACES = "or hf://datasets/ORG/NAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +70,9 @@ def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
     Raises:
         UserError: names file and line of the first row that is not as it must be, or the file that has none.
     """
-    train = list(read_file(Path(files.train), files.fields, KEYS))
+    train = _read_all(files, "data.path", files.train)
     if files.validation is not None:
-        return train, list(read_file(Path(files.validation), files.fields, KEYS))
+        return train, _read_all(files, "data.validation_path", files.validation)
     held_out = train[:: files.validation_every]
     kept = [row for number, row in enumerate(train) if number % files.validation_every]
     if not kept:
@@ -78,49 +81,58 @@ def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
 
 
 def row_location(files: RowFiles, index: int, *, validation: bool) -> str:
-    """FILE:LINE of a row that :func:`read_rows` returned, by its index there. Reads the file again."""
-    path, number = files.train, index
+    """Where a row stands that :func:`read_rows` returned, by its index there. Reads the files again."""
+    key, path, number = "data.path", files.train, index
     if validation and files.validation is not None:
-        path = files.validation
+        key, path = "data.validation_path", files.validation
     elif validation:
         number = index * files.validation_every
     elif files.validation is None:
         number = index + index // (files.validation_every - 1) + 1
-    with open(path, "rb") as stream:
-        lines = (line for line, content in enumerate(stream, start=1) if content.strip())
-        return f"{path}:{next(itertools.islice(lines, number, None))}"
+    return next(itertools.islice(_records(files, key, path), number, None)).where
 
 
 def content_hash(files: RowFiles) -> str:
-    """sha256 over the files' bytes, training file first."""
+    """sha256 over the files' bytes, training file first; where a path means several, over the hash of them all."""
     digest = hashlib.sha256()
-    for name in filter(None, (files.train, files.validation)):
-        with open(name, "rb") as stream:
+    for key, path in (("data.path", files.train), ("data.validation_path", files.validation)):
+        if path is None:
+            continue
+        names = [file.path for file in find_files(path, key, PLACES)]
+        if len(names) > 1:
+            digest.update(hash_files(names).encode())
+            continue
+        with names[0].open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def read_file(path: Path, fields: tuple[str, ...], key: str) -> Iterator[Row]:
-    """``key`` says what to set to another file."""
-    content = f"one JSON object a line with the fields {', '.join(fields)}"
-    for line, where in numbered_lines(path, f"{key} to JSON Lines files", content):
-        value = parse_object(line, where, ", ".join(fields))
-        yield (
-            parse_conversation(value, (fields[0], fields[1]), where)
-            if len(fields) == 2
-            else _text(value, fields[0], where)
+def _read_all(files: RowFiles, key: str, path: str) -> list[Row]:
+    rows = [_row(record, files.fields) for record in _records(files, key, path)]
+    if not rows:
+        raise UserError(f"{path} is empty; it must hold rows with the fields {', '.join(files.fields)}")
+    return rows
+
+
+def _records(files: RowFiles, key: str, path: str) -> Iterator[Record]:
+    found = find_files(path, key, PLACES)
+    if len(files.fields) > 1 and (texts := [file for file in found if file.format is Format.text]):
+        raise UserError(
+            f"{key}: {texts[0].path} is raw text, for task=pretrain; task=finetune takes rows with fields (let a file "
+            "of JSON Lines end with .jsonl)"
         )
+    return read_records(found, ", ".join(files.fields))
+
+
+def _row(record: Record, fields: tuple[str, ...]) -> Row:
+    row = dict(record.fields)
+    if len(fields) == 2:
+        return parse_conversation(row, (fields[0], fields[1]), record.where)
+    return _text(row, fields[0], record.where)
 
 
 def _text(value: dict[str, Any], field: str, where: str) -> Text:
     if field not in value:
         raise missing_field(value, field, where)
     return Text(check_text(value[field], f"field {field!r}", where))
-
-
-def missing_field(
-    found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.text_field"
-) -> UserError:
-    names = ", ".join(map(repr, found)) or "none"
-    return UserError(f"{where}: field {field!r} is missing (found: {names}); {fix}")

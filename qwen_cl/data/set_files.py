@@ -14,11 +14,13 @@ from filelock import FileLock
 from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import FORMS, check_text, parse_conversation
-from qwen_cl.data.corpus.documents import Record, TextSource, read_records
+from qwen_cl.data.corpus.documents import TextSource, read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin, read_hub_records
+from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.corpus.references import recall, remember
-from qwen_cl.data.rows import Row, Text, missing_field
+from qwen_cl.data.fields import missing_field
+from qwen_cl.data.rows import Row, Text
 
 TEXT = "text"
 PAIR = ("prompt", "completion")

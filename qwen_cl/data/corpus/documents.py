@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import check_text
-from qwen_cl.data.corpus.files import Format, InputFile, opened
-from qwen_cl.data.lines import decode, not_utf8, parse_object
-from qwen_cl.data.rows import missing_field
-
-BATCH_ROWS = 1024
+from qwen_cl.data.corpus.files import Format, InputFile, opened_text
+from qwen_cl.data.corpus.json_records import read_json
+from qwen_cl.data.corpus.parquet_records import read_parquet
+from qwen_cl.data.corpus.record import Record
+from qwen_cl.data.corpus.tables import read_table
+from qwen_cl.data.fields import missing_field
+from qwen_cl.data.lines import decode_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +29,6 @@ class TextSource:
     """Of a dataset on the Hub."""
     subset: str | None
     """Of a dataset on the Hub."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    fields: Mapping[str, Any]
-    where: str
-    """For messages: ``FILE``, ``FILE:LINE`` or ``FILE: row N``."""
-    progress: int
-    """Bytes of all files read up to its end, roughly; of a dataset on the Hub, rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +50,7 @@ def read_files(files: Iterable[InputFile], text_field: str) -> Iterator[Document
 
 
 def read_records(files: Iterable[InputFile], text_field: str) -> Iterator[Record]:
-    """A text file is one record, with the one field ``text_field``; a line of JSON Lines or a row of Parquet another.
+    """A text file is one record, with the one field ``text_field``; an object of JSON or a row of a table another.
 
     Raises:
         UserError: names file and line of the first that cannot be read.
@@ -85,43 +77,15 @@ def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def _read_text(file: InputFile, text_field: str) -> Iterator[Record]:
-    with opened(file) as (stream, _):
-        content = stream.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        raise not_utf8(f"{file.path}:{line}", content[error.start], column) from error
+    with opened_text(file) as (stream, _):
+        text = decode_text(stream.read(), file.path)
     yield Record({text_field: text}, str(file.path), file.size)
 
 
-def _read_json_lines(file: InputFile, text_field: str) -> Iterator[Record]:
-    with opened(file) as (stream, position):
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                where = f"{file.path}:{number}"
-                yield Record(parse_object(decode(line, where).rstrip("\r\n"), where, text_field), where, position())
-
-
-def _read_parquet(file: InputFile, text_field: str) -> Iterator[Record]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(str(file.path)) as parquet:
-            columns = (
-                [text_field] if text_field in parquet.schema_arrow.names else None
-            )  # whoever asks names what lacks
-            total, number = parquet.metadata.num_rows, 0
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(row, f"{file.path}: row {number}", file.size * number // total)
-    except (ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from error
-
-
-READERS = {Format.text: _read_text, Format.json_lines: _read_json_lines, Format.parquet: _read_parquet}
+READERS = {
+    Format.text: _read_text,
+    Format.json_lines: read_json,
+    Format.csv: read_table,
+    Format.tsv: read_table,
+    Format.parquet: read_parquet,
+}

@@ -19,6 +19,9 @@ from qwen_cl.config.errors import UserError
 class Format(str, Enum):
     text = "text"
     json_lines = "json_lines"
+    """Or an array: which of them, the content says."""
+    csv = "csv"
+    tsv = "tsv"
     parquet = "parquet"
 
 
@@ -27,11 +30,24 @@ FORMATS = {
     ".jsonl": Format.json_lines,
     ".ndjson": Format.json_lines,
     ".json": Format.json_lines,
+    ".csv": Format.csv,
+    ".tsv": Format.tsv,
     ".parquet": Format.parquet,
 }
 BLOCK = 2**22
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-KNOWN = ".txt, .jsonl, .ndjson or .json, each also .gz or .zst; .parquet"
+KNOWN = ".txt, .jsonl, .ndjson, .json, .csv or .tsv, each also .gz or .zst; .parquet"
+MAGIC = {
+    b"\x1f\x8b": "is compressed with gzip, which its name does not say; let it end with .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd, which its name does not say; let it end with .zst",
+    b"PAR1": "is a Parquet file, which its name does not say; let it end with .parquet",
+    b"PK\x03\x04": "is a zip archive (as .xlsx files are) and not text; unpack it, or save the table as CSV in UTF-8",
+    b"\xff\xfe": "is in UTF-16, it must be UTF-8; convert it with: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is in UTF-16, it must be UTF-8; convert it with: iconv -f UTF-16 -t UTF-8",
+}
+"""What files of text start with that are none."""
+SNIFFED = 1024
+"""Bytes."""
 PLACES = "hf://datasets/ORG/NAME, or the prefix of Megatron's PREFIX.bin and PREFIX.idx"
 
 
@@ -84,6 +100,8 @@ def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
     format = FORMATS.get(suffixes[-1]) if suffixes else None
     if format is None or (format is Format.parquet and compression is not None):
         others = "; a glob such as DIRECTORY/**/*.jsonl leaves others out" if in_directory else ""
+        if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+            others = "; save the table as CSV in UTF-8" + others
         raise UserError(f"{key}: {path} is of an unknown format; known are {KNOWN}{others}")
     return InputFile(path, format, compression, path.stat().st_size)
 
@@ -130,3 +148,23 @@ def opened(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]
         if error.errno is None:  # pyarrow's word on the content
             raise UserError(f"{file.path}: damaged {file.compression}: {error}; fetch or compress it again") from error
         raise UserError(f"{file.path} cannot be read: {os.strerror(error.errno)}") from error
+
+
+@contextmanager
+def opened_text(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
+    """As :func:`opened`, of a file that must be text.
+
+    Raises:
+        UserError: also where its first bytes are of something else.
+    """
+    with opened(file) as (stream, position):
+        start = stream.peek(SNIFFED)[:SNIFFED]
+        for magic, what in MAGIC.items():
+            if start.startswith(magic):
+                raise UserError(f"{file.path} {what}")
+        if b"\0" in start:
+            raise UserError(
+                f"{file.path} has zero bytes, as UTF-16 and binary files have; it must be text in UTF-8 (to convert "
+                "it: iconv -f UTF-16 -t UTF-8)"
+            )
+        yield stream, position

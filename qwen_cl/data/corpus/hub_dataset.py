@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.corpus.documents import Document, Record, TextSource, to_document
+from qwen_cl.data.corpus.documents import Document, TextSource, to_document
+from qwen_cl.data.corpus.record import Record
 
 SCHEME = "hf://datasets/"
 REFERENCE = re.compile(rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
