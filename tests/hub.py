@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_file(files[parts["file"]].read_bytes(), commit, fault)
         if parts.get("kind") == "tree":
             return self._send(HTTPStatus.OK, json.dumps([self._tree_entry(*file) for file in files.items()]).encode())
-        with_sizes = parse_qs(url.query).get("blobs") == ["True"]
+        with_sizes = parse_qs(url.query).get("blobs") in (["True"], ["true"])  # as requests and httpx write it
         info = {
             "id": repository,
             "sha": commit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from tests.conftest import ROOT
@@ -48,6 +51,7 @@ def test_an_answer_that_is_a_no(where: str, fault: Fault, number: int, reason: s
     assert machine.resolve("hf://org/tiny")["error"].startswith(f"model.source (hf://org/tiny): {reason}")
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ >= "1", reason="huggingface_hub 1.0 has no hf_transfer")
 def test_a_way_to_download_that_is_not_installed(machine: Machine) -> None:
     error = machine.resolve("hf://org/tiny", HF_HUB_ENABLE_HF_TRANSFER="1")["error"]
     assert "could not be fetched: Fast download using 'hf_transfer' is enabled" in error
@@ -64,6 +68,30 @@ def test_a_download_that_breaks_twice_is_kept_for_the_next_command(machine: Mach
     assert [request.range for request in machine.hub.gets(SHARD)] == ["bytes=10000-"]
     assert machine.hub.fetched() == {SHARD}
     assert (Path(directory) / SHARD).read_bytes() == weights_of(3)
+
+
+def test_a_hub_that_falls_silent_is_asked_for_the_rest(machine: Machine) -> None:
+    """As often as it takes while something comes each time."""
+    for count in (5000, 1000, 2000):
+        machine.hub.inject(SHARD, Fault.stall, count)
+    directory = machine.resolve("hf://org/tiny", weights=True, HF_HUB_DOWNLOAD_TIMEOUT="1")["directory"]
+    ranges = [request.range for request in machine.hub.gets(SHARD)]
+    assert ranges == [None, "bytes=5000-", "bytes=6000-", "bytes=8000-"]
+    assert (Path(directory) / SHARD).read_bytes() == weights_of(3)
+
+
+def test_what_an_older_download_left_is_resumed_or_begun_again(machine: Machine) -> None:
+    """A part of this file, and one that is longer than the file."""
+    digest = hashlib.sha256(weights_of(3)).hexdigest()
+    partial = machine.repository / "blobs" / f"{digest}.incomplete"
+    for left, asked in ((weights_of(3)[:700], "bytes=700-"), (bytes(20000), None)):
+        shutil.rmtree(machine.home, ignore_errors=True)
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(left)
+        machine.hub.requests.clear()
+        directory = machine.resolve("hf://org/tiny", weights=True)["directory"]
+        assert [request.range for request in machine.hub.gets(SHARD)] == [asked]
+        assert (Path(directory) / SHARD).read_bytes() == weights_of(3)
 
 
 def test_a_busy_hub_is_asked_again(machine: Machine) -> None:

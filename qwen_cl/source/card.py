@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.schema import ModelConfig
+from qwen_cl.http_errors import request_errors
 from qwen_cl.source.reference import HUB_REFERENCE
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -64,7 +65,6 @@ def licence_of(model: ModelConfig) -> dict[str, str]:
     """The licence fields of the base's own card; none where it has no card, or the Hub cannot be asked for it."""
     import yaml
     from huggingface_hub import hf_hub_download, metadata_load
-    from requests.exceptions import RequestException
 
     match = HUB_REFERENCE.fullmatch(model.source)
     try:
@@ -82,7 +82,7 @@ def licence_of(model: ModelConfig) -> dict[str, str]:
             )
         fields: Any = metadata_load(card)
     # huggingface_hub's own errors are one or the other: absent, gated, offline, not in the cache.
-    except (OSError, ValueError, RequestException, yaml.YAMLError):
+    except request_errors(OSError, ValueError, yaml.YAMLError):
         return {}
     if not isinstance(fields, dict):
         return {}

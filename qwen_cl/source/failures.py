@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.http_errors import status_of
 
 
 def refusal(error: BaseException, reference: str) -> UserError | None:
@@ -23,13 +24,3 @@ def refusal(error: BaseException, reference: str) -> UserError | None:
     if status_of(error) in (401, 403):
         return UserError(f"{name}: the Hub refused the token it was given; renew HF_TOKEN or `hf auth login`")
     return None
-
-
-def how(error: BaseException) -> str:
-    """One or two words: the text of these errors holds URLs, which can be signed."""
-    status = status_of(error)
-    return type(error).__name__ if status is None else f"HTTP {status}"
-
-
-def status_of(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)

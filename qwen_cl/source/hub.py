@@ -7,6 +7,7 @@ missing is fetched.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import time
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.source.download import RETRY_AFTER, download
-from qwen_cl.source.failures import how, refusal, status_of
+from qwen_cl.http_errors import reason_of, request_errors, status_of
+from qwen_cl.source.download import download
+from qwen_cl.source.failures import refusal
+from qwen_cl.source.http_file import RETRY_AFTER
 from qwen_cl.source.manifest import Manifest, from_hub, read_manifest, write_manifest, write_whole
 from qwen_cl.source.settings import HubSettings
 from qwen_cl.source.snapshot import Snapshot, damaged_files, is_verified, needed_files, remove
@@ -69,25 +72,46 @@ def fetch_snapshot(repo: str, revision: str | None, settings: HubSettings, *, we
 
 
 def cached_directory(repo: str, revision: str | None) -> Path:
-    """Where huggingface_hub keeps the snapshot; nothing is checked and nothing asked."""
-    from huggingface_hub import snapshot_download
+    """Return where huggingface_hub keeps the snapshot; nothing is checked and nothing asked.
 
-    return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    Raises:
+        FileNotFoundError: the cache has none.
+    """
+    cache = HubSettings().cache_directory
+    commit = _commit_in_cache(cache, repo, revision)
+    if commit is None:
+        raise FileNotFoundError(errno.ENOENT, f"hf://{repo}@{revision} is not in the cache", str(cache))
+    return Snapshot("", repo, commit, cache, None).directory
 
 
 def _from_cache(reference: str, repo: str, revision: str | None, cache: Path) -> Snapshot | None:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        directory = Path(snapshot_download(repo, revision=revision, cache_dir=str(cache), local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        return None
-    except errors.HFValidationError as error:
+        validate_repo_id(repo)
+    except HFValidationError as error:
         raise UserError(f"model.source ({reference}): {error}") from error
-    if not COMMIT.fullmatch(directory.name):
+    commit = _commit_in_cache(cache, repo, revision)
+    if commit is None:
         return None
-    snapshot = Snapshot(reference, repo, directory.name, cache, None)
-    return replace(snapshot, manifest=read_manifest(snapshot.repository, snapshot.commit))
+    snapshot = Snapshot(reference, repo, commit, cache, None)
+    return replace(snapshot, manifest=read_manifest(snapshot.repository, commit))
+
+
+def _commit_in_cache(cache: Path, repo: str, revision: str | None) -> str | None:
+    """Return what the revision meant when it was last asked for, if that commit's folder is there.
+
+    Not by snapshot_download: since 1.33 it takes a snapshot without every file of the repository for none.
+    """
+    repository = Snapshot("", repo, "", cache, None).repository
+    commit = revision or "main"
+    if not COMMIT.fullmatch(commit):
+        try:
+            commit = (repository / "refs" / commit).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+    return commit if COMMIT.fullmatch(commit) and (repository / "snapshots" / commit).is_dir() else None
 
 
 def _as_it_is(
@@ -155,19 +179,17 @@ def _obtain(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None:
 
 def _ask(reference: str, repo: str, revision: str | None, endpoint: str | None) -> Manifest:
     """What the reference stands for now, in one request; a second one where the first met trouble that may pass."""
-    from requests.exceptions import JSONDecodeError, RequestException
-
     for last in (False, True):
         try:
             manifest = from_hub(_model_info(repo, revision, endpoint))
             break
-        except (JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise no_answer("what answers there is no Hub") from error
-        except RequestException as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or none of a Hub's
+            raise refusal(error, reference) or no_answer("what answers there is no Hub") from error
+        except request_errors() as error:
             if refused := refusal(error, reference):
                 raise refused from error
             if last or status_of(error) not in MAY_PASS:
-                raise no_answer(how(error)) from error
+                raise no_answer(reason_of(error)) from error
             time.sleep(RETRY_AFTER)
     pinned = COMMIT.fullmatch(revision or "")
     if not COMMIT.fullmatch(manifest.commit or "") or (pinned and manifest.commit != revision):

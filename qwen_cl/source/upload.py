@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.tasks import HUB_NAME
+from qwen_cl.http_errors import reason_of, request_errors, status_of
 
 KEY = "task.push_to"
 OUR_WEIGHTS = {"merged": ["model*.safetensors", "model.safetensors.index.json"], "adapter": ["adapter_model*"]}
@@ -64,7 +65,6 @@ def upload(target: Target, folder: Path) -> str:
         RunFailed: says how to upload the folder again, which stays.
     """
     from huggingface_hub import HfApi
-    from requests.exceptions import RequestException
 
     api = HfApi(endpoint=target.endpoint)
     again = f"{folder} is whole; upload it with: {_by_hand(target, folder)}"
@@ -77,7 +77,7 @@ def upload(target: Target, folder: Path) -> str:
             delete_patterns=OUR_WEIGHTS[target.format],
         )
     # Of a file that did not go through, huggingface_hub says RuntimeError; of LFS, ValueError.
-    except (RequestException, RuntimeError, ValueError, OSError) as error:
+    except request_errors(RuntimeError, ValueError, OSError) as error:
         raise RunFailed(f"{KEY} ({target.reference}): the upload failed: {_one_line(error)}. {again}") from error
     except KeyboardInterrupt:
         print(f"\n{KEY} ({target.reference}): the upload was interrupted. {again}", flush=True)
@@ -94,7 +94,6 @@ def _by_hand(target: Target, folder: Path) -> str:
 def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-    from requests.exceptions import RequestException
 
     api = HfApi(endpoint=endpoint)
     try:
@@ -105,14 +104,14 @@ def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
         ) from error
     except OfflineModeIsEnabled as error:
         raise UserError(f"{KEY} ({reference}): HF_HUB_OFFLINE=1 forbids it; unset it, or leave {KEY} out") from error
-    except RequestException as error:
-        status = getattr(error.response, "status_code", None)
+    except request_errors(ValueError) as error:  # ValueError: no JSON came
+        status = status_of(error)
         if status in (401, 403):
             raise UserError(
                 f"{KEY} ({reference}): the Hub refused the token it was given ({status}); renew HF_TOKEN or "
                 "`hf auth login`"
             ) from error
-        how = f"answered {status}" if status else f"did not answer ({type(error).__name__})"
+        how = f"answered {status}" if status else f"did not answer ({reason_of(error)})"
         raise UserError(
             f"{KEY} ({reference}): the Hub ({api.endpoint}) {how}; check the network and HF_ENDPOINT, or leave "
             f"{KEY} out"

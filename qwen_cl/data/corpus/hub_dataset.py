@@ -14,6 +14,7 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import Document, TextSource, to_document
 from qwen_cl.data.corpus.record import Record
+from qwen_cl.http_errors import request_errors
 
 SCHEME = "hf://datasets/"
 REFERENCE = re.compile(rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
@@ -88,7 +89,7 @@ def _explained(source: TextSource) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, DatasetsError) as error:  # the Hub's HTTP errors are OSErrors
+    except request_errors(OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason or "multiple" in reason:
             fix = "set data.subset to one of them"
