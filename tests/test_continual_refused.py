@@ -46,7 +46,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "no data": (
         [stages("name: two", "overrides: [data=jsonl, data.path=/no/such.jsonl]")],
-        r"task\.stages\[1\] \(two\): /no/such\.jsonl does not exist",
+        r"task\.stages\[1\] \(two\): data\.path \(/no/such\.jsonl\) does not exist",
     ),
     "no training": (
         [stages("name: two", "overrides: [task=inspect]")],
