@@ -117,7 +117,7 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
             stream.write(json.dumps({"prompt": text[:cut], "completion": text[cut:]}) + "\n")
     tokenizer = load_tokenizer(str(model))
     rows, _ = read_rows(
-        RowFiles(train=str(path), validation=None, validation_every=len(lengths), fields=("prompt", "completion"))
+        RowFiles(train=str(path), validation=None, validation_every=len(lengths), raw_text=False, fields={})
     )
     return [example.num_positions for example in build_examples(rows, tokenizer, longest, LossOn.all)]
 

@@ -123,7 +123,7 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
         return run.Config(TextDataModule, target=_text_target(folder), **common)
     files = row_files(config.data, task)
     assert files is not None
-    return run.Config(RowDataModule, **{**asdict(files), "fields": list(files.fields)}, **common)
+    return run.Config(RowDataModule, **asdict(files), **common)
 
 
 def _mixture(config: RunConfig) -> dict[str, Any]:

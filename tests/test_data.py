@@ -31,7 +31,8 @@ def files(path: Path, validation: Path | None = None, every: int = 3, *, text: b
         train=str(path),
         validation=None if validation is None else str(validation),
         validation_every=every,
-        fields=("text",) if text else ("prompt", "completion"),
+        raw_text=text,
+        fields={},
     )
 
 
@@ -58,7 +59,7 @@ def tokens(text: str) -> list[int]:
     [
         (PAIR + b"nonsense\n", "{path}:2: not JSON (Expecting value at column 1); every line is one object"),
         (PAIR * 4 + b'{"prompt":\n' + PAIR, "{path}:5: not JSON (Expecting value at column 11)"),
-        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number where an object with prompt, completion must be"),
+        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number where an object with fields must be"),
         (
             PAIR + b'{"prompt": "a", "completion": null}\n',
             "{path}:2: field 'completion' is NoneType, it must be a string",
@@ -98,7 +99,7 @@ def tokens(text: str) -> list[int]:
             "{path}:1: field 'input' is int, it must be a string",
         ),
         (PAIR + '{"prompt": "é"}\n'.encode("latin-1"), "{path}:2: byte 0xe9 at column 13 is not UTF-8"),
-        (b"\n\n", "{path} is empty; it must hold rows with the fields prompt, completion"),
+        (b"\n\n", "{path} is empty; it must hold rows, of conversations"),
         # Half of an emoji, which \u escapes can write and no tokenizer can read.
         (PAIR + b'{"prompt": "a", "completion": "\\ud83d"}\n', "{path}:2: field 'completion'"),
         (PAIR + b"[" * 100_000 + b"\n", "{path}:2: "),
@@ -116,7 +117,9 @@ def test_a_bad_row_is_named_by_its_line(content: bytes, message: str, tmp_path: 
 def test_a_missing_field_of_raw_text_names_its_key(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"body": "a"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: field 'text' is missing .*, or set data\.text_field$"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: field 'text' is missing .*, or set data\.fields=\{text: NAME\}$"
+    ):
         read_rows(files(path, text=True))
 
 

@@ -160,8 +160,8 @@ GOOD = '{"prompt": "a", "completion": "b"}'
         ("a.json", f"[\n{GOOD}\n{GOOD}\n]", ":3: not JSON (Expecting ',' delimiter at column 1)"),
         ("a.json", f"[\n{GOOD},\n]", ":3: not JSON (Expecting value at column 1)"),
         ("a.json", f"[\n{GOOD}\n]\n{GOOD}", ":4: not JSON (Something follows the array at column 1)"),
-        ("a.json", f"[\n{GOOD},\n3]", ":3: a number where an object with prompt, completion must be"),
-        ("a.json", f"[{GOOD},\nnull]", ":2: null where an object with prompt, completion must be"),
+        ("a.json", f"[\n{GOOD},\n3]", ":3: a number where an object with fields must be"),
+        ("a.json", f"[{GOOD},\nnull]", ":2: null where an object with fields must be"),
         (
             "a.json",
             f'[\n{GOOD},\n{{"prompt": NaN}}]',

@@ -85,7 +85,7 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
         (
             "a.jsonl.gz",
             gzip.compress(b"\n \n", mtime=0),
-            "{path} is empty; it must hold one JSON object a line, or a text",
+            "{path} is empty; it must hold rows, or a text",
         ),
         ("a.txt.gz", gzip.compress(b"\n", mtime=0), "{path}: the text is empty; remove the row or fill it"),
         ("a.doc", b"text\nx\n", "retention.sets.old: {path} is of an unknown format; known are .txt, .jsonl"),

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_cl.config.errors import UserError
+from qwen_cl.config.errors import UserError, unknown_key
 from qwen_cl.config.rules import require
+
+TEXT = "text"
+PAIR = ("prompt", "completion")
+ALPACA = ("instruction", "output", "input")
+TURNS = ("messages", "conversations")
+FIELDS = (
+    *(TEXT, *PAIR, *TURNS, *ALPACA, "system", "history", "tools", "reasoning_content", "documents"),
+    *("chat_template_kwargs", "enable_thinking"),
+)
+"""What ``data.fields`` may give another name: the fields that rows are read by."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +38,12 @@ class FileDataConfig(DataConfig):
     validation_path: str | None
     """Validation rows; without it every ``validation_every``-th row of ``path`` is held out."""
     validation_every: int
+    subset: str | None
+    """Of a dataset on the Hub, where it has several."""
+    fields: dict[str, str]
+    """The names that the rows' fields have, by the name they are read by."""
     prompt_field: str
+    """Older name of ``fields.prompt``, as are the next two of theirs."""
     completion_field: str
     text_field: str
     allow_overlap: bool
@@ -36,6 +51,15 @@ class FileDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         require("data.validation_every", self.validation_every, at_least=2)
+        if self.subset is not None and not self.subset.strip():
+            raise UserError("data.subset is empty; write null to leave it open")
+        check_fields("data.fields", self.columns)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """``fields``, with what the older keys say."""
+        older = {name: getattr(self, f"{name}_field") for name in (*PAIR, TEXT)}
+        return _joined(self.fields, {name: value for name, value in older.items() if value != name})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +78,9 @@ class TextDataConfig(DataConfig):
     path: str
     """A file, a glob, a directory, ``hf://datasets/ORG/NAME[@REVISION]``, or the prefix of an indexed dataset."""
     text_field: str
+    """Older name of ``fields.text``."""
+    fields: dict[str, str]
+    """{text: the name that the field with the text has}."""
     split: str
     """Of a dataset on the Hub."""
     subset: str | None
@@ -77,6 +104,44 @@ class TextDataConfig(DataConfig):
         for name in ("subset", "validation_path", "cache"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise UserError(f"data.{name} is empty; write null to leave it open")
+        if others := [name for name in self.fields if name != TEXT]:
+            raise UserError(
+                f"data.fields.{others[0]} would change nothing: data=text reads the field text alone; remove it"
+            )
+        check_fields("data.fields", {TEXT: self.text_column})
         require("data.validation_share", self.validation_share, above=0, below=1)
         if self.workers is not None:
             require("data.workers", self.workers, at_least=1)
+
+    @property
+    def text_column(self) -> str:
+        older = {} if self.text_field == TEXT else {TEXT: self.text_field}
+        return _joined(self.fields, older).get(TEXT, TEXT)
+
+
+def check_fields(key: str, columns: dict[str, str]) -> None:
+    """Raises UserError where a name is none that rows are read by, or two mean one field."""
+    for name, column in columns.items():
+        if name not in FIELDS:
+            raise UserError(unknown_key(f"{key}.{name}", list(FIELDS)))
+        if not column.strip():
+            raise UserError(f"{key}.{name} is empty; write the name that the field has in the rows")
+    columns = {name: column for name, column in columns.items() if name != TEXT}  # of another task than the others
+    forms = [form for form in (PAIR, *((name,) for name in TURNS), ALPACA) if set(form) & columns.keys()]
+    if len(forms) > 1:
+        first, second = (next(name for name in form if name in columns) for form in forms[:2])
+        raise UserError(f"{key} names {first} and {second}, which are two forms of a row; name the fields of one")
+    twice = next((column for column in columns.values() if list(columns.values()).count(column) > 1), None)
+    if twice is not None:
+        names = " and ".join(name for name, column in columns.items() if column == twice)
+        raise UserError(f"{key} names the field {twice!r} for {names}; a field can be one of them")
+
+
+def _joined(fields: dict[str, str], older: dict[str, str]) -> dict[str, str]:
+    for name, column in older.items():
+        if fields.get(name, column) != column:
+            raise UserError(
+                f"data.fields.{name} ({fields[name]}) and data.{name}_field ({column}), its older name, disagree; "
+                "remove one"
+            )
+    return {**fields, **older}

@@ -20,6 +20,11 @@ OF_NO_CONSEQUENCE = (
     *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow", "timeout_minutes")),
 )
 """What a run's result does not depend on; each is the beginning of a key."""
+ADDED_SINCE: dict[str, dict[str, Any]] = {
+    "file_schema": {"fields": {}, "subset": None},
+    "text_schema": {"fields": {}},
+}
+"""By schema, keys that configs of older runs lack, with what those runs did."""
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -41,7 +46,9 @@ def load_config(path: Path) -> RunConfig:
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
     base = OmegaConf.structured(RunConfig)
     for group, schemas in GROUPS.items():
-        base[group] = OmegaConf.structured(schemas[plain[group].pop("type") + "_schema"])
+        name = plain[group].pop("type") + "_schema"
+        base[group] = OmegaConf.structured(schemas[name])
+        plain[group] = {**ADDED_SINCE.get(name, {}), **plain[group]}
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(base, plain)))
 
 

@@ -1,14 +1,180 @@
-"""The fields of rows under the names they have here. No torch."""
+"""The fields of rows under the names they are read by: as the config says, or as usual. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from qwen_cl.config.data import ALPACA, PAIR, TURNS
 from qwen_cl.config.errors import UserError
+from qwen_cl.data.corpus.record import Record
+from qwen_cl.data.lines import DECODER, json_fault
+
+INSTRUCTION, OUTPUT, INPUT = ALPACA
+FORMS = (PAIR, *((name,) for name in TURNS), (INSTRUCTION, OUTPUT))
+"""The fields that a row of each form must have."""
+USUAL_PAIRS = (
+    *(PAIR, ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response")),
+    *(("user", "assistant"), ("input", "output"), (INSTRUCTION, OUTPUT), (INSTRUCTION, "response")),
+)
+"""What asks and what answers, as datasets and the formats of LLaMA-Factory, Axolotl and TRL call them."""
+CONTEXTS = (INPUT, "context")
+"""What goes with an instruction, in Alpaca's and in Dolly's words."""
+KNOWN = {*TURNS, *CONTEXTS, *(name for pair in USUAL_PAIRS for name in pair)}
+KEY = "data.fields"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRow:
+    fields: dict[str, Any]
+    """By the names that rows are read by; what is no part of a form keeps its own."""
+    where: str
+    called: dict[str, str]
+    """What the row calls those that were renamed."""
+    left_out: tuple[str, ...]
+    """Fields of another form, where the config chose one."""
+
+    def in_its_words(self, error: UserError) -> UserError:
+        """Name fields as the row's author does."""
+        message = str(error)
+        for name, column in self.called.items():
+            message = message.replace(f"field {name!r}", f"field {column!r}")
+        return UserError(message)
+
+
+def name_rows(records: Iterable[Record], columns: Mapping[str, str], path: str, key: str = KEY) -> Iterator[NamedRow]:
+    """All rows of ``path``. ``columns`` are the rows' own names by those they are read by, as the config says under
+    ``key``; where it chooses no form, each row's fields tell which it has.
+
+    Raises:
+        UserError: a field that is named is not there, or a row has two forms.
+    """
+    unseen = dict(columns)
+    for record in records:
+        for name in [name for name, column in unseen.items() if column in record.fields]:
+            del unseen[name]
+        yield name_fields(record.fields, columns, record.where, key)
+    for name, column in unseen.items():
+        raise UserError(f"{path}: no row has the field {column!r}, which {key}.{name} names; correct or remove it")
+
+
+def name_fields(row: Mapping[str, Any], columns: Mapping[str, str], where: str, key: str = KEY) -> NamedRow:
+    """One row; see :func:`name_rows`."""
+    chosen = next((form for form in FORMS if set(form) & columns.keys()), None)
+    if chosen is None:
+        renamed = {**_usual_names(row, where, key), **columns}
+        kept = _without_empty_forms(row, renamed)
+    else:
+        _require(row, chosen, columns, where, key)
+        renamed = dict(columns)
+        own = {*chosen, *columns, *columns.values()}
+        kept = {name: value for name, value in row.items() if name in own or not any(name in form for form in FORMS)}
+    left_out = tuple(name for name in row if name not in kept and _says(row, name))
+    called = {name: column for name, column in renamed.items() if name != column and column in row}
+    _refuse_taken(kept, called, where, key)
+    names = {column: name for name, column in called.items()}
+    fields = {
+        names.get(column, column): value for column, value in kept.items() if column in names or column not in called
+    }
+    for name in TURNS:
+        if _is_json(fields.get(name)):
+            fields[name] = _decoded(fields[name], called.get(name, name), where)
+    return NamedRow(fields, where, called, left_out)
 
 
 def missing_field(
-    found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.text_field"
+    found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.fields={text: NAME}"
 ) -> UserError:
     names = ", ".join(map(repr, found)) or "none"
     return UserError(f"{where}: field {field!r} is missing (found: {names}); {fix}")
+
+
+def has_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether the row's own names are of a form, and whole."""
+    return bool(_usual_forms(row))
+
+
+def _usual_forms(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    forms: list[tuple[str, ...]] = [(name,) for name in TURNS if _has_turns(row, name)]
+    forms += [pair for pair in USUAL_PAIRS if all(_says(row, name) for name in pair)]
+    return [form for form in forms if form != (INPUT, OUTPUT) or (INSTRUCTION, OUTPUT) not in forms]
+
+
+def _usual_names(row: Mapping[str, Any], where: str, key: str) -> dict[str, str]:
+    forms = _usual_forms(row)
+    if len(forms) > 1:
+        first, second = (" and ".join(map(repr, form)) for form in forms[:2])
+        choice = _mapping(_read_as(forms[0], None))
+        raise UserError(f"{where}: the row has {first}, and {second} too; say which are meant, like {key}={choice}")
+    if not forms or forms[0][0] in TURNS:
+        return {}
+    pair = forms[0]
+    contexts = [name for name in CONTEXTS if name not in pair and _says(row, name)]
+    if contexts and (pair[0] != INSTRUCTION or len(contexts) > 1):
+        with_it = _mapping(_read_as(pair, contexts[-1], alpaca=True))
+        without = _mapping(_read_as(pair, contexts[0] if len(contexts) > 1 else None))
+        raise UserError(
+            f"{where}: field {contexts[-1]!r} stands beside {' and '.join(map(repr, (*pair, *contexts[:-1])))}; read "
+            f"it with {key}={with_it}, or leave it out with {key}={without}"
+        )
+    return _read_as(pair, contexts[0] if contexts else None)
+
+
+def _read_as(form: tuple[str, ...], context: str | None, *, alpaca: bool = False) -> dict[str, str]:
+    if form[0] in TURNS:
+        return {form[0]: form[0]}
+    names = (INSTRUCTION, OUTPUT) if alpaca or form[0] == INSTRUCTION else PAIR
+    return {**dict(zip(names, form)), **({INPUT: context} if context else {})}
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{name}: {column}" for name, column in columns.items()) + "}"
+
+
+def _says(row: Mapping[str, Any], name: str) -> bool:
+    value = row.get(name)
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
+
+
+def _has_turns(row: Mapping[str, Any], name: str) -> bool:
+    return _says(row, name) and (isinstance(row[name], list) or _is_json(row[name]))
+
+
+def _is_json(value: Any) -> bool:
+    """As a cell of a table has a list."""
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _without_empty_forms(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Tables have columns for the other forms of their rows too, empty where a row is of this one."""
+    if not (renamed or any(_has_turns(row, name) for name in TURNS)):
+        return dict(row)
+    own = {*renamed.values()}
+    return {name: value for name, value in row.items() if name in own or name not in KNOWN or _says(row, name)}
+
+
+def _require(row: Mapping[str, Any], form: tuple[str, ...], columns: Mapping[str, str], where: str, key: str) -> None:
+    for name in form:
+        column = columns.get(name, name)
+        if column not in row:
+            fix = (
+                f"{key}.{name} names it: correct that" if name in columns else f"set {key}.{name} to what it is called"
+            )
+            raise missing_field(row, column, where, fix)
+
+
+def _refuse_taken(row: Mapping[str, Any], called: Mapping[str, str], where: str, key: str) -> None:
+    for name, column in called.items():
+        if name not in called.values() and _says(row, name):
+            raise UserError(
+                f"{where}: field {column!r} is read as {name}, and the row has a field {name!r} too; remove or rename "
+                f"one of them"
+            )
+
+
+def _decoded(text: str, column: str, where: str) -> Any:
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: field {column!r} must hold a list of messages: {json_fault(error)}") from error

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qwen_cl.config.data import DataConfig, DemoDataConfig, FileDataConfig
+from qwen_cl.config.data import PAIR, TEXT, DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.fields import missing_field
+from qwen_cl.data.fields import KEY, missing_field, name_rows
 
 PLACES = "or hf://datasets/ORG/NAME"
 
@@ -37,8 +36,10 @@ class RowFiles:
     validation: str | None
     validation_every: int
     """Without a validation file, every n-th row of ``train`` is held out."""
-    fields: tuple[str, ...]
-    """(prompt, completion) for instructions, (text,) for raw text."""
+    raw_text: bool
+    """Rows are texts, not conversations."""
+    fields: dict[str, str]
+    """The rows' own names of fields, by the names they are read by (fields.py)."""
 
 
 def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
@@ -50,7 +51,8 @@ def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
             train=f"{stem}.train.jsonl",
             validation=f"{stem}.validation.jsonl",
             validation_every=2,
-            fields=("text",) if raw_text else ("prompt", "completion"),
+            raw_text=raw_text,
+            fields={},
         )
     if isinstance(data, FileDataConfig):
         return RowFiles(
@@ -59,7 +61,8 @@ def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
             if data.validation_path is None
             else str(Path(data.validation_path).expanduser().absolute()),
             validation_every=data.validation_every,
-            fields=(data.text_field,) if raw_text else (data.prompt_field, data.completion_field),
+            raw_text=raw_text,
+            fields=_columns(data, raw_text),
         )
     return None
 
@@ -108,31 +111,53 @@ def content_hash(files: RowFiles) -> str:
     return digest.hexdigest()
 
 
+def conversations(
+    records: Iterable[Record], columns: Mapping[str, str], path: str, key: str = KEY
+) -> Iterator[Conversation]:
+    """One of each record of ``path``; see :func:`name_rows`. Raises UserError."""
+    for row in name_rows(records, columns, path, key):
+        try:
+            yield parse_conversation(row.fields, PAIR, row.where)
+        except UserError as error:
+            raise row.in_its_words(error) from error
+
+
+def _columns(data: FileDataConfig, raw_text: bool) -> dict[str, str]:
+    """What the config says of the rows that its task reads; the older keys of the others have no effect."""
+    for name in data.fields:
+        if (name == TEXT) is not raw_text:
+            raise UserError(
+                f"data.fields.{name} is of {'texts' if name == TEXT else 'conversations'}, which "
+                f"task={'pretrain' if raw_text else 'finetune'} does not read; remove it"
+            )
+    return {name: column for name, column in data.columns.items() if (name == TEXT) is raw_text}
+
+
 def _read_all(files: RowFiles, key: str, path: str) -> list[Row]:
-    rows = [_row(record, files.fields) for record in _records(files, key, path)]
+    records = _records(files, key, path)
+    if files.raw_text:
+        column = files.fields.get(TEXT, TEXT)
+        rows: list[Row] = [_text(record, column) for record in records]
+    else:
+        rows = list(conversations(records, files.fields, path))
     if not rows:
-        raise UserError(f"{path} is empty; it must hold rows with the fields {', '.join(files.fields)}")
+        raise UserError(f"{path} is empty; it must hold rows{' of texts' if files.raw_text else ', of conversations'}")
     return rows
 
 
 def _records(files: RowFiles, key: str, path: str) -> Iterator[Record]:
     found = find_files(path, key, PLACES)
-    if len(files.fields) > 1 and (texts := [file for file in found if file.format is Format.text]):
+    if files.raw_text:
+        return read_records(found, files.fields.get(TEXT, TEXT))
+    if texts := [file for file in found if file.format is Format.text]:
         raise UserError(
             f"{key}: {texts[0].path} is raw text, for task=pretrain; task=finetune takes rows with fields (let a file "
             "of JSON Lines end with .jsonl)"
         )
-    return read_records(found, ", ".join(files.fields))
+    return read_records(found, None)
 
 
-def _row(record: Record, fields: tuple[str, ...]) -> Row:
-    row = dict(record.fields)
-    if len(fields) == 2:
-        return parse_conversation(row, (fields[0], fields[1]), record.where)
-    return _text(row, fields[0], record.where)
-
-
-def _text(value: dict[str, Any], field: str, where: str) -> Text:
-    if field not in value:
-        raise missing_field(value, field, where)
-    return Text(check_text(value[field], f"field {field!r}", where))
+def _text(record: Record, column: str) -> Text:
+    if column not in record.fields:
+        raise missing_field(record.fields, column, record.where)
+    return Text(check_text(record.fields[column], f"field {column!r}", record.where))

@@ -12,18 +12,17 @@ from pathlib import Path
 from filelock import FileLock
 
 from qwen_cl.config.cache import cache_home
+from qwen_cl.config.data import PAIR, TEXT
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.conversations import FORMS, check_text, parse_conversation
+from qwen_cl.data.conversations import FORMS, check_text
 from qwen_cl.data.corpus.documents import TextSource, read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin, read_hub_records
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.corpus.references import recall, remember
 from qwen_cl.data.fields import missing_field
-from qwen_cl.data.rows import Row, Text
+from qwen_cl.data.rows import Row, Text, conversations
 
-TEXT = "text"
-PAIR = ("prompt", "completion")
 FIELDS = (TEXT, *PAIR, *FORMS, "input", "output")
 """What a row of a dataset on the Hub is kept with."""
 SPLIT = "train"
@@ -51,15 +50,26 @@ def read_set_rows(path: str, key: str) -> tuple[list[Row], list[str]]:
     """
     files = find_files(local_path(path, key), key, PLACES)
     whole_files = {str(file.path) for file in files if file.format is Format.text}
-    records = read_records(files, TEXT)
+    records = read_records(files, None)
     first = next(records, None)
     if first is None:
-        raise UserError(f"{path} is empty; it must hold one JSON object a line, or a text (or set {key} to another)")
-    rows, places = [], []
-    for record in itertools.chain([first], records):
-        rows.append(_text(record, record.where in whole_files) if TEXT in first.fields else _conversation(record))
-        places.append(record.where)
-    return rows, places
+        raise UserError(f"{path} is empty; it must hold rows, or a text (or set {key} to another)")
+    records, places = _noting_places(itertools.chain([first], records))
+    if TEXT in first.fields:
+        return [_text(record, record.where in whole_files) for record in records], places
+    return list(conversations(records, {}, path)), places
+
+
+def _noting_places(records: Iterable[Record]) -> tuple[Iterator[Record], list[str]]:
+    """The list fills while they are read."""
+    places: list[str] = []
+
+    def noting() -> Iterator[Record]:
+        for record in records:
+            places.append(record.where)
+            yield record
+
+    return noting(), places
 
 
 def set_hash(path: str, key: str) -> str:
@@ -101,10 +111,6 @@ def _text(record: Record, whole_file: bool) -> Text:
         raise missing_field(record.fields, TEXT, record.where, fix)
     name = "the text" if whole_file else f"field {TEXT!r}"
     return Text(check_text(record.fields[TEXT], name, record.where))
-
-
-def _conversation(record: Record) -> Row:
-    return parse_conversation(dict(record.fields), PAIR, record.where)
 
 
 def _fetched(path: str, key: str) -> Path:

@@ -61,14 +61,25 @@ class MixedDataModule(TokenDataModule):
 
 
 class RowDataModule(MixedDataModule):
-    """Rows of JSON Lines files, in memory."""
+    """Rows of files, in memory."""
 
     def __init__(
-        self, *, train: str, validation: str | None, validation_every: int, fields: list[str], **common: Any
+        self,
+        *,
+        train: str,
+        validation: str | None,
+        validation_every: int,
+        raw_text: bool,
+        fields: dict[str, str],
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         self.files = RowFiles(
-            train=train, validation=validation, validation_every=validation_every, fields=tuple(fields)
+            train=train,
+            validation=validation,
+            validation_every=validation_every,
+            raw_text=raw_text,
+            fields=dict(fields),
         )
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:

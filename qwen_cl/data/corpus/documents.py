@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_cl.config.data import TEXT
 from qwen_cl.data.conversations import check_text
 from qwen_cl.data.corpus.files import Format, InputFile, opened_text
 from qwen_cl.data.corpus.json_records import read_json
@@ -49,8 +50,9 @@ def read_files(files: Iterable[InputFile], text_field: str) -> Iterator[Document
     return map(functools.partial(to_document, field=text_field), read_records(files, text_field))
 
 
-def read_records(files: Iterable[InputFile], text_field: str) -> Iterator[Record]:
+def read_records(files: Iterable[InputFile], text_field: str | None) -> Iterator[Record]:
     """A text file is one record, with the one field ``text_field``; an object of JSON or a row of a table another.
+    Where ``text_field`` is None, all fields are wanted, and that of a text file is ``text``.
 
     Raises:
         UserError: names file and line of the first that cannot be read.
@@ -76,10 +78,10 @@ def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
     return check_text(value, f"field {field!r}", where)
 
 
-def _read_text(file: InputFile, text_field: str) -> Iterator[Record]:
+def _read_text(file: InputFile, text_field: str | None) -> Iterator[Record]:
     with opened_text(file) as (stream, _):
         text = decode_text(stream.read(), file.path)
-    yield Record({text_field: text}, str(file.path), file.size)
+    yield Record({text_field or TEXT: text}, str(file.path), file.size)
 
 
 READERS = {

@@ -22,7 +22,7 @@ WRAPPERS = ("data", "rows", "train", "validation", "test", "examples", "instance
 """Names of the one field that an object has which only wraps the rows."""
 
 
-def read_json(file: InputFile, text_field: str) -> Iterator[Record]:
+def read_json(file: InputFile, text_field: str | None) -> Iterator[Record]:
     """JSON Lines are read line by line; anything else is one text, which is held in memory while it is read.
 
     Raises:
@@ -35,12 +35,18 @@ def read_json(file: InputFile, text_field: str) -> Iterator[Record]:
             content = b"".join(line for _, line in head) + stream.read()
             for line_number, value in _rows(decode_text(content, file.path), file.path):
                 where = f"{file.path}:{line_number}"
-                yield Record(require_object(value, where, text_field), where, file.size)
+                yield Record(require_object(value, where, _wanted(text_field)), where, file.size)
             return
         for number, line in itertools.chain(head, lines):
             if not _is_blank(line):
                 where = f"{file.path}:{number}"
-                yield Record(parse_object(decode(line, where).rstrip("\r\n"), where, text_field), where, position())
+                yield Record(
+                    parse_object(decode(line, where).rstrip("\r\n"), where, _wanted(text_field)), where, position()
+                )
+
+
+def _wanted(text_field: str | None) -> str:
+    return "fields" if text_field is None else f"field {text_field!r}"
 
 
 def _first_lines(lines: Iterable[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

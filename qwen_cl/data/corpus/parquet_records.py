@@ -12,14 +12,14 @@ from qwen_cl.data.corpus.record import Record
 BATCH_ROWS = 1024
 
 
-def read_parquet(file: InputFile, text_field: str) -> Iterator[Record]:
-    """Only the column ``text_field`` where there is one of that name: whoever asks for another names what lacks."""
+def read_parquet(file: InputFile, text_field: str | None) -> Iterator[Record]:
+    """Only the column ``text_field`` where there is one of that name; whoever asks for another says what lacks."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(str(file.path)) as parquet:
-            columns = [text_field] if text_field in parquet.schema_arrow.names else None
+            columns = [text_field] if text_field and text_field in parquet.schema_arrow.names else None
             total, number = parquet.metadata.num_rows, 0
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():

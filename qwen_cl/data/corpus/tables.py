@@ -16,7 +16,7 @@ SEPARATORS = {Format.csv: ",", Format.tsv: "\t"}
 NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-def read_table(file: InputFile, text_field: str) -> Iterator[Record]:
+def read_table(file: InputFile, text_field: str | None) -> Iterator[Record]:
     """The first line names the columns. An empty cell is null, but of ``text_field`` an empty text.
 
     Raises:

@@ -102,7 +102,7 @@ def _sources(data: TextDataConfig) -> list[TextSource]:
     if data.validation_path is not None:
         named.append(("data.validation_path", data.validation_path, data.validation_split))
     return [
-        TextSource(key=key, path=path, text_field=data.text_field, split=split, subset=data.subset)
+        TextSource(key=key, path=path, text_field=data.text_column, split=split, subset=data.subset)
         for key, path, split in named
     ]
 
