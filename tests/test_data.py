@@ -62,7 +62,7 @@ def tokens(text: str) -> list[int]:
         (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number where an object with fields must be"),
         (
             PAIR + b'{"prompt": "a", "completion": null}\n',
-            "{path}:2: field 'completion' is NoneType, it must be a string",
+            "{path}:2: field 'completion' is null, it must be a string",
         ),
         (PAIR + b'{"prompt": "\\u3000", "completion": "b"}', "{path}:2: field 'prompt' is empty; remove the row"),
         (
@@ -74,12 +74,12 @@ def tokens(text: str) -> list[int]:
         (b'{"messages": []}\n', "{path}:1: field 'messages' must be a list of messages with role and content"),
         (b'{"messages": [{"role": "user"}]}\n', "{path}:1: messages[0] must be an object with role and content"),
         (
-            b'{"messages": [{"role": "tool", "content": "a"}]}\n',
-            "{path}:1: messages[0].role (tool) must be one of system, user, assistant",
+            b'{"messages": [{"role": "wizard", "content": "a"}]}\n',
+            "{path}:1: messages[0].role (wizard) must be one of system, developer, user, assistant, tool",
         ),
         (
             b'{"conversations": [{"from": ["gpt"], "value": "a"}]}\n',
-            "{path}:1: conversations[0].from (['gpt']) must be one of system, human, user, gpt, assistant",
+            "{path}:1: conversations[0].from (['gpt']) must be one of system, developer, user, assistant",
         ),
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}\n',
@@ -96,7 +96,7 @@ def tokens(text: str) -> list[int]:
         (b'{"instruction": "a"}\n', "{path}:1: field 'output' is missing (found: 'instruction')"),
         (
             b'{"instruction": "a", "input": 1, "output": "b"}\n',
-            "{path}:1: field 'input' is int, it must be a string",
+            "{path}:1: field 'input' is a number, it must be a string",
         ),
         (PAIR + '{"prompt": "é"}\n'.encode("latin-1"), "{path}:2: byte 0xe9 at column 13 is not UTF-8"),
         (b"\n\n", "{path} is empty; it must hold rows, of conversations"),

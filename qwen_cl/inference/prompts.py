@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.chat import check_chat_template
-from qwen_cl.data.conversations import ASSISTANT, USER, Message, check_text, parse_messages
+from qwen_cl.data.chat import check_chat_template, render_prompt
+from qwen_cl.data.conversations import USER, Conversation, Message, check_text, parse_prompt
 from qwen_cl.data.lines import numbered_lines, parse_object
 from qwen_cl.data.raw_text import encode_start
 
@@ -19,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    messages: tuple[Message, ...]
-    """Ends with the user's; of a raw prompt it is the only one."""
+    conversation: Conversation
+    """Ends with what is to be answered; of a raw prompt it is the only message."""
     row: dict[str, Any]
     """As it was given, for the output."""
 
     @property
     def last(self) -> str:
-        return self.messages[-1].content
+        return self.conversation.messages[-1].content
 
 
 def one_prompt(text: str) -> Prompt:
-    return Prompt((Message(USER, check_text(text, "the prompt", "task.prompt")),), {"prompt": text})
+    return _parse_line(text, "task.prompt")
 
 
 def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
@@ -41,9 +40,11 @@ def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
     """
     parse = _parse_row if path.suffix == ".jsonl" else _parse_line
     prompts = [parse(line, where) for line, where in numbered_lines(path, "task.prompts")]
-    if raw and (several := next((prompt for prompt in prompts if "messages" in prompt.row), None)):
-        shown = json.dumps(several.row, ensure_ascii=False)[:60]
-        raise UserError(f"{path}: task.raw=true continues texts, and {shown} is a conversation; write prompt instead")
+    if raw and (several := next((prompt for prompt in prompts if not _is_text(prompt)), None)):
+        raise UserError(
+            f"{several.conversation.where}: task.raw=true continues texts, and this row is a conversation; write the "
+            "field prompt alone"
+        )
     return prompts
 
 
@@ -51,9 +52,7 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> 
     """Token ids; a conversation tokenised as in training, a raw text as the model's tokenizer starts texts."""
     if raw:
         return encode_start(tokenizer, prompt.last)
-    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return render_prompt(prompt.conversation, tokenizer)
 
 
 def check_prompts(
@@ -71,18 +70,17 @@ def check_prompts(
 
 
 def _parse_line(line: str, where: str) -> Prompt:
-    text = check_text(line, "the prompt", where)
-    return Prompt((Message(USER, text),), {"prompt": text})
+    message = Message(USER, check_text(line, "the prompt", where))
+    return Prompt(Conversation((message,), where=where), {"prompt": line})
 
 
 def _parse_row(line: str, where: str) -> Prompt:
     row = parse_object(line, where, "prompt or messages")
-    if "prompt" in row:
-        return Prompt((Message(USER, check_text(row["prompt"], "field 'prompt'", where)),), row)
-    if "messages" not in row:
-        found = ", ".join(map(repr, row)) or "none"
-        raise UserError(f"{where}: field 'prompt' or 'messages' is missing (found: {found})")
-    messages = parse_messages(row, where)
-    if messages[-1].role == ASSISTANT:
-        raise UserError(f"{where}: messages ends with an answer, which leaves nothing to answer; cut it")
-    return Prompt(messages, row)
+    return Prompt(parse_prompt(row, where), row)
+
+
+def _is_text(prompt: Prompt) -> bool:
+    """Whether the prompt is one text, with nothing that only a chat template could say."""
+    conversation = prompt.conversation
+    alone = len(conversation.messages) == 1 and conversation.messages[0].more is None and "prompt" in prompt.row
+    return alone and not (conversation.tools or conversation.documents or conversation.template_arguments)

@@ -1,0 +1,99 @@
+"""Where the answers are in a rendered conversation, as ranges of characters. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.data.chat_template import Rendering, Span, TemplateError
+
+STAND_IN = "\ue0f1\ue0f0\ue0f1"
+"""Private-use characters, in place of an answer whose surroundings are looked for."""
+
+
+def locate_answers(rendering: Rendering, whole: str, wanted: list[int]) -> list[Span]:
+    """The span of each wanted message in ``whole``: from where the model begins to write to the end of its turn.
+
+    A turn begins where the prompt before it ends (``add_generation_prompt``), and ends where the conversation cut
+    after it does, newlines at its end apart. That holds for most templates, and costs two renderings an answer. Some
+    render an answer otherwise once others follow it, like Qwen3's, which takes the reasoning out: there the answer is
+    replaced, and what stays the same before and after it shows where it is.
+
+    Raises:
+        UserError: an answer cannot be told from what is around it.
+    """
+    return [_locate(rendering, whole, number) for number in wanted]
+
+
+def _locate(rendering: Rendering, whole: str, number: int) -> Span:
+    is_last = number + 1 == len(rendering.plain)
+    asked = _try(rendering, rendering.plain[:number], prompt=True)
+    start = len(asked) if asked is not None and whole.startswith(asked) else None
+    stop = len(whole.rstrip("\n")) if is_last else None
+    if stop is None and start is not None:
+        until = _try(rendering, rendering.plain[: number + 1])
+        if until is not None and whole.startswith(until := until.rstrip("\n")):
+            stop = len(until)
+    if start is None or stop is None:
+        start, stop = _by_replacing(rendering, whole, number, asked, start, stop)
+    if not 0 <= start < stop:
+        raise _not_found(rendering, number)
+    return start, stop
+
+
+def _by_replacing(
+    rendering: Rendering, whole: str, number: int, asked: str | None, start: int | None, stop: int | None
+) -> Span:
+    replaced = {**rendering.plain[number], "content": STAND_IN}
+    before, after = _around(_try(rendering, [*rendering.plain[:number], replaced, *rendering.plain[number + 1 :]]))
+    alone_before, alone_after = _around(_try(rendering, [*rendering.plain[:number], replaced]))
+    if before is None or after is None or not (whole.startswith(before) and whole.endswith(after)):
+        raise _not_found(rendering, number)
+    if start is None:
+        # What the template puts between the prompt and the answer's own text is the model's to write.
+        own = alone_before[len(asked) :] if asked and alone_before and alone_before.startswith(asked) else ""
+        start = len(before) - (len(own) if before.endswith(own) else 0)
+    if stop is None:
+        closing = _closing(rendering, after, alone_after)
+        if closing is None:
+            raise _not_found(rendering, number)
+        stop = len(whole) - len(after) + len(closing)
+    return start, stop
+
+
+def _closing(rendering: Rendering, after: str, alone: str | None) -> str | None:
+    """What ends a turn, without newlines at its end. ``alone`` is what follows the answer where nothing else does:
+    Phi's template, for one, has an end of text there too, which others do not come before."""
+    if alone is None:
+        return None
+    closing = ""
+    for piece in rendering.template.split(alone):
+        if not after.startswith(closing + piece.rstrip("\n")):
+            break
+        closing += piece
+    stripped = closing.rstrip("\n")
+    return stripped if (stripped or not alone.strip("\n")) and after.startswith(stripped) else None
+
+
+def _around(text: str | None) -> tuple[str | None, str | None]:
+    if text is None or text.count(STAND_IN) != 1:
+        return None, None
+    before, _, after = text.partition(STAND_IN)
+    return before, after
+
+
+def _try(rendering: Rendering, messages: list[dict[str, Any]], *, prompt: bool = False) -> str | None:
+    if not messages:
+        return None
+    try:
+        return rendering.try_render(messages, prompt=prompt)
+    except TemplateError:
+        return None
+
+
+def _not_found(rendering: Rendering, number: int) -> UserError:
+    return UserError(
+        f"{rendering.where}: the chat template renders message {number + 1} (assistant) so that its text cannot be "
+        "told from what is around it; write task.loss_on=last_answer if that is so of earlier answers only, or give a "
+        "template with {% generation %} blocks with data.chat_template"
+    )
