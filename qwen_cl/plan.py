@@ -16,12 +16,12 @@ from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, text_content
-from qwen_cl.data.examples import check_examples, load_tokenizer
+from qwen_cl.data.examples import check_examples, check_labels, load_tokenizer
 from qwen_cl.data.fingerprints import as_corpora, of_rows
 from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
 from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets
 from qwen_cl.data.overlap import Overlap
-from qwen_cl.data.report import DataReport, Layout, describe
+from qwen_cl.data.report import DataReport, Layout, count_unused_fields, describe
 from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
@@ -165,7 +165,11 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
     overlap, kept = _hold_text_apart(text, data, plan.config, tokenizer)
-    report = describe_corpus(text, tokenizer, _layout(plan.config), overlap, kept)
+    replay, retention = _read_sets(plan.config)
+    report = replace(
+        describe_corpus(text, tokenizer, _layout(plan.config), overlap, kept),
+        unused_fields=_unused_in_sets(replay, retention, tokenizer),
+    )
     return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))
 
 
@@ -214,14 +218,31 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
         hold_apart(config.data, replayed(replay, of_texts), retained(kept, of_texts))
         return None
     train, validation = read_rows(files)
-    for rows, path in ((train, files.train), (validation, files.validation or files.train)):
-        check_examples(rows, tokenizer, layout.sequence_length, layout.loss_on, path)
+    check_labels(train, tokenizer, layout.sequence_length, layout.loss_on, files.train)  # describe() renders every row
+    check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.validation or files.train)
     overlap, *of_kept = hold_apart(
         config.data,
         [training_rows(train, files, of_texts), *replayed(replay, of_texts)],
         [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
     )
-    return describe(train, tokenizer, layout, overlap, {named.name: each for named, each in zip(kept, of_kept)})
+    unused = {
+        "the training set": count_unused_fields(train, tokenizer),
+        "the validation set": count_unused_fields(validation, tokenizer),
+        **_unused_in_sets(replay, kept, tokenizer),
+    }
+    return describe(train, tokenizer, layout, overlap, {named.name: each for named, each in zip(kept, of_kept)}, unused)
+
+
+def _unused_in_sets(
+    replay: list[NamedSet], kept: list[NamedSet], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, int]]:
+    keys = {"replay.sets": replay, "retention.sets": kept}
+    found = {
+        f"{key}.{named.name}": count_unused_fields(named.rows, tokenizer)
+        for key, sets in keys.items()
+        for named in sets
+    }
+    return {name: counts for name, counts in found.items() if counts}
 
 
 def _layout(config: RunConfig) -> Layout:
@@ -239,14 +260,17 @@ def _layout(config: RunConfig) -> Layout:
 def _other_sets(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, layout: Layout
 ) -> tuple[list[NamedSet], list[NamedSet]]:
-    """What is replayed, and what is retained."""
-    replay = read_sets(_replay_sets(config), "replay.sets")
-    kept = read_sets(config.retention.sets, "retention.sets")
+    """What is replayed, and what is retained, checked."""
+    replay, kept = _read_sets(config)
     for named in [*replay, *kept]:
         if not named.is_text:
             check_chat_template(tokenizer, str(directory))
         check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, named.path)
     return replay, kept
+
+
+def _read_sets(config: RunConfig) -> tuple[list[NamedSet], list[NamedSet]]:
+    return read_sets(_replay_sets(config), "replay.sets"), read_sets(config.retention.sets, "retention.sets")
 
 
 def _hold_text_apart(
@@ -255,7 +279,8 @@ def _hold_text_apart(
     """Of what validates, and of each retention set, with what is trained on. Raises UserError where it must not be."""
     train, validation = compared_documents(text, data, tokenizer)
     as_corpus = as_corpora(tokenizer)
-    replay = replayed(read_sets(_replay_sets(config), "replay.sets"), as_corpus)
-    kept = retained(read_sets(config.retention.sets, "retention.sets"), as_corpus)
-    overlap, *of_kept = hold_apart(data, [train, *replay], [validation, *kept])
+    replay, kept = _read_sets(config)
+    overlap, *of_kept = hold_apart(
+        data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)]
+    )
     return overlap, dict(zip(config.retention.sets, of_kept))

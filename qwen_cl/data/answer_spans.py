@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from qwen_cl.config.errors import UserError
@@ -35,30 +36,38 @@ def _locate(rendering: Rendering, whole: str, number: int) -> Span:
         if until is not None and whole.startswith(until := until.rstrip("\n")):
             stop = len(until)
     if start is None or stop is None:
-        start, stop = _by_replacing(rendering, whole, number, asked, start, stop)
+        found = (_by_replacing(rendering, whole, number, replaced, asked) for replaced in _replaced(rendering, number))
+        replaced_start, replaced_stop = next(filter(None, found), (-1, -1))
+        start = replaced_start if start is None else start
+        stop = replaced_stop if stop is None else stop
     if not 0 <= start < stop:
         raise _not_found(rendering, number)
     return start, stop
 
 
+def _replaced(rendering: Rendering, number: int) -> Iterator[dict[str, Any]]:
+    """The answer with a stand-in for its text, or for the tool that it calls where its text is not rendered."""
+    message = rendering.plain[number]
+    yield {**message, "content": STAND_IN}
+    if calls := message.get("tool_calls"):
+        call = {**calls[0], "function": {**calls[0]["function"], "name": STAND_IN}} if "function" in calls[0] else None
+        yield {**message, "tool_calls": [call or {**calls[0], "name": STAND_IN}, *calls[1:]]}
+
+
 def _by_replacing(
-    rendering: Rendering, whole: str, number: int, asked: str | None, start: int | None, stop: int | None
-) -> Span:
-    replaced = {**rendering.plain[number], "content": STAND_IN}
+    rendering: Rendering, whole: str, number: int, replaced: dict[str, Any], asked: str | None
+) -> Span | None:
     before, after = _around(_try(rendering, [*rendering.plain[:number], replaced, *rendering.plain[number + 1 :]]))
-    alone_before, alone_after = _around(_try(rendering, [*rendering.plain[:number], replaced]))
     if before is None or after is None or not (whole.startswith(before) and whole.endswith(after)):
-        raise _not_found(rendering, number)
-    if start is None:
-        # What the template puts between the prompt and the answer's own text is the model's to write.
-        own = alone_before[len(asked) :] if asked and alone_before and alone_before.startswith(asked) else ""
-        start = len(before) - (len(own) if before.endswith(own) else 0)
-    if stop is None:
-        closing = _closing(rendering, after, alone_after)
-        if closing is None:
-            raise _not_found(rendering, number)
-        stop = len(whole) - len(after) + len(closing)
-    return start, stop
+        return None
+    alone_before, alone_after = _around(_try(rendering, [*rendering.plain[:number], replaced]))
+    # What the template puts between the prompt and the stand-in is the model's to write.
+    own = alone_before[len(asked) :] if asked and alone_before and alone_before.startswith(asked) else ""
+    if replaced["content"] != STAND_IN and not before.endswith(own or STAND_IN):
+        return None
+    start = len(before) - (len(own) if before.endswith(own) else 0)
+    closing = _closing(rendering, after, alone_after)
+    return None if closing is None else (start, len(whole) - len(after) + len(closing))
 
 
 def _closing(rendering: Rendering, after: str, alone: str | None) -> str | None:

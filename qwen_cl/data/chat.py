@@ -116,7 +116,7 @@ class Chat:
             return whole, generated, end, marks
         spans = [(start, min(stop, end)) for start, stop in locate_answers(rendering, whole, wanted)]
         if generated is not None:
-            spans = [(max(a, c), min(b, d)) for a, b in generated for c, d in spans if max(a, c) < min(b, d)]
+            spans = [(a, b) for a, b in generated if any(a < stop and start < b for start, stop in spans)]
         return whole, spans, end, marks
 
     def _rendering(self, row: Conversation, *, prompt: bool = False) -> tuple[Rendering, Marks | None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.data.lines import kind_of
 from qwen_cl.data.messages import (
     ASSISTANT,
     MEDIA,
@@ -14,7 +15,6 @@ from qwen_cl.data.messages import (
     Message,
     check_text,
     is_empty,
-    kind_of,
     parse_json,
     parse_reasoning,
 )

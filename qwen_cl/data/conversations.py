@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.columns import MEANING_COLUMNS, Columns, read_columns
+from qwen_cl.data.columns import Columns, read_columns
+from qwen_cl.data.lines import kind_of
 from qwen_cl.data.messages import (
     ASSISTANT,
     DEVELOPER,
@@ -15,7 +16,6 @@ from qwen_cl.data.messages import (
     Message,
     check_text,
     is_empty,
-    kind_of,
     parse_turns,
 )
 
@@ -32,9 +32,9 @@ class Conversation:
     documents: list[dict[str, Any]] | None = None
     template_arguments: dict[str, Any] | None = None
     """Further arguments of the chat template, like enable_thinking."""
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
     """FILE:LINE."""
-    unused: tuple[str, ...] = field(default=(), compare=False)
+    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """Names of the row's fields that are no part of the conversation."""
 
 
@@ -87,11 +87,6 @@ INSTRUCTION = "instruction"
 TURNS = ("messages", "conversations")
 FORMS = (*TURNS, INSTRUCTION)
 """Names that tell a form apart, beside prompt and completion."""
-
-
-def columns_of(fields: tuple[str, str]) -> tuple[str, ...]:
-    """Every column that a row may say something with."""
-    return (*fields, *FORMS, "input", "output", *MEANING_COLUMNS)
 
 
 def _form(row: dict[str, Any], fields: tuple[str, str], where: str) -> str:

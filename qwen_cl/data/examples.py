@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.chat import render_conversation
+from qwen_cl.data.chat import check_conversation, render_conversation
 from qwen_cl.data.conversations import Conversation
 from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, loss_spans
 from qwen_cl.data.rows import Row, Text
@@ -69,7 +69,7 @@ def whole_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss
     for row in rows:
         if isinstance(row, Conversation):
             ids, answers = render_conversation(row, tokenizer, loss_on)
-            yield Example(ids, loss_spans(len(ids), []) if loss_on is LossOn.all else answers)
+            yield Example(ids, answers)
             continue
         delimiters = delimiters or document_delimiters(tokenizer)
         ids = _document(row, tokenizer, delimiters)
@@ -79,15 +79,28 @@ def whole_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss
 def check_examples(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn, path: str
 ) -> None:
-    """Refuse rows of which nothing would be learnt: every answer lies past the cut.
+    """Refuse rows that cannot be rendered, each by its place, and rows of which nothing would be learnt."""
+    for row in rows:
+        if isinstance(row, Conversation):
+            check_conversation(row, tokenizer, loss_on)
+    check_labels(rows, tokenizer, sequence_length, loss_on, path)
+
+
+def check_labels(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn, path: str
+) -> None:
+    """Refuse rows of which nothing would be learnt: every answer lies past the cut, or none is trained on.
 
     Stops at the first example with a label, so good data costs nothing.
     """
-    if not any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length, loss_on)):
-        raise UserError(
-            f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
-            "longer; raise task.sequence_length or shorten the prompts"
-        )
+    if any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length, loss_on)):
+        return
+    if not any(example.num_labels for example in whole_examples(rows, tokenizer, loss_on)):
+        raise UserError(f"{path}: no row has an answer that is trained on: all have weight 0; give one weight 1")
+    raise UserError(
+        f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
+        "longer; raise task.sequence_length or shorten the prompts"
+    )
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
@@ -116,10 +129,6 @@ def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_leng
 def _document(row: Text, tokenizer: PreTrainedTokenizerBase, delimiters: Delimiters) -> list[int]:
     bos = [] if delimiters.bos_id is None else [delimiters.bos_id]
     return [*bos, *encode_text(tokenizer, row.text), delimiters.eos_id]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:

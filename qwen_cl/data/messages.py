@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.data.lines import DECODER, json_fault, kind_of
 
 SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL = "system", "developer", "user", "assistant", "tool"
 FUNCTION_CALL = "function_call"
@@ -46,19 +46,6 @@ class Message:
     """Of an answer; False where the row says that it is context only."""
 
 
-def kind_of(value: Any) -> str:
-    """Name a JSON value that is not the string it should be."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    return "an object" if isinstance(value, dict) else "a list"
-
-
 def is_empty(value: Any) -> bool:
     """Say whether a field says nothing: null, an empty string, an empty list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
@@ -84,9 +71,9 @@ def check_characters(value: str, name: str, where: str) -> str:
 
 def parse_json(value: str, name: str, where: str) -> Any:
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: {name} is a string that is not JSON ({str(error)[:80]})") from error
+        return DECODER.decode(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {name} should hold JSON: {json_fault(error)}") from error
 
 
 def parse_turns(turns: Any, key: str, where: str, *, first: bool = True) -> tuple[Message, ...]:
@@ -95,6 +82,8 @@ def parse_turns(turns: Any, key: str, where: str, *, first: bool = True) -> tupl
     Raises:
         UserError: names the message that is not as it must be.
     """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a table
+        turns = parse_json(turns, f"field {key!r}", where)
     if not isinstance(turns, list) or not turns:
         names = NAMINGS[1] if key == "conversations" else NAMINGS[0]
         raise UserError(f"{where}: field {key!r} must be a list of messages with {names[0]} and {names[1]}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.examples import Example, build_examples, check_examples
+from qwen_cl.data.examples import Example, build_examples, check_labels
 from qwen_cl.data.rows import Row, Text
 from qwen_cl.data.set_files import local_path, read_set_rows
 
@@ -66,7 +66,7 @@ def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_leng
     Raises:
         UserError: nothing of it would count.
     """
-    check_examples(named.rows, tokenizer, sequence_length, loss_on, named.path)
+    check_labels(named.rows, tokenizer, sequence_length, loss_on, named.path)
     built = build_examples(named.rows, tokenizer, sequence_length, loss_on)
     examples = [example for example in built if example.num_labels]
     num_bytes = _text_bytes(named.rows) if named.is_text else _label_bytes(examples, tokenizer)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 
-from qwen_cl.data.conversations import SYSTEM
+from qwen_cl.data.conversations import SYSTEM, Message
 from qwen_cl.data.rows import Row, Text
 
 
@@ -13,7 +14,14 @@ def row_text(row: Row) -> str:
     """What a row says: a document, or what is asked and answered. Not the system message, which rows share."""
     if isinstance(row, Text):
         return row.text
-    return "\n".join(message.content for message in row.messages if message.role != SYSTEM)
+    return "\n".join(_said(message) for message in row.messages if message.role != SYSTEM)
+
+
+def _said(message: Message) -> str:
+    if not message.more:
+        return message.content
+    more = {key: value for key, value in message.more.items() if key != "content"}
+    return message.content + (json.dumps(more, ensure_ascii=False, sort_keys=True) if more else "")
 
 
 def normalise(text: str) -> str:

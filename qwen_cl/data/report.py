@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from qwen_cl.config.tasks import LossOn
 from qwen_cl.data.batches import padded_width, padding_share
+from qwen_cl.data.chat import unused_fields
+from qwen_cl.data.conversations import Conversation
 from qwen_cl.data.examples import Example, whole_examples
 from qwen_cl.data.normalisation import normalise, row_text, text_key
 from qwen_cl.data.overlap import Overlap
@@ -77,6 +79,9 @@ class DataReport:
     """Of the validation rows with what is trained on; None where it was not looked for."""
     retention_overlap: dict[str, Overlap]
     """Likewise of each retention set, by name."""
+    unused_fields: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By name of a set that is trained on or measured, the fields of its rows that are in no token, with the number of
+    rows that have them."""
 
 
 def describe(
@@ -85,6 +90,7 @@ def describe(
     layout: Layout,
     overlap: Overlap | None = None,
     retention_overlap: Mapping[str, Overlap] | None = None,
+    unused: Mapping[str, dict[str, int]] | None = None,
 ) -> DataReport:
     """Tokenises every row once and keeps none but those that are shown."""
     documents = isinstance(rows[0], Text)
@@ -130,6 +136,14 @@ def describe(
         rendered=rendered,
         overlap=overlap,
         retention_overlap=dict(retention_overlap or {}),
+        unused_fields={name: counts for name, counts in (unused or {}).items() if counts},
+    )
+
+
+def count_unused_fields(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Rows by the name of a field of theirs that is in no token."""
+    return dict(
+        Counter(name for row in rows if isinstance(row, Conversation) for name in unused_fields(row, tokenizer))
     )
 
 

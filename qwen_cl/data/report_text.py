@@ -1,4 +1,4 @@
-"""A data report for people: three lines for the terminal, a page for the run's folder. No torch."""
+"""A data report for people: a few lines for the terminal, a page for the run's folder. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHOWN = "Rows as they are trained on; what is in [[ ]] does not count:"
 
 
 def summary(report: DataReport) -> list[tuple[str, str]]:
-    """Name and text of three lines."""
+    """Name and text of each line."""
     what = "documents" if report.documents else "rows"
     way = "packed" if report.packing else "unpacked"
     rows = (
@@ -29,7 +29,16 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
     for name, overlap in report.retention_overlap.items():
         if overlap.found:
             losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.sets.{name} are trained on")
-    return [("training set", rows), ("", "; ".join(losses)), ("", _writing(report, what))]
+    lines = [("training set", rows), ("", "; ".join(losses)), ("", _writing(report, what))]
+    return lines + ([("", _unused(report))] if report.unused_fields else [])
+
+
+def _unused(report: DataReport) -> str:
+    sets = []
+    for name, counts in report.unused_fields.items():
+        shown = ", ".join(f"{field} ({count:,} rows)" for field, count in counts.items())
+        sets.append(f"of {name}: {shown}")
+    return "fields that no token is made of, " + "; ".join(sets)
 
 
 def _writing(report: DataReport, what: str) -> str:

@@ -14,7 +14,7 @@ from filelock import FileLock
 from qwen_cl.config.cache import cache_home
 from qwen_cl.config.data import PAIR, TEXT
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.conversations import FORMS, check_text
+from qwen_cl.data.conversations import check_text
 from qwen_cl.data.corpus.documents import TextSource, read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin, read_hub_records
@@ -23,8 +23,8 @@ from qwen_cl.data.corpus.references import recall, remember
 from qwen_cl.data.fields import missing_field
 from qwen_cl.data.rows import Row, Text, conversations
 
-FIELDS = (TEXT, *PAIR, *FORMS, "input", "output")
-"""What a row of a dataset on the Hub is kept with."""
+LAYOUT = "all columns"
+"""What a copy of a dataset on the Hub holds; part of its name, so that copies by another rule are not taken for it."""
 SPLIT = "train"
 """Of a dataset on the Hub, where none is named."""
 PLACES = "or hf://datasets/ORG/NAME"
@@ -118,7 +118,7 @@ def _fetched(path: str, key: str) -> Path:
     source = TextSource(key=key, path=reference, text_field=TEXT, split=split or SPLIT, subset=None)
     root = cache_home() / "sets"
     commit = recall(root, source) or pin(source)
-    name = hashlib.sha256(json.dumps([reference.partition("@")[0], commit, source.split]).encode()).hexdigest()
+    name = hashlib.sha256(json.dumps([reference.partition("@")[0], commit, source.split, LAYOUT]).encode()).hexdigest()
     file = root / f"{name}.jsonl"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -137,6 +137,7 @@ def _fetched(path: str, key: str) -> Path:
 
 
 def _lines(records: Iterable[Record]) -> Iterator[str]:
+    """Values that JSON has none for, like an image's bytes or a date, are kept as what they are called or written:
+    a row is read or refused by its columns' names."""
     for record in records:
-        kept = {name: value for name, value in record.fields.items() if name in FIELDS}
-        yield json.dumps(kept) + "\n"
+        yield json.dumps(dict(record.fields), default=str) + "\n"
