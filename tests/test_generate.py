@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "raw conversation": (
         ["task.prompts={file}", "task.raw=true"],
         '{"messages": [{"role": "user", "content": "a"}]}',
-        r"prompts\.jsonl:1: task\.raw=true continues texts, and this row is a conversation; write the field prompt alone",
+        r"prompts\.jsonl:1: task\.raw=true continues texts, and this row is a conversation; write the field prompt",
     ),
     "too long": (
         ["task.prompt=a", "task.max_new_tokens=2048"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_cl.config.data import PAIR, TEXT, DataConfig, DemoDataConfig, FileDataConfig
@@ -117,7 +117,8 @@ def conversations(
     """One of each record of ``path``; see :func:`name_rows`. Raises UserError."""
     for row in name_rows(records, columns, path, key):
         try:
-            yield parse_conversation(row.fields, PAIR, row.where)
+            found = parse_conversation(row.fields, PAIR, row.where)
+            yield replace(found, unused=(*found.unused, *row.left_out)) if row.left_out else found
         except UserError as error:
             raise row.in_its_words(error) from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from qwen_cl.config.cache import cache_home
-from qwen_cl.config.data import PAIR, TEXT
+from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import check_text
 from qwen_cl.data.corpus.documents import TextSource, read_records
