@@ -15,7 +15,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.corpus.report import describe_corpus
-from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, text_content
+from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, settle_separator, text_content
 from qwen_cl.data.examples import check_examples, check_labels, load_tokenizer
 from qwen_cl.data.fingerprints import as_corpora, of_rows
 from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
@@ -107,6 +107,8 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
         once(lambda: check_weights(model, architecture), "weights", said.model)
     sets = once(lambda: _with_local_sets(said), "sets", said.replay, said.retention)
     config = settle_for_device(replace(config, replay=sets.replay, retention=sets.retention), architecture, device)
+    if isinstance(config.data, TextDataConfig):
+        config = replace(config, data=settle_separator(config.data))
     files = row_files(config.data, config.training)
     read = config
     on = (said.model, config.data, config.replay, config.retention, _layout(config), type(config.task))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from qwen_cl.chain.stages import Stage
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.file import leaves_of_consequence, save_config, to_plain
+from qwen_cl.config.file import leaves_to_compare, save_config, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.run_folder import State
 
 RECORD = "stage.yaml"
@@ -25,7 +27,7 @@ def is_finished(stage: Stage) -> bool:
     if status.get("state") != State.COMPLETED:
         return False
     record = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(stage.folder.directory / RECORD)))
-    then, now = leaves_of_consequence(record), leaves_of_consequence(to_plain(stage.config))
+    then, now = leaves_to_compare(record), leaves_to_compare(to_plain(_settled(stage)))
     differing = [
         f"{key} ({_shown(then, key)} then, {_shown(now, key)} now)"
         for key in sorted(then.keys() | now.keys())
@@ -44,7 +46,7 @@ def is_finished(stage: Stage) -> bool:
 def remember(stage: Stage) -> None:
     """Before it starts: what it is run with."""
     stage.folder.directory.mkdir(parents=True, exist_ok=True)
-    save_config(stage.config, stage.folder.directory / RECORD)
+    save_config(_settled(stage), stage.folder.directory / RECORD)
 
 
 def move_aside(stage: Stage) -> None:
@@ -57,6 +59,11 @@ def move_aside(stage: Stage) -> None:
         return
     if aside := stage.folder.move_aside():
         print(f"what there was of stage {stage.name} is in {aside}")
+
+
+def _settled(stage: Stage) -> RunConfig:
+    """As it was said, but of its data what has an effect on them."""
+    return replace(stage.config, data=stage.plan.config.data)
 
 
 def _shown(leaves: dict[str, Any], key: str) -> str:

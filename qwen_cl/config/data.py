@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from qwen_cl.config.errors import UserError, unknown_key
 from qwen_cl.config.rules import require
@@ -16,6 +17,14 @@ FIELDS = (
     *("chat_template_kwargs", "enable_thinking"),
 )
 """What ``data.fields`` may give another name: the fields that rows are read by."""
+
+
+class DocumentSeparator(str, Enum):
+    """What ends a document in a text file."""
+
+    blank_line = "blank_line"
+    line = "line"
+    file = "file"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +86,8 @@ class TextDataConfig(DataConfig):
 
     path: str
     """A file, a glob, a directory, ``hf://datasets/ORG/NAME[@REVISION]``, or the prefix of an indexed dataset."""
+    document_separator: DocumentSeparator
+    """Of text files (.txt); other files have their own."""
     text_field: str
     """Older name of ``fields.text``."""
     fields: dict[str, str]

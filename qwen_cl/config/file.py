@@ -22,7 +22,7 @@ OF_NO_CONSEQUENCE = (
 """What a run's result does not depend on; each is the beginning of a key."""
 ADDED_SINCE: dict[str, dict[str, Any]] = {
     "file_schema": {"fields": {}, "subset": None},
-    "text_schema": {"fields": {}},
+    "text_schema": {"fields": {}, "document_separator": "file"},
 }
 """By schema, keys that configs of older runs lack, with what those runs did."""
 
@@ -70,6 +70,19 @@ def read_run_config(path: Path) -> RunConfig:
 def leaves_of_consequence(plain: dict[str, Any]) -> dict[str, Any]:
     """What :func:`to_plain` gave, by full key, without what does not change the result."""
     return {key: value for key, value in _leaves(plain).items() if not key.startswith(OF_NO_CONSEQUENCE)}
+
+
+def leaves_to_compare(plain: dict[str, Any]) -> dict[str, Any]:
+    """:func:`leaves_of_consequence` less the keys that say what runs did before there were these keys: so those of an
+    older run, which lacks them, are the same."""
+    before = {
+        f"{group}.{name}": value
+        for group in GROUPS
+        if group in plain
+        for name, value in ADDED_SINCE.get(f"{plain[group].get('type')}_schema", {}).items()
+    }
+    found = leaves_of_consequence(plain)
+    return {key: value for key, value in found.items() if key not in before or before[key] != value}
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_cl.config.file import leaves_of_consequence, to_plain
+from qwen_cl.config.file import leaves_to_compare, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
@@ -121,7 +121,7 @@ def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str]
 
 def hash_config(plan: Plan) -> str:
     """Of everything that the result depends on: the resolved config, with the model's commit, and the data."""
-    leaves = leaves_of_consequence(to_plain(plan.config))
+    leaves = leaves_to_compare(to_plain(plan.config))
     if plan.automatic_micro_batch:  # another machine would settle it otherwise, to the same result
         leaves["task.micro_batch_size"] = AUTO
     text = json.dumps([leaves, plan.content()], sort_keys=True)

@@ -157,5 +157,5 @@ class _Reading:
 
     def _everything(self) -> Iterator[Document]:
         if self.known.commit is None:
-            return read_files(self.files, self.source.text_field)
+            return read_files(self.files, self.source.text_field, self.source.separator)
         return read_hub_dataset(self.source, self.known.commit)

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_cl.config.data import TEXT
+from qwen_cl.config.data import TEXT, DocumentSeparator
 from qwen_cl.data.conversations import check_text
-from qwen_cl.data.corpus.files import Format, InputFile, opened_text
+from qwen_cl.data.corpus.files import Format, InputFile
 from qwen_cl.data.corpus.json_records import read_json
 from qwen_cl.data.corpus.parquet_records import read_parquet
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.corpus.tables import read_table
+from qwen_cl.data.corpus.text_files import read_text
 from qwen_cl.data.fields import missing_field
-from qwen_cl.data.lines import decode_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class TextSource:
     """Of a dataset on the Hub."""
     subset: str | None
     """Of a dataset on the Hub."""
+    separator: DocumentSeparator = DocumentSeparator.file
+    """Of text files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +43,32 @@ class Document:
     """Both as of its record."""
 
 
-def read_files(files: Iterable[InputFile], text_field: str) -> Iterator[Document]:
+def read_files(
+    files: Iterable[InputFile], text_field: str, separator: DocumentSeparator = DocumentSeparator.file
+) -> Iterator[Document]:
     """The texts of the records.
 
     Raises:
         UserError: names file and line of the first that is not as it must be.
     """
-    return map(functools.partial(to_document, field=text_field), read_records(files, text_field))
+    return map(functools.partial(to_document, field=text_field), read_records(files, text_field, separator))
 
 
-def read_records(files: Iterable[InputFile], text_field: str | None) -> Iterator[Record]:
-    """A text file is one record, with the one field ``text_field``; an object of JSON or a row of a table another.
-    Where ``text_field`` is None, all fields are wanted, and that of a text file is ``text``.
+def read_records(
+    files: Iterable[InputFile], text_field: str | None, separator: DocumentSeparator = DocumentSeparator.file
+) -> Iterator[Record]:
+    """A document of a text file is one record, with the one field ``text_field``; an object of JSON or a row of a table
+    another. Where ``text_field`` is None, all fields are wanted, and that of a text file is ``text``.
 
     Raises:
         UserError: names file and line of the first that cannot be read.
     """
     before = 0
     for file in files:
-        for record in READERS[file.format](file, text_field):
+        is_text = file.format is Format.text
+        for record in (
+            read_text(file, text_field or TEXT, separator) if is_text else READERS[file.format](file, text_field)
+        ):
             yield Record(record.fields, record.where, before + record.progress)
         before += file.size
 
@@ -78,14 +87,7 @@ def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
     return check_text(value, f"field {field!r}", where)
 
 
-def _read_text(file: InputFile, text_field: str | None) -> Iterator[Record]:
-    with opened_text(file) as (stream, _):
-        text = decode_text(stream.read(), file.path)
-    yield Record({text_field or TEXT: text}, str(file.path), file.size)
-
-
 READERS = {
-    Format.text: _read_text,
     Format.json_lines: read_json,
     Format.csv: read_table,
     Format.tsv: read_table,

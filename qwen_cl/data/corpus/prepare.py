@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_cl.config.data import DocumentSeparator
 from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.data.corpus.cache import FORMAT_VERSION, Corpus, cache_directory, read_entry
 from qwen_cl.data.corpus.documents import TextSource, read_files
-from qwen_cl.data.corpus.files import find_files, hash_files, stamps
+from qwen_cl.data.corpus.files import Format, find_files, hash_files, stamps
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin
 from qwen_cl.data.corpus.references import recall, remember
 from qwen_cl.data.raw_text import document_delimiters
@@ -66,7 +67,8 @@ class Order:
     @classmethod
     def parse(cls, line: str) -> Order:
         values = json.loads(line)
-        return cls(**{**values, "source": TextSource(**values["source"]), "known": Identity(**values["known"])})
+        source = {**values["source"], "separator": DocumentSeparator(values["source"]["separator"])}
+        return cls(**{**values, "source": TextSource(**source), "known": Identity(**values["known"])})
 
 
 def prepare_corpus(
@@ -106,7 +108,7 @@ def locate_document(source: TextSource, number: int) -> str:
     """FILE:LINE of a document of the corpus, by its index there, as far as its source has such a thing. Reads the
     source again."""
     if indexed_prefix(source.path) is None and not is_hub_dataset(source.path):
-        documents = read_files(find_files(source.path, source.key), source.text_field)
+        documents = read_files(find_files(source.path, source.key), source.text_field, source.separator)
         with_text = (document.where for document in documents if document.text)
         if (where := next(itertools.islice(with_text, number, None), None)) is not None:
             return where
@@ -123,6 +125,8 @@ def make_order(
     parts = [FORMAT_VERSION, known.content, source.text_field, known.prefix is None, rules, delimiters.eos_id]
     if known.prefix is not None and delimiters.bos_id is not None:
         parts.append(delimiters.bos_id)
+    if source.separator is not DocumentSeparator.file and has_text_files(source.path, source.key):
+        parts.append(source.separator.value)
     return Order(
         source=source,
         known=known,
@@ -132,6 +136,13 @@ def make_order(
         bos_id=delimiters.bos_id,
         workers=workers or os.cpu_count() or 1,
     )
+
+
+def has_text_files(path: str, key: str) -> bool:
+    """Raises UserError where nothing is there."""
+    if indexed_prefix(path) is not None or is_hub_dataset(path):
+        return False
+    return any(file.format is Format.text for file in find_files(path, key))
 
 
 def _identify(source: TextSource, root: Path) -> Identity:

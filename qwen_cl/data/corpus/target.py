@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_cl.config.data import TextDataConfig
+from qwen_cl.config.data import DocumentSeparator, TextDataConfig
 from qwen_cl.data.corpus.cache import Corpus, Counts
 from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.data.corpus.prepare import locate_document, prepare_corpus, source_content
-from qwen_cl.data.corpus.selection import Selection
-from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.corpus.prepare import has_text_files, locate_document, prepare_corpus, source_content
+from qwen_cl.data.corpus.selection import Part, Selection
+from qwen_cl.data.corpus.split import cut_document, held_out
 from qwen_cl.data.fingerprints import of_tokens
 from qwen_cl.data.overlap import Compared
 from qwen_cl.data.raw_text import document_delimiters
@@ -33,13 +33,23 @@ class TextTarget:
     seed: int
     bos_id: int | None = None
     """What every document begins with (``raw_text.Delimiters``)."""
+    cut: tuple[int, int] | None = None
+    """Of a text that is one document, of which the end validates: tokens that train, and bytes of the rest."""
 
     def split(self) -> tuple[Selection, Selection]:
         """What trains, and what validates."""
         if self.validation is not None:
             return _everything(self.train), _everything(self.validation)
+        if self.cut is not None:
+            return self._cut_in_two(*self.cut)
         trained, measured = held_out(self.train.counts.documents, share=self.validation_share, seed=self.seed)
         return Selection(self.train, trained), Selection(self.train, measured)
+
+    def _cut_in_two(self, tokens: int, rest_bytes: int) -> tuple[Selection, Selection]:
+        whole = _everything(self.train)
+        known = self.train.text_bytes(whole.documents)
+        rest = Part(tokens, int(whole.lengths()[0]), None if known is None else rest_bytes)
+        return replace(whole, part=Part(0, tokens, None)), replace(whole, part=rest)
 
     def lengths(self, selection: Selection) -> npt.NDArray[np.int64]:
         """Tokens of each document, with its BOS and end-of-text."""
@@ -55,7 +65,8 @@ class TextTarget:
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> TextTarget:
         corpora = {name: _corpus(plain[name]) if plain[name] else None for name in ("train", "validation")}
-        return cls(**{**plain, **corpora})
+        cut = plain.get("cut")
+        return cls(**{**plain, **corpora, "cut": None if cut is None else tuple(cut)})
 
 
 def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextTarget:
@@ -71,12 +82,17 @@ def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokeniz
         for source in _sources(data)
     ]
     train, validation = corpora if len(corpora) == 2 else (corpora[0], None)
+    cut = None
+    if validation is None and train.counts.documents == 1:
+        (ids,) = _everything(train).texts()
+        cut = cut_document(ids, tokenizer, data.validation_share, f"data.path ({data.path})")
     return TextTarget(
         train=train,
         validation=validation,
         validation_share=data.validation_share,
         seed=seed,
         bos_id=document_delimiters(tokenizer).bos_id,
+        cut=cut,
     )
 
 
@@ -93,7 +109,19 @@ def summarise_validation(target: TextTarget) -> tuple[str, str]:
     """A line for the terminal."""
     _, measured = target.split()
     lengths = target.lengths(measured)
+    if measured.part is not None:
+        return "", f"the last {int(lengths.sum()):,} tokens of the one document validate"
     return "", f"{len(lengths):,} documents of {int(lengths.sum()):,} tokens validate"
+
+
+def settle_separator(data: TextDataConfig) -> TextDataConfig:
+    """With ``document_separator=file``, which has no effect, where no file is cut by it.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    used = any(has_text_files(source.path, source.key) for source in _sources(data))
+    return data if used else replace(data, document_separator=DocumentSeparator.file)
 
 
 def _sources(data: TextDataConfig) -> list[TextSource]:
@@ -102,7 +130,14 @@ def _sources(data: TextDataConfig) -> list[TextSource]:
     if data.validation_path is not None:
         named.append(("data.validation_path", data.validation_path, data.validation_split))
     return [
-        TextSource(key=key, path=path, text_field=data.text_column, split=split, subset=data.subset)
+        TextSource(
+            key=key,
+            path=path,
+            text_field=data.text_column,
+            split=split,
+            subset=data.subset,
+            separator=data.document_separator,
+        )
         for key, path, split in named
     ]
 
@@ -116,7 +151,8 @@ def compared_documents(
     held_out = target.validation is None
     name = "document, which validates,"
     if held_out:
-        name = f"document, held out by data.validation_share ({data.validation_share:g}),"
+        what = "document" if target.cut is None else "end of the text"
+        name = f"{what}, held out by data.validation_share ({data.validation_share:g}),"
     return (
         _compared("the training text", trained, sources[0], tokenizer, "one side"),
         _compared(name, measured, sources[-1], tokenizer, "the text" if held_out else "one side"),
