@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qwen_cl.config.data import TextDataConfig
+from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
@@ -106,7 +106,7 @@ def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
     data = run.config.data
     files = row_files(data, run.config.task)
     paths = [files.train, files.validation] if files else []
-    if isinstance(data, TextDataConfig):
+    if isinstance(data, FileDataConfig | TextDataConfig):
         paths = [data.path, data.validation_path]
     names = [path if path.startswith("hf://") else Path(path).name for path in paths if path]
     return CardFacts(

@@ -14,6 +14,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
 from qwen_cl.data.corpus.target import save_target
 from qwen_cl.data.report_text import report_page
+from qwen_cl.data.rows import dataset_commits
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT
 from qwen_cl.plan import Plan, fetch_weights, with_text
@@ -59,6 +60,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),
         data_hash=plan.data_hash,
+        data_commits=dataset_commits(plan.config.data),
         trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
         output_layer=_output_layer(plan),

@@ -22,7 +22,7 @@ from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_row
 from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets
 from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.report import DataReport, Layout, count_unused_fields, describe
-from qwen_cl.data.rows import RowFiles, content_hash, read_rows, row_files
+from qwen_cl.data.rows import RowFiles, content_hash, pin_rows, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
@@ -46,7 +46,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Plan:
     config: RunConfig
-    """With model.source pinned, model.cache absolute, and accelerator, precision, micro batch and speed settled."""
+    """With model.source and datasets pinned, model.cache absolute, and accelerator, precision, micro batch and speed
+    settled."""
     model: ModelFiles
     architecture: Architecture
     device: Device
@@ -106,7 +107,9 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     if model.commit is None:
         once(lambda: check_weights(model, architecture), "weights", said.model)
     sets = once(lambda: _with_local_sets(said), "sets", said.replay, said.retention)
-    config = settle_for_device(replace(config, replay=sets.replay, retention=sets.retention), architecture, device)
+    data = once(lambda: pin_rows(said.data), "rows", said.data)
+    config = replace(config, data=data, replay=sets.replay, retention=sets.retention)
+    config = settle_for_device(config, architecture, device)
     if isinstance(config.data, TextDataConfig):
         config = replace(config, data=settle_separator(config.data))
     files = row_files(config.data, config.training)

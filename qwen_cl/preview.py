@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
-from qwen_cl.config.data import TextDataConfig
+from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import RunConfig
@@ -62,7 +62,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     if isinstance(config.data, TextDataConfig):
         data = f"{config.data.path}, tokenised when the run starts"
     elif plan.files is not None:
-        data = f"{plan.files.train} (data_hash {(plan.data_hash or '')[:12]}…)"
+        named = config.data.path if isinstance(config.data, FileDataConfig) else plan.files.train
+        data = f"{named} (data_hash {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a directory of your own"),

@@ -10,18 +10,20 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from qwen_cl.checkpoints.folder import Checkpoint, clear_leftovers, newest_good
 from qwen_cl.checkpoints.manifest import Progress
+from qwen_cl.config.data import FileDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import leaves_of_consequence, read_run_config, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
+from qwen_cl.data.hub_copy import keep_commit
 from qwen_cl.durable import replacing
 from qwen_cl.run_folder import RunFolder, State, now
 
@@ -77,6 +79,19 @@ def resume(
         )
     _require_same_run(folder, config, {**_facts_of(status), **leaves_then(folder)}, facts, config.resume.allow)
     return continue_run(folder, progress)
+
+
+def keep_datasets(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """A run that resumes reads the commits it began with where the command names none."""
+    if not isinstance(config.data, FileDataConfig) or not folder.config.exists():
+        return config
+    before = read_run_config(folder.config).data
+    if not isinstance(before, FileDataConfig):
+        return config
+    path, validation = keep_commit(config.data.path, before.path), config.data.validation_path
+    if validation is not None and before.validation_path is not None:
+        validation = keep_commit(validation, before.validation_path)
+    return replace(config, data=replace(config.data, path=path, validation_path=validation))
 
 
 def continue_run(folder: RunFolder, progress: Progress | None = None) -> Resumption:

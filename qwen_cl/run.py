@@ -32,7 +32,7 @@ from qwen_cl.micro_batch import is_automatic, keep_micro_batch, until_it_fits
 from qwen_cl.opening import open_run, ready
 from qwen_cl.output import enduring_output
 from qwen_cl.plan import Plan, make_plan
-from qwen_cl.resume import Resumption
+from qwen_cl.resume import Resumption, keep_datasets
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import ProgressView, print_facts, print_result, read_metrics, wandb_notice
 
@@ -51,7 +51,7 @@ def run(config: object) -> None:
     if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    plan = make_plan(keep_micro_batch(config, folder))
+    plan = make_plan(keep_datasets(keep_micro_batch(config, folder), folder))
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
 

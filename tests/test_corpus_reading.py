@@ -262,11 +262,11 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_
     assert first == [COMMIT, [[f"{pinned}: row {n}", n, text] for n, text in enumerate(TEXTS[:4], start=1)]]
     assert second == [COMMIT, [[f"{other}: row 1", 1, TEXTS[4]]]]
     expected = [
-        refused.format("datasets/org", "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
-        refused.format("org/name", "must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"),
+        refused.format("datasets/org", "must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or"),
+        refused.format("org/name", "must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or"),
         refused.format("datasets/org/absent", "cannot be read: "),
         refused.format(
-            "datasets/org/texts", "cannot be read: Bad split: dev. Available splits: ['train', 'test']; set"
+            "datasets/org/texts", "cannot be read: Bad split: dev. Available splits: ['train', 'test']; nam"
         ),
         refused.format("datasets/org/two", "cannot be read: There are multiple 'org/two' configurations in the cache"),
         f"data.path ({cases[7][0]}): the cache holds commit 0123456789ab of it; connect once to fetch the other",
@@ -274,6 +274,6 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_
     ]
     assert [refusal[: len(start)] for refusal, start in zip(refusals, expected)] == expected
     assert len(refusals) == len(expected)
-    assert refusals[3].endswith("; set data.split to one of them")
+    assert refusals[3].endswith("; name one of them after a #, as in hf://datasets/org/texts#test")
     assert refusals[4].endswith("; set data.subset to one of them")
     assert not any("\n" in refusal for refusal in refusals)

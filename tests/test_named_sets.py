@@ -181,11 +181,11 @@ def test_a_dataset_of_the_hub_is_kept_by_its_commit(tmp_path: Path) -> None:
     assert test[0] == [str(Text(TEXTS[4]))]
     assert chat[0] == [str(pair("a", "b"))]
     for _, path, content in (train, test, chat):
-        assert Path(path).parent == tmp_path / "cache/sets"
+        assert tmp_path / "cache/datasets" in Path(path).parents
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == content
     assert split.startswith(f"task.sets.a ({texts}) cannot be read: Bad split: dev.")
     assert split.endswith(f"; name one of them after a #, as in {texts}#test")
-    assert malformed.startswith("task.sets.a (hf://org/texts) must read hf://datasets/ORG/NAME or")
+    assert malformed.startswith("task.sets.a (hf://org/texts) must read hf://datasets/ORG/NAME, with @")
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     assert json.loads(run_python(READ, json.dumps(cases[:3]), offline))[0] == answers[:3]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,13 @@ from qwen_cl.config.tasks import PretrainConfig, TaskConfig
 from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.fields import KEY, missing_field, name_rows
+from qwen_cl.data.hub_copy import copy_of, pin_dataset
 
+VALIDATION_SPLIT = "validation"
+"""Of a dataset on the Hub, where data.validation_path names none."""
 PLACES = "or hf://datasets/ORG/NAME"
 
 
@@ -42,8 +47,36 @@ class RowFiles:
     """The rows' own names of fields, by the names they are read by (fields.py)."""
 
 
+def pin_rows(data: DataConfig) -> DataConfig:
+    """The config with what it names on the Hub pinned to a commit, of which there are copies from now on.
+
+    Raises:
+        UserError: a dataset cannot be read.
+    """
+    if not isinstance(data, FileDataConfig):
+        return data
+    path, validation = data.path, data.validation_path
+    if is_hub_dataset(path):
+        path = pin_dataset(path, "data.path", subset=data.subset)
+    if validation is not None and is_hub_dataset(validation):
+        validation = pin_dataset(validation, "data.validation_path", split=VALIDATION_SPLIT, subset=data.subset)
+    if data.subset is not None and not any(is_hub_dataset(each) for each in (path, validation or "")):
+        raise UserError(f"data.subset ({data.subset}) is of a dataset on the Hub, and data.path is none; remove it")
+    return replace(data, path=path, validation_path=validation)
+
+
+def dataset_commits(data: DataConfig) -> dict[str, str]:
+    """By key, the commit of what a pinned config has from the Hub."""
+    paths = {} if not isinstance(data, FileDataConfig) else {"path": data.path, "validation_path": data.validation_path}
+    return {
+        f"data.{name}": str(parse_reference(path, name).revision)
+        for name, path in paths.items()
+        if path is not None and is_hub_dataset(path)
+    }
+
+
 def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
-    """The files behind a data config; None for random tokens, which have none."""
+    """The files behind a data config, whose datasets are pinned; None for random tokens, which have none."""
     raw_text = isinstance(task, PretrainConfig)
     if isinstance(data, DemoDataConfig):
         stem = data.text if raw_text else data.instructions
@@ -56,10 +89,8 @@ def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
         )
     if isinstance(data, FileDataConfig):
         return RowFiles(
-            train=str(Path(data.path).expanduser().absolute()),
-            validation=None
-            if data.validation_path is None
-            else str(Path(data.validation_path).expanduser().absolute()),
+            train=_local(data.path),
+            validation=None if data.validation_path is None else _local(data.validation_path),
             validation_every=data.validation_every,
             raw_text=raw_text,
             fields=_columns(data, raw_text),
@@ -121,6 +152,10 @@ def conversations(
             yield replace(found, unused=(*found.unused, *row.left_out)) if row.left_out else found
         except UserError as error:
             raise row.in_its_words(error) from error
+
+
+def _local(path: str) -> str:
+    return str(copy_of(path) if is_hub_dataset(path) else Path(os.path.expanduser(path)).absolute())  # noqa: PTH111
 
 
 def _columns(data: FileDataConfig, raw_text: bool) -> dict[str, str]:

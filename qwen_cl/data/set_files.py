@@ -7,26 +7,18 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
-from filelock import FileLock
-
-from qwen_cl.config.cache import cache_home
 from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import check_text
-from qwen_cl.data.corpus.documents import TextSource, read_records
+from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
-from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin, read_hub_records
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.corpus.references import recall, remember
 from qwen_cl.data.fields import missing_field
+from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.data.rows import Row, Text, conversations
 
-LAYOUT = "all columns"
-"""What a copy of a dataset on the Hub holds; part of its name, so that copies by another rule are not taken for it."""
-SPLIT = "train"
-"""Of a dataset on the Hub, where none is named."""
 PLACES = "or hf://datasets/ORG/NAME"
 
 
@@ -38,7 +30,7 @@ def local_path(path: str, key: str) -> str:
         UserError: the dataset cannot be read, or the cache not be written to.
     """
     if is_hub_dataset(path):
-        return str(_fetched(path, key))
+        return str(copy_of(pin_dataset(path, key)))
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - Path's raises on an unknown user
 
 
@@ -111,33 +103,3 @@ def _text(record: Record, whole_file: bool) -> Text:
         raise missing_field(record.fields, TEXT, record.where, fix)
     name = "the text" if whole_file else f"field {TEXT!r}"
     return Text(check_text(record.fields[TEXT], name, record.where))
-
-
-def _fetched(path: str, key: str) -> Path:
-    reference, _, split = path.partition("#")
-    source = TextSource(key=key, path=reference, text_field=TEXT, split=split or SPLIT, subset=None)
-    root = cache_home() / "sets"
-    commit = recall(root, source) or pin(source)
-    name = hashlib.sha256(json.dumps([reference.partition("@")[0], commit, source.split, LAYOUT]).encode()).hexdigest()
-    file = root / f"{name}.jsonl"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # another run may be fetching the same
-            if not file.exists():
-                unfinished = file.with_suffix(".unfinished")
-                with unfinished.open("w", encoding="utf-8") as stream:
-                    stream.writelines(_lines(read_hub_records(source, commit)))
-                unfinished.replace(file)
-    except OSError as error:
-        raise UserError(
-            f"{key}: {root} cannot be written to: {error.strerror or error}; set QWEN_CL_CACHE to another place"
-        ) from error
-    remember(root, source, commit)
-    return file
-
-
-def _lines(records: Iterable[Record]) -> Iterator[str]:
-    """Values that JSON has none for, like an image's bytes or a date, are kept as what they are called or written:
-    a row is read or refused by its columns' names."""
-    for record in records:
-        yield json.dumps(dict(record.fields), default=str) + "\n"

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_cl.config.errors import UserError
@@ -17,8 +18,34 @@ from qwen_cl.data.corpus.record import Record
 from qwen_cl.http_errors import request_errors
 
 SCHEME = "hf://datasets/"
-REFERENCE = re.compile(rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+REFERENCE = re.compile(
+    rf"{SCHEME}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?"
+    r"(?:#(?:(?P<subset>[^/#]+)/)?(?P<split>[^/#]+))?"
+)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    repository: str
+    revision: str | None
+    subset: str | None
+    split: str | None
+
+    @property
+    def bare(self) -> str:
+        """Less what is after the #."""
+        return f"{SCHEME}{self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_reference(path: str, key: str) -> HubReference:
+    match = REFERENCE.fullmatch(path)
+    if match is None:
+        raise UserError(
+            f"{key} ({path}) must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or #SUBSET/SPLIT after it "
+            "where they are meant"
+        )
+    return HubReference(**match.groupdict())
 
 
 def is_hub_dataset(path: str) -> bool:
@@ -67,14 +94,10 @@ def read_hub_records(source: TextSource, commit: str) -> Iterator[Record]:
 def _builder(source: TextSource, commit: str | None) -> Any:
     import datasets
 
-    match = REFERENCE.fullmatch(source.path)
-    if match is None:
-        raise UserError(
-            f"{source.key} ({source.path}) must read hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION"
-        )
+    reference = parse_reference(source.path, source.key)
     datasets.logging.set_verbosity_error()  # its warning that it used the cache is what off-line asks for
-    revision = commit or match["revision"]
-    builder = datasets.load_dataset_builder(match["repository"], source.subset, revision=revision)
+    revision = commit or reference.revision
+    builder = datasets.load_dataset_builder(reference.repository, source.subset, revision=revision)
     if commit is None and COMMIT.fullmatch(revision or "") and builder.hash != revision:
         raise UserError(
             f"{source.key} ({source.path}): the cache holds commit {builder.hash[:12]} of it; connect once to fetch "
@@ -92,9 +115,8 @@ def _explained(source: TextSource) -> Iterator[None]:
     except request_errors(OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason or "multiple" in reason:
-            fix = "set data.subset to one of them"
-        elif "Bad split" in reason and source.key.endswith("path"):
-            fix = f"set {source.key.removesuffix('path')}split to one of them"
+            fix = f"name one of them after a #, as in {source.path}#SUBSET/{source.split}"
+            fix = "set data.subset to one of them" if source.key.startswith("data.") else fix
         elif "Bad split" in reason:
             fix = f"name one of them after a #, as in {source.path}#test"
         else:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from qwen_cl.config.data import DocumentSeparator, TextDataConfig
 from qwen_cl.data.corpus.cache import Corpus, Counts
 from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference
 from qwen_cl.data.corpus.prepare import has_text_files, locate_document, prepare_corpus, source_content
 from qwen_cl.data.corpus.selection import Part, Selection
 from qwen_cl.data.corpus.split import cut_document, held_out
@@ -129,17 +130,22 @@ def _sources(data: TextDataConfig) -> list[TextSource]:
     named = [("data.path", data.path, data.split)]
     if data.validation_path is not None:
         named.append(("data.validation_path", data.validation_path, data.validation_split))
-    return [
-        TextSource(
-            key=key,
-            path=path,
-            text_field=data.text_column,
-            split=split,
-            subset=data.subset,
-            separator=data.document_separator,
-        )
-        for key, path, split in named
-    ]
+    return [_source(data, key, path, split) for key, path, split in named]
+
+
+def _source(data: TextDataConfig, key: str, path: str, split: str) -> TextSource:
+    subset = data.subset
+    if is_hub_dataset(path):
+        reference = parse_reference(path, key)
+        path, split, subset = reference.bare, reference.split or split, reference.subset or subset
+    return TextSource(
+        key=key,
+        path=path,
+        text_field=data.text_column,
+        split=split,
+        subset=subset,
+        separator=data.document_separator,
+    )
 
 
 def compared_documents(
