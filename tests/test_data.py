@@ -67,7 +67,7 @@ def tokens(text: str) -> list[int]:
         (PAIR + b'{"prompt": "\\u3000", "completion": "b"}', "{path}:2: field 'prompt' is empty; remove the row"),
         (
             PAIR + b'{"completion": "a"}\n',
-            "{path}:2: field 'prompt' is missing (found: 'completion'); rename it, or set data.prompt_field",
+            "{path}:2: field 'prompt' is missing (found: 'completion'); rename it, or set data.fields.prompt",
         ),
         (PAIR + b'{"text": "a"}\n', "{path}:2: no instruction form has these fields (found: 'text'); write prompt"),
         (PAIR + b"{}\n", "{path}:2: no instruction form has these fields (found: none)"),

@@ -98,11 +98,13 @@ def _form(row: dict[str, Any], fields: tuple[str, str], where: str) -> str:
     read_columns(row, set(row.keys() & set(fields)), where)  # what it holds may say more of what it is
     if (known := next((name for name in fields if name in row), None)) is not None:
         missing = next(name for name in fields if name != known)
-        knob = "data.prompt_field" if missing == fields[0] else "data.completion_field"
-        raise UserError(f"{where}: field {missing!r} is missing (found: {_names(row)}); rename it, or set {knob}")
+        raise UserError(
+            f"{where}: field {missing!r} is missing (found: {_names(row)}); rename it, or set data.fields.{missing}"
+        )
     raise UserError(
         f"{where}: no instruction form has these fields (found: {_names(row)}); write {fields[0]} and {fields[1]}, "
-        "messages, conversations, or instruction and output; data.prompt_field and data.completion_field name others"
+        "messages, conversations, or instruction and output; data.fields says what rows call them "
+        "(the first line of a CSV or TSV file must)"
     )
 
 
