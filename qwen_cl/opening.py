@@ -22,7 +22,8 @@ from qwen_cl.resume import Resumption, resume
 from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
 from qwen_cl.source.architecture import TIED
 from qwen_cl.source.fingerprint import fingerprint
-from qwen_cl.source.small_files import copy_small_files
+from qwen_cl.source.normalized import write_normalized_files
+from qwen_cl.source.small_files import write_small_files
 
 
 def ready(plan: Plan) -> Plan:
@@ -110,8 +111,9 @@ def _trainable_parameters(plan: Plan) -> int:
 
 def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
     """What the run's processes read: the config, and the tokenizer. Not the model's own directory, because NeMo
-    copies the tokenizer's into every checkpoint, weights and all."""
-    copy_small_files(plan.model.directory, folder.tokenizer)
+    copies the tokenizer's into every checkpoint, weights and all. What an export carries on is kept too."""
+    write_normalized_files(plan.model.directory, folder.tokenizer)
+    write_small_files(plan.model.directory, folder.model_files)
     save_config(plan.config, folder.config)
     if plan.text is not None:
         save_target(plan.text, folder.text_target)

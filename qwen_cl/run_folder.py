@@ -51,6 +51,7 @@ class RunFolder:
         self.log = self.directory / "run.log"
         self.checkpoints = self.directory / "checkpoints"
         self.tokenizer = self.directory / "tokenizer"
+        self.model_files = self.directory / "model_files"
         self.adapter = self.directory / "adapter"
         self.text_target = self.directory / "text_target.json"
         self.report = self.directory / "report.png"

@@ -38,6 +38,12 @@ class Run:
     weights: Path
     """The distributed checkpoint of that step."""
 
+    @property
+    def small_files(self) -> Path:
+        """The model's own, as its author wrote them; runs of earlier versions kept no others."""
+        kept = self.folder.model_files
+        return kept if kept.is_dir() else self.folder.tokenizer
+
 
 def find_run(directory: str, step: int | None) -> Run:
     """``task.run`` and ``task.step``; without a step the newest checkpoint.
@@ -131,7 +137,7 @@ def open_trained(run: Run, base: Path | None) -> Trained:
         weights=DistributedWeights(run.weights),
         source=run.config.model.source,
         base=base,
-        small_files=run.folder.tokenizer,
+        small_files=run.small_files,
         architecture=read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer),
         adapter=adapter,
         tensor_parallel=run.config.cluster.tensor_parallel,

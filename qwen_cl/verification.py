@@ -14,6 +14,7 @@ from qwen_cl.data.examples import Example
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import read_architecture
+from qwen_cl.source.normalized import normalized_config, transformers_config
 from qwen_cl.source.reference import local_directory, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -92,16 +93,15 @@ def _probe_examples(dataset: Any) -> list[Example]:
 
 @torch.no_grad()
 def _transformers_loss(source: str, examples: list[Example]) -> float:
-    """In fp32 on the CPU, each row by itself; the model is gone when this returns."""
+    """In fp32 on the CPU, each row by itself; the model is gone when this returns. transformers reads the weights
+    itself."""
     from transformers import AutoModelForCausalLM
 
     directory = local_directory(source)
+    published = read_model_config(directory)
+    config = transformers_config(normalized_config(published, read_architecture(published, directory)))
     model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        tie_word_embeddings=read_architecture(read_model_config(directory), directory).tied_embeddings,
+        directory, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     total = count = 0.0
     for example in examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
@@ -13,6 +14,7 @@ from qwen_cl.data.chat import check_conversation, render_conversation
 from qwen_cl.data.conversations import Conversation
 from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, loss_spans
 from qwen_cl.data.rows import Row, Text
+from qwen_cl.tokenizer.normalized import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,17 +137,9 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, from its files alone.
 
     Raises:
-        UserError: the directory has none, or it has no chat template or end-of-text token.
+        UserError: the directory has none that is read, or it has no end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{directory} has no tokenizer that loads ({str(error).splitlines()[0]}); "
-            "copy tokenizer.json and tokenizer_config.json beside config.json"
-        ) from error
+    tokenizer = open_tokenizer(Path(directory))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory}: its tokenizer names no eos_token; set it in tokenizer_config.json")
     return tokenizer

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from qwen_cl.config.schema import Accelerator, ClusterConfig, Precision
 from qwen_cl.inference.subject import Subject
+from qwen_cl.source.normalized import transformers_config
 from qwen_cl.trained_run import import_quietly, open_trained
 
 if TYPE_CHECKING:
@@ -53,15 +55,21 @@ def _tensors(subject: Subject, dtype: torch.dtype) -> Tensors:
 
 
 def _empty_model(subject: Subject, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.modeling_utils import no_init_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    fields: dict[str, Any] = {key: value for key, value in subject.config.items() if key != "model_type"}
-    fields["tie_word_embeddings"] = subject.architecture.tied_embeddings
-    config = AutoConfig.for_model(subject.config["model_type"], **fields)
-    with torch.device(device), no_init_weights():
+    config = transformers_config(subject.config)
+    with torch.device(device), _no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     if (Path(subject.small_files) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(subject.small_files)
     return model
+
+
+def _no_init_weights() -> AbstractContextManager[None]:
+    try:
+        from transformers.initialization import no_init_weights  # transformers 5
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights
+    manager: AbstractContextManager[None] = no_init_weights()
+    return manager

@@ -18,6 +18,7 @@ from qwen_cl.plan import check_weights
 from qwen_cl.run_folder import State
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.nemo_context import tokenizer_directory
+from qwen_cl.source.normalized import normalized_config
 from qwen_cl.source.reference import read_model_config, resolve
 from qwen_cl.source.settings import HubSettings
 from qwen_cl.source.whole_folder import require_room
@@ -37,7 +38,7 @@ class Subject:
     small_files: Path
     """Config and generation config in Hugging Face layout, and the tokenizer; a NeMo checkpoint has only that."""
     config: dict[str, Any]
-    """The model's config.json."""
+    """The model's config.json, normalized."""
     architecture: Architecture
     label: str
     """What it is, for a person."""
@@ -78,7 +79,8 @@ def find_model(model: ModelConfig) -> Subject:
     architecture = read_architecture(files.config, files.directory)
     check_weights(files, architecture)
     small_files = tokenizer_directory(files.directory)
-    return Subject(None, files.directory, small_files, files.config, architecture, files.source)
+    config = normalized_config(files.config, architecture)
+    return Subject(None, files.directory, small_files, config, architecture, files.source)
 
 
 def trained_subject(run: Run) -> Subject:
@@ -89,7 +91,8 @@ def trained_subject(run: Run) -> Subject:
     state = run.status.get("state")
     note = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
     label = f"step {run.step}{note}, {run.folder.directory}, trained from {run.config.model.source}"
-    return Subject(run, base, small_files, config, read_architecture(config, small_files), label)
+    architecture = read_architecture(config, small_files)
+    return Subject(run, base, small_files, normalized_config(config, architecture), architecture, label)
 
 
 def require_length(sequence_length: int, architecture: Architecture) -> None:

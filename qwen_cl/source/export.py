@@ -36,7 +36,7 @@ def export_merged(
         UserError: the disk is too small, or the checkpoint cannot be read.
         RunFailed: the disk filled up after all.
     """
-    small_files = sum(path.stat().st_size for path in model.trained.small_files.iterdir() if path.is_file())
+    small_files = sum(path.stat().st_size for path in model.trained.small_files.rglob("*") if path.is_file())
     require_room("task.output", directory, model.size + small_files)
     plan = split_torch_state_dict_into_shards(model.tensors, max_shard_size=max_shard_size)
     with appearing(directory) as temporary:

@@ -42,7 +42,7 @@ class Trained:
     base: Path | None
     """Its directory in Hugging Face layout; None where no weight of it is needed."""
     small_files: Path
-    """Config, tokenizer and chat template, as the run kept them."""
+    """Config, tokenizer and chat template, as their author wrote them."""
     architecture: Architecture
     adapter: AdapterShape | None
     tensor_parallel: int

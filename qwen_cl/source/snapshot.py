@@ -15,9 +15,11 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.source.manifest import DIGEST, OURS, Manifest, write_whole
 from qwen_cl.source.parallel import for_each
 from qwen_cl.source.tensor_files import ADAPTER_CONFIG, INDEX, SINGLE, indexed_files, no_weights, weights_entry
+from qwen_cl.tokenizer.files import TEMPLATES
 
+JINJA = "*.jinja"
 FILES = (
-    "*.jinja",
+    JINJA,
     "added_tokens.json",
     "chat_template.json",
     "config.json",
@@ -59,7 +61,10 @@ class Snapshot:
         """Of the commit's files; without a manifest, of those that are in the cache."""
         if self.manifest is not None:
             return set(self.manifest.files)
-        return {path.name for path in self.directory.iterdir()} if self.directory.is_dir() else set()
+        if not self.directory.is_dir():
+            return set()
+        found = [*self.directory.iterdir(), *self.directory.glob(f"{TEMPLATES}/*.jinja")]
+        return {str(path.relative_to(self.directory)) for path in found}
 
     def blob(self, name: str) -> Path:
         """Where the content is: what the snapshot's entry links to, or the entry itself where links cannot be."""
@@ -84,7 +89,7 @@ def needed_files(snapshot: Snapshot, *, weights: bool, trusted: Callable[[str], 
         UserError: the commit lacks something no run can do without, or its index names what no run would read.
     """
     names = snapshot.names
-    needed = sorted(name for name in names if "/" not in name and any(fnmatchcase(name, file) for file in FILES))
+    needed = sorted(name for name in names if _is_small_file(name))
     _require_a_model(snapshot, names)
     if not weights:
         return needed
@@ -102,6 +107,11 @@ def needed_files(snapshot: Snapshot, *, weights: bool, trusted: Callable[[str], 
                 f"model.source ({snapshot.reference}): {INDEX} names {absent[0]}, which the commit does not hold"
             )
     return needed
+
+
+def _is_small_file(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return any(fnmatchcase(file, pattern) for pattern in FILES if not folder or (folder, pattern) == (TEMPLATES, JINJA))
 
 
 def _require_a_model(snapshot: Snapshot, names: set[str]) -> None:

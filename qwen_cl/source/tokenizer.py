@@ -9,8 +9,8 @@ from pathlib import Path
 
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
+from qwen_cl.source.normalized import write_normalized_files
 from qwen_cl.source.reference import resolve
-from qwen_cl.source.small_files import copy_small_files
 
 
 def load_tokenizer(source: str) -> AutoTokenizer:
@@ -23,5 +23,5 @@ def load_tokenizer(source: str) -> AutoTokenizer:
     parent = tempfile.mkdtemp(prefix="qwen_cl-")
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     directory = Path(parent) / "tokenizer"
-    copy_small_files(files.directory, directory)
+    write_normalized_files(files.directory, directory)
     return AutoTokenizer(str(directory))

@@ -14,8 +14,9 @@ from qwen_cl.durable import flush
 
 
 @contextmanager
-def appearing(directory: Path) -> Iterator[Path]:
-    """A folder beside ``directory`` that becomes it when the block ends well, and vanishes when it does not.
+def appearing(directory: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder beside ``directory`` that becomes it when the block ends well, and vanishes when it does not. With
+    ``replace`` a folder that is there gives way to it.
 
     A process that is killed leaves it behind, under a name that starts with a dot and is in nobody's way.
     """
@@ -23,10 +24,12 @@ def appearing(directory: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         yield temporary
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner alone
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
             flush(path)
         temporary.chmod(0o755)
+        if replace:
+            shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

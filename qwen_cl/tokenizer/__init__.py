@@ -1,0 +1,1 @@
+"""A model's tokenizer, read from whatever form of its files the author wrote."""

@@ -1,0 +1,8 @@
+"""What the fixtures' tokenizers are tried on."""
+
+TEXTS = [
+    "Hello world, it's 12345 o'clock",
+    "  two  spaces\n\n日本語のテキスト。 Cafe\u0301",
+    "<|im_start|>user\nhi<|im_end|>\n<tool_call>{}<image></s><s> tail <|endoftext|>",
+    "",
+]
