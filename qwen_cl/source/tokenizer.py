@@ -6,11 +6,16 @@ import atexit
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from nemo.collections.common.tokenizers.huggingface import auto_tokenizer
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.lightning import io
+from nemo.lightning.io.artifact import DirOrStringArtifact
 
 from qwen_cl.source.normalized import write_normalized_files
 from qwen_cl.source.reference import resolve
+from qwen_cl.tokenizer.normalized import load_as_written
 
 
 def load_tokenizer(source: str) -> AutoTokenizer:
@@ -25,3 +30,18 @@ def load_tokenizer(source: str) -> AutoTokenizer:
     directory = Path(parent) / "tokenizer"
     write_normalized_files(files.directory, directory)
     return AutoTokenizer(str(directory))
+
+
+class _AsWritten:
+    """transformers' AutoTokenizer, as far as NeMo calls it."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str, **options: Any) -> Any:
+        return load_as_written(pretrained_model_name_or_path, **options)
+
+
+# With transformers 5 NeMo's registry ends at an import that is no more (nemo/lightning/io/registry.py), and without
+# what it would have done to this class the first checkpoint fails: it cannot be written into its context.
+if not hasattr(AutoTokenizer, "__io_artifacts__"):
+    io.track_io(AutoTokenizer, artifacts=[DirOrStringArtifact("pretrained_model_name", required=False)])
+auto_tokenizer.AUTOTOKENIZER = _AsWritten

@@ -68,14 +68,11 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it has none, or one that is not read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     with tempfile.TemporaryDirectory(prefix="qwen_cl-") as parent:
         files = Path(parent) / "tokenizer"
         write_tokenizer(directory, files)
-        load = PreTrainedTokenizerFast if (files / BACKEND).is_file() else AutoTokenizer
         try:
-            tokenizer = load.from_pretrained(str(files), local_files_only=True, trust_remote_code=False)
+            tokenizer = load_as_written(str(files), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].replace(str(files), str(directory))
             raise UserError(
@@ -84,6 +81,16 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             ) from error
     tokenizer.name_or_path = str(directory)
     return tokenizer
+
+
+def load_as_written(directory: str, **options: Any) -> PreTrainedTokenizerBase:
+    """What transformers' AutoTokenizer loads, without the rules of its own that transformers 5 has for some families
+    (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``) where the files are normalized."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    files = Path(directory)
+    is_plain = (files / BACKEND).is_file() and read_object(files / CONFIG).get("tokenizer_class") == PLAIN
+    return (PreTrainedTokenizerFast if is_plain else AutoTokenizer).from_pretrained(directory, **options)
 
 
 def write_tokenizer(source: Path, target: Path) -> None:
