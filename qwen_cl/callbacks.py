@@ -67,6 +67,7 @@ class SaveAdapter(pl.Callback):
         *,
         directory: str,
         source: str,
+        base_adapter: str | None,
         rank: int,
         alpha: float,
         dropout: float,
@@ -74,9 +75,10 @@ class SaveAdapter(pl.Callback):
         dora: bool,
     ) -> None:
         self.directory = Path(directory)
-        self.source = source
+        self.source, self.base_adapter = source, base_adapter
         self.shape = AdapterShape(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
-            save_adapter(trainer.strategy.megatron_parallel, self.shape, self.source, self.directory)
+            model = trainer.strategy.megatron_parallel
+            save_adapter(model, self.shape, self.source, self.directory, self.base_adapter)

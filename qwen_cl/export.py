@@ -77,6 +77,8 @@ def _facts(task: ExportConfig, run: Run, output: Path, target: Target | None) ->
     state = run.status.get("state")
     notes = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
     facts = [("checkpoint", f"step {run.step}{notes}"), ("base", run.config.model.source), ("output", str(output))]
+    if run.config.model.adapter is not None:
+        facts.insert(2, ("merged adapter", run.config.model.adapter))
     if target is not None:
         facts.append(("upload", f"{target.reference} ({'public' if target.public else 'private'})"))
     return facts
@@ -118,6 +120,8 @@ def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
         learning_rate=run.config.lr,
         steps=run.step,
         code=run.status.get("git_commit"),
+        base_adapter=run.config.model.adapter,
+        base_adapter_sha256=run.status.get("model_adapter_sha256"),
         is_adapter=task.format is ExportFormat.adapter,
     )
 

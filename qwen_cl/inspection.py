@@ -16,6 +16,7 @@ from qwen_cl.estimate import Batch, estimate_memory
 from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
 from qwen_cl.plan import check_weights
 from qwen_cl.source.architecture import FAMILIES, Architecture, read_architecture
+from qwen_cl.source.base_adapter import find_adapter
 from qwen_cl.source.card import licence_of
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.distributed_metadata import DistributedMetadata
@@ -24,7 +25,7 @@ from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint, tokenizer_d
 from qwen_cl.source.reference import ModelFiles, resolve
 from qwen_cl.source.settings import HubSettings
 from qwen_cl.source.tensor_files import DTYPES, SHARD, SINGLE, weight_files
-from qwen_cl.view import print_facts
+from qwen_cl.view import adapter_facts, print_facts
 
 GIB = 2**30
 METHODS = {LoraConfig: "LoRA", DoraConfig: "DoRA"}
@@ -39,8 +40,10 @@ def inspect(config: RunConfig, task: InspectConfig) -> None:
     architecture = read_architecture(model.config, model.directory)
     if model.commit is None:
         check_weights(model, architecture)
+    adapter = find_adapter(config.model.adapter, model.directory, architecture)
     facts = [
         *_model_facts(model, architecture),
+        *adapter_facts(adapter),
         *_file_facts(model, config.model),
         *_device_facts(device, architecture),
     ]

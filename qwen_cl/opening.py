@@ -60,6 +60,8 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         model_source=plan.model.source,
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),
+        model_adapter=plan.config.model.adapter,
+        model_adapter_sha256=_adapter_hash(plan),
         data_hash=plan.data_hash,
         data_commits=dataset_commits(plan.config.data),
         trainable_parameters=_trainable_parameters(plan),
@@ -79,7 +81,12 @@ def _facts(plan: Plan) -> dict[str, str | None]:
         "model.fingerprint": _fingerprint(plan),
         "model.tokenizer": plan.tokenizer_hash,
         "model.output_layer": _output_layer(plan),
+        "model.adapter_sha256": _adapter_hash(plan),
     }
+
+
+def _adapter_hash(plan: Plan) -> str | None:
+    return None if plan.adapter is None else plan.adapter.sha256
 
 
 def _output_layer(plan: Plan) -> str | None:

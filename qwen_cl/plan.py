@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verif
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig
-from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.schema import DoraConfig, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.corpus.report import describe_corpus
@@ -29,6 +30,7 @@ from qwen_cl.layout import check_layout
 from qwen_cl.levers import has_static_shapes
 from qwen_cl.micro_batch import is_automatic, settle_for_device
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.base_adapter import BaseAdapter, find_adapter, other_base
 from qwen_cl.source.checkpoint import check_tensors
 from qwen_cl.source.nemo_checkpoint import check_nemo_tensors
 from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
@@ -59,6 +61,8 @@ class Plan:
     data_report: DataReport | None
     """None for random tokens, and before raw text is tokenised."""
     tokenizer_hash: str | None
+    adapter: BaseAdapter | None
+    """Merged into the frozen base."""
     automatic_micro_batch: bool
     """It was settled here, by this machine's memory."""
 
@@ -102,6 +106,7 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     settings = HubSettings.of(config.model)
     model = once(lambda: resolve(said.model.source, settings, weights=False), "model", said.model)
     architecture = read_architecture(model.config, model.directory)
+    adapter = once(lambda: _adapter(said, model, architecture), "adapter", said.model, said.peft)
     check_layout(config.cluster, config.peft, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
@@ -123,6 +128,7 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
         model=replace(
             config.model,
             source=model.source,
+            adapter=None if adapter is None else str(adapter.directory),
             cache=None if config.model.cache is None else str(settings.cache_directory),
         ),
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
@@ -137,6 +143,7 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
         data_hash=once(lambda: data_hash(content_hash(files), read), "hash", files, on) if files else None,
         data_report=report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
+        adapter=adapter,
         automatic_micro_batch=is_automatic(said),
     )
 
@@ -183,7 +190,26 @@ def fetch_weights(plan: Plan) -> Plan:
     model = resolve(plan.model.source, HubSettings.of(plan.config.model))
     architecture = read_architecture(model.config, model.directory)
     check_weights(model, architecture)
-    return replace(plan, architecture=architecture)
+    adapter = find_adapter(plan.config.model.adapter, model.directory, architecture)
+    return replace(plan, architecture=architecture, adapter=adapter)
+
+
+def _adapter(config: RunConfig, model: ModelFiles, architecture: Architecture) -> BaseAdapter | None:
+    adapter = find_adapter(config.model.adapter, model.directory, architecture)
+    if adapter is None:
+        return None
+    if isinstance(config.peft, DoraConfig):
+        raise UserError(
+            "peft=dora with model.adapter is not supported: its magnitudes would be of the merged weights, which no "
+            "adapter of the base can say. Write peft=lora, or export the first run merged and name that as model.source"
+        )
+    if other := other_base(adapter, model.source):
+        print(
+            f"note: model.adapter ({adapter.directory}) says that it was trained on {other}, and is merged into "
+            f"{model.source}, which it fits by its shapes",
+            file=sys.stderr,
+        )
+    return adapter
 
 
 def check_weights(model: ModelFiles, architecture: Architecture) -> None:

@@ -29,7 +29,7 @@ from qwen_cl.levers import has_static_shapes
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.families import count_parameters, expected_shapes
-from qwen_cl.view import print_facts
+from qwen_cl.view import adapter_facts, print_facts
 
 GIB = 2**30
 
@@ -67,6 +67,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a directory of your own"),
+        *adapter_facts(plan.adapter),
         ("architecture", f"{parameters:,} parameters, {shape.num_layers} layers of {shape.hidden_size}"),
         ("data", data),
         ("device", f"{cluster.world_size} x {plan.device.name}, {cluster.precision.value}"),

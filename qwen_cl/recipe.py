@@ -27,6 +27,7 @@ from qwen_cl.megatron.model import build_model
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.saving import StepCheckpoint
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.nemo import AdaptedRestoreConfig
 from qwen_cl.watchers import build_callbacks
 
 MOST_WRITERS = 8
@@ -49,13 +50,20 @@ def build_recipe(
         "resume": run.Config(
             nl.AutoResume,
             resume_from_path=resume_from,
-            restore_config=run.Config(nl.RestoreConfig, path=config.model.source, load_artifacts=False),
+            restore_config=_restore(config),
         ),
     }
     if peft is None and isinstance(config.training, PretrainConfig):
         return run.Partial(llm.pretrain, **parts)
     # llm.pretrain takes no adapter; with one, finetune differs from it in nothing but that argument.
     return run.Partial(llm.finetune, **parts, peft=peft)
+
+
+def _restore(config: RunConfig) -> run.Config:
+    source, adapter = config.model.source, config.model.adapter
+    if adapter is None:
+        return run.Config(nl.RestoreConfig, path=source, load_artifacts=False)
+    return run.Config(AdaptedRestoreConfig, path=source, load_artifacts=False, adapter=adapter)
 
 
 def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) -> run.Config:

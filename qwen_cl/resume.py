@@ -45,7 +45,15 @@ MAY_DIFFER = (
 """Keys, by their beginning, that a run's result does not depend on when it goes on: a checkpoint fits every layout, and
 each token weighs the same in every micro batch."""
 MUST_NOT_DIFFER = ("cluster.precision",)
-NEVER_ALLOWED = ("model.source", "model.fingerprint", "model.tokenizer", "model.output_layer", "task.type", "peft.")
+NEVER_ALLOWED = (
+    "model.adapter",
+    "model.source",
+    "model.fingerprint",
+    "model.tokenizer",
+    "model.output_layer",
+    "task.type",
+    "peft.",
+)
 """Its checkpoints fit nothing else."""
 DAMAGED = "damaged-"
 
@@ -150,6 +158,7 @@ def _facts_of(status: Mapping[str, Any]) -> dict[str, Any]:
         "model.fingerprint": "model_fingerprint",
         "model.tokenizer": "tokenizer_hash",
         "model.output_layer": "output_layer",
+        "model.adapter_sha256": "model_adapter_sha256",
     }
     return {key: status.get(name) for key, name in names.items()}
 

@@ -16,6 +16,8 @@ from qwen_cl.config.file import read_run_config
 from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.reference import is_hub_reference, read_model_config, resolve
 from qwen_cl.source.settings import HubSettings
@@ -105,6 +107,24 @@ def find_base(run: Run, fix: str = "") -> Path:
     return Path(source)
 
 
+def find_base_adapter(run: Run, architecture: Architecture) -> BaseAdapter | None:
+    """What was merged into the base of this run; None where nothing was.
+
+    Raises:
+        UserError: it is gone, or not what the run was trained on.
+    """
+    source = run.config.model.adapter
+    if source is not None and not Path(source).is_dir():
+        raise UserError(f"the adapter that this run merged into its base, {source}, is gone; put it back")
+    adapter = find_adapter(source, run.small_files, architecture)
+    if adapter is not None and adapter.sha256 != run.status.get("model_adapter_sha256"):
+        raise UserError(
+            f"the adapter that this run merged into its base, {source}, has changed since: run and base no longer fit "
+            "each other; put it back"
+        )
+    return adapter
+
+
 def import_quietly() -> None:
     """torch, and Megatron with what reads tensors through it: what they say of themselves meanwhile is no news to a
     user."""
@@ -133,13 +153,15 @@ def open_trained(run: Run, base: Path | None) -> Trained:
             target_modules=list(peft.target_modules),
             dora=isinstance(peft, DoraConfig),
         )
+    architecture = read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer)
     return Trained(
         weights=DistributedWeights(run.weights),
         source=run.config.model.source,
         base=base,
         small_files=run.small_files,
-        architecture=read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer),
+        architecture=architecture,
         adapter=adapter,
+        base_adapter=None if adapter is None else find_base_adapter(run, architecture),
         tensor_parallel=run.config.cluster.tensor_parallel,
     )
 

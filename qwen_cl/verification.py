@@ -35,8 +35,8 @@ class VerifyLogits(pl.Callback):
     A resumed run is not compared: what it trained is in its weights.
     """
 
-    def __init__(self, source: str, output_dir: str, precision: str) -> None:
-        self.source = source
+    def __init__(self, source: str, adapter: str | None, output_dir: str, precision: str) -> None:
+        self.source, self.adapter = source, adapter
         self.precision = precision
         self.folder = RunFolder(output_dir)
 
@@ -48,7 +48,7 @@ class VerifyLogits(pl.Callback):
         loss = total / tokens
         expected = torch.zeros((), device=torch.cuda.current_device())
         if trainer.is_global_zero:
-            expected += _transformers_loss(self.source, examples)
+            expected += _transformers_loss(self.source, self.adapter, examples)
             self.folder.update_status(verified={"loss": loss, "transformers": float(expected)})
         torch.distributed.broadcast(expected, src=0)
         logger.info("Loss of a probe batch: %.6f here, %.6f by transformers", loss, expected)
@@ -92,9 +92,9 @@ def _probe_examples(dataset: Any) -> list[Example]:
 
 
 @torch.no_grad()
-def _transformers_loss(source: str, examples: list[Example]) -> float:
+def _transformers_loss(source: str, adapter: str | None, examples: list[Example]) -> float:
     """In fp32 on the CPU, each row by itself; the model is gone when this returns. transformers reads the weights
-    itself."""
+    itself, and PEFT the adapter."""
     from transformers import AutoModelForCausalLM
 
     directory = local_directory(source)
@@ -103,6 +103,10 @@ def _transformers_loss(source: str, examples: list[Example]) -> float:
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
     total = count = 0.0
     for example in examples:
         ids = torch.tensor([example.ids])

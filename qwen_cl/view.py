@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from qwen_cl.continual.report import BITS, LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.source.base_adapter import BaseAdapter
 
 WARM_UP = 5
 """Logged steps that throughput does not count."""
@@ -157,6 +158,16 @@ def console_for_tables(file: IO[str] | None = None) -> Console:
 def print_facts(lines: list[tuple[str, str]], console: Console) -> None:
     for name, text in lines:
         console.print(f"{name:>18}  {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+def adapter_facts(adapter: BaseAdapter | None) -> list[tuple[str, str]]:
+    """A line for ``model.adapter``."""
+    if adapter is None:
+        return []
+    modules = sorted({name.split(".")[-2] for name in adapter.factors})
+    ranks = sorted({factors.rank for factors in adapter.factors.values()})
+    what = f"rank {', '.join(map(str, ranks))}, on {', '.join(modules)}, sha256 {adapter.sha256[:12]}…"
+    return [("merged adapter", f"{adapter.directory} ({what})")]
 
 
 def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str, str]]:

@@ -58,6 +58,7 @@ def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
             SaveAdapter,
             directory=str(output_dir / "adapter"),
             source=config.model.source,
+            base_adapter=config.model.adapter,
             rank=peft.rank,
             alpha=peft.alpha,
             dropout=peft.dropout,
@@ -83,5 +84,5 @@ def _verification(config: RunConfig, architecture: Architecture, output_dir: Pat
     readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers
     if mode is VerifyMode.logits or (small and readable):
         precision = config.cluster.precision.value
-        return [run.Config(VerifyLogits, config.model.source, str(output_dir), precision)]
+        return [run.Config(VerifyLogits, config.model.source, config.model.adapter, str(output_dir), precision)]
     return [] if small else [run.Config(RefuseChance, vocab_size=architecture.vocab_size)]

@@ -101,7 +101,7 @@ def _start(said: StageConfig, before: Sequence[Stage]) -> Stage | None:
 
 
 def _start_overrides(start: Stage | None) -> list[str]:
-    return [] if start is None else ["model=local", f"model.source={quoted(str(start.result))}"]
+    return [] if start is None else ["model=local", f"model.source={quoted(str(start.result))}", "model.adapter=null"]
 
 
 def _refuse_overrides(said: StageConfig, start: Stage | None) -> None:
@@ -109,7 +109,7 @@ def _refuse_overrides(said: StageConfig, start: Stage | None) -> None:
         key = override_key(override)
         if key.partition(".")[0] in ("hydra", "dry_run"):
             raise UserError(f"{override} is for the whole command; remove it from the stage")
-        if start is not None and key in (MODEL, "model.source"):
+        if start is not None and key in (MODEL, "model.source", "model.adapter"):
             raise UserError(
                 f"{override}: the stage starts from {start.name}; remove it, or write start_from: {MODEL} for the "
                 "model given"

@@ -46,6 +46,8 @@ def _docker(cluster: DockerConfig, config: RunConfig, folder: RunFolder, overrid
     needed = [ROOT, folder.directory, Path(cache)]
     if not is_hub_reference(config.model.source):
         needed.append(Path(config.model.source.removeprefix("nemo://")))
+    if config.model.adapter is not None:
+        needed.append(Path(config.model.adapter))
     words = ["docker", "run", "--rm", "--init", "--ipc=host"]
     if cluster.accelerator is Accelerator.gpu:
         words.append(f"--gpus={cluster.devices}")

@@ -99,6 +99,8 @@ def _srun(cluster: SlurmConfig, config: RunConfig, output: Path) -> list[str]:
     needed = [ROOT, Path(run_variables(config)["HF_HUB_CACHE"]), output]
     if not is_hub_reference(config.model.source):
         needed.append(Path(config.model.source.removeprefix("nemo://")))
+    if config.model.adapter is not None:
+        needed.append(Path(config.model.adapter))
     mounts = [*dict.fromkeys(f"{path}:{path}" for path in needed), *cluster.container_mounts]
     return [
         *options,

@@ -21,6 +21,7 @@ OF_NO_CONSEQUENCE = (
 )
 """What a run's result does not depend on; each is the beginning of a key."""
 ADDED_SINCE: dict[str, dict[str, Any]] = {
+    "model_schema": {"adapter": None},
     "file_schema": {"fields": {}, "subset": None},
     "text_schema": {"fields": {}, "document_separator": "file"},
 }

@@ -60,6 +60,9 @@ class ModelConfig:
     source: str
     """``hf://ORG/NAME[@REVISION]``, a directory in Hugging Face layout, or a NeMo 2.0 checkpoint (a directory, or
     ``nemo://PATH``)."""
+    adapter: str | None
+    """Directory of a LoRA in PEFT's format that is merged into the frozen model when it is read; None for the model as
+    it is."""
     endpoint: str | None
     """URL of the Hub or a mirror of it; None for HF_ENDPOINT, and without that huggingface.co."""
     offline: bool
@@ -83,6 +86,8 @@ class ModelConfig:
                 f"model.source ({self.source}) {have}, and model.locked=true takes nothing else; write "
                 "hf://ORG/NAME@COMMIT with the 40 hex digits that a dry run without model.locked shows"
             )
+        if self.adapter is not None and not self.adapter.strip():
+            raise UserError("model.adapter is empty; name the directory of an adapter, or null for the model as it is")
         if self.cache is not None and not self.cache.strip():
             raise UserError("model.cache is empty; name a directory, or null for the Hub's own cache")
         if self.endpoint is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from qwen_cl.config.schema import LogAdapter
 from qwen_cl.run_folder import RunFolder
 
-ORIGIN = ("model_source", "model_commit", "model_fingerprint", "data_hash")
+ORIGIN = ("model_source", "model_commit", "model_fingerprint", "model_adapter_sha256", "data_hash")
 """Of status.json: what the adapter was made of."""
 
 

@@ -22,6 +22,8 @@ FACTS = (
     "model_source",
     "model_commit",
     "model_fingerprint",
+    "model_adapter",
+    "model_adapter_sha256",
     "data_hash",
     "tokenizer_hash",
     "trainable_parameters",

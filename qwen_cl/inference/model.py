@@ -50,7 +50,7 @@ def _tensors(subject: Subject, dtype: torch.dtype) -> Tensors:
     from qwen_cl.source.nemo_tensors import open_tensors
 
     assert subject.directory is not None
-    tensors = open_tensors(subject.directory, subject.architecture)
+    tensors = open_tensors(subject.directory, subject.architecture, subject.adapter)
     return lambda name: tensors.read(name, slice(None))
 
 

@@ -21,6 +21,7 @@ from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.inference.child import run_child
 from qwen_cl.inference.subject import find_model, write_whole
+from qwen_cl.source.base_adapter import adapter_directory, read_adapter
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.nemo_context import tokenizer_directory
 from qwen_cl.source.reference import local_directory, resolve
@@ -56,10 +57,12 @@ def with_sampled_text(config: RunConfig, replay: GeneratedReplayConfig) -> RunCo
 
 
 def sampled_file(config: RunConfig, replay: GeneratedReplayConfig, bos_id: int | None = None) -> Path:
-    """Named by the model's commit (or its files' fingerprint), the seed, how it is sampled, and the BOS it is sampled
-    from, if the model's tokenizer begins texts with one."""
+    """Named by the model's commit (or its files' fingerprint), the adapter merged into it, the seed, how it is sampled,
+    and the BOS it is sampled from, if the model's tokenizer begins texts with one."""
     source = config.model.source
     model = source if source.startswith("hf://") else fingerprint(local_directory(source))
+    if (adapter := config.model.adapter) is not None:
+        model += f" {read_adapter(adapter_directory(adapter)).sha256}"
     how = {name: value for name, value in asdict(replay).items() if name not in ("share", "batch_size")}
     if bos_id is not None:
         how["bos_id"] = bos_id

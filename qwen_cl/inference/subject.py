@@ -17,6 +17,7 @@ from qwen_cl.durable import replacing
 from qwen_cl.plan import check_weights
 from qwen_cl.run_folder import State
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.nemo_context import tokenizer_directory
 from qwen_cl.source.normalized import normalized_config
 from qwen_cl.source.reference import read_model_config, resolve
@@ -42,6 +43,8 @@ class Subject:
     architecture: Architecture
     label: str
     """What it is, for a person."""
+    adapter: BaseAdapter | None = None
+    """Merged into a model as it is; a run knows its own."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from qwen_cl.data.examples import load_tokenizer
@@ -80,7 +83,8 @@ def find_model(model: ModelConfig) -> Subject:
     check_weights(files, architecture)
     small_files = tokenizer_directory(files.directory)
     config = normalized_config(files.config, architecture)
-    return Subject(None, files.directory, small_files, config, architecture, files.source)
+    adapter = find_adapter(model.adapter, files.directory, architecture)
+    return Subject(None, files.directory, small_files, config, architecture, files.source, adapter)
 
 
 def trained_subject(run: Run) -> Subject:

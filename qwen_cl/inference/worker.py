@@ -146,6 +146,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "model": subject.run.config.model.source if subject.run else subject.label,
+        "adapter": (subject.run.config if subject.run else config).model.adapter,
         "run": str(subject.run.folder.directory) if subject.run else None,
         "step": subject.run.step if subject.run else None,
         "precision": config.cluster.precision.value,

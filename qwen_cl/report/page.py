@@ -12,7 +12,16 @@ from qwen_cl.report.figures import pictures
 from qwen_cl.report.trials import Trial, differing, number
 from qwen_cl.run_folder import now
 
-FACTS = ("model_source", "model_commit", "data_hash", "git_commit", "device", "trainable_parameters", "versions")
+FACTS = (
+    "model_source",
+    "model_commit",
+    "model_adapter",
+    "data_hash",
+    "git_commit",
+    "device",
+    "trainable_parameters",
+    "versions",
+)
 
 
 @dataclass(frozen=True, slots=True)

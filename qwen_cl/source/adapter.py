@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
+from qwen_cl.source.adapted import read_factors
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.base_adapter import PREFIX, BaseAdapter, find_adapter
 from qwen_cl.source.families import rule_for, tensor_shapes
 from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_config
 from qwen_cl.source.shards import layer_of, local_shards, pieces_of
@@ -30,8 +32,11 @@ class AdapterShape:
     dora: bool
 
 
-def save_adapter(model: Any, shape: AdapterShape, source: str, directory: Path) -> None:
-    """Gather the adapter on rank 0 and write it there; every rank calls. The folder appears whole or not at all."""
+def save_adapter(
+    model: Any, shape: AdapterShape, source: str, directory: Path, base_adapter: str | None = None
+) -> None:
+    """Gather the adapter on rank 0 and write it there, joined with the one that was merged into the base; every rank
+    calls. The folder appears whole or not at all."""
     shards = [
         (shard.key, layer_of(shard), shard.prepend_axis_num, shard.global_shape, shard.global_offset, shard.data.cpu())
         for shard in local_shards(model.sharded_state_dict())
@@ -49,7 +54,8 @@ def save_adapter(model: Any, shape: AdapterShape, source: str, directory: Path) 
     tensors: dict[str, torch.Tensor] = {}
     for (key, layer), full in _assemble(part for rank in gathered for part in rank).items():
         tensors.update(peft_tensors(key, layer, full, architecture, tensor_parallel))
-    write_adapter(tensors, shape, source, directory)
+    merged = find_adapter(base_adapter, base, architecture)
+    write_adapter(*joined(tensors, shape, merged), source, directory)
 
 
 def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
@@ -82,6 +88,37 @@ def peft_tensors(
         pieces = pieces_of(rule, full, architecture, by_rank=tensor_parallel)
         suffix = "lora_magnitude_vector"
     return {f"base_model.model.{name}.{suffix}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
+
+
+def joined(
+    tensors: dict[str, torch.Tensor], shape: AdapterShape, first: BaseAdapter | None
+) -> tuple[dict[str, torch.Tensor], AdapterShape]:
+    """One adapter of the plain base that does what ``first``, merged into it, and ``tensors`` do together.
+
+    The ranks of the two lie beside each other, the scales are in B, and a module that only one of them changes is
+    filled up with zeros to the same rank.
+    """
+    if first is None:
+        return tensors, shape
+    assert not shape.dora  # refused: its magnitudes are of the merged weights
+    scale = shape.alpha / shape.rank
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, factors in first.factors.items():
+        down, up = read_factors(factors)
+        parts[f"{PREFIX}{name.removesuffix('.weight')}"] = [(down, up * factors.scale)]
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            pair = tensors[name].float(), tensors[f"{module}.lora_B.weight"].float() * scale
+            parts.setdefault(module, []).append(pair)
+    rank = max(sum(len(down) for down, _ in pairs) for pairs in parts.values())
+    result = {}
+    for module, pairs in parts.items():
+        down, up = torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
+        more = rank - len(down)
+        result[f"{module}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, more))
+        result[f"{module}.lora_B.weight"] = torch.nn.functional.pad(up, (0, more)).contiguous()
+    return result, replace(shape, rank=rank, alpha=float(rank))
 
 
 def write_adapter(

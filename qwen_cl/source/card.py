@@ -29,6 +29,9 @@ class CardFacts:
     code: str | None
     """Commit of this repository."""
     is_adapter: bool
+    base_adapter: str | None = None
+    """Directory of the adapter that the run merged into its base."""
+    base_adapter_sha256: str | None = None
 
 
 def model_card(facts: CardFacts, licence: dict[str, str]) -> str:
@@ -49,6 +52,7 @@ def model_card(facts: CardFacts, licence: dict[str, str]) -> str:
     rows = {
         "base model": base if match else f"{base}, a local directory",
         **where,
+        **_merged_rows(facts),
         "licence": _licence_cell(licence),
         "method": facts.method,
         "learning rate": f"{facts.learning_rate:g}",
@@ -59,6 +63,14 @@ def model_card(facts: CardFacts, licence: dict[str, str]) -> str:
     }
     table = "\n".join(f"| {name} | {_cell(value or 'not recorded')} |" for name, value in rows.items())
     return f"---\n{front_matter.to_yaml()}\n---\n# {_cell(base)}, adapted\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _merged_rows(facts: CardFacts) -> dict[str, str | None]:
+    if facts.base_adapter is None:
+        return {}
+    name = "/".join(Path(facts.base_adapter).parts[-2:])
+    what = "of the base with it merged in; both are in this adapter" if facts.is_adapter else "merged into the base"
+    return {"earlier adapter": f"{name}, {what}", "earlier adapter, sha256": facts.base_adapter_sha256}
 
 
 def licence_of(model: ModelConfig) -> dict[str, str]:

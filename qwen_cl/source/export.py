@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qwen_cl.config.errors import RunFailed
-from qwen_cl.source.adapter import write_adapter
+from qwen_cl.source.adapter import joined, write_adapter
 from qwen_cl.source.merged import MergedModel, Trained, TrainedAdapter
 from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.source.tensor_files import INDEX
@@ -22,9 +22,9 @@ from qwen_cl.source.whole_folder import appearing, require_room
 def export_adapter(trained: Trained, directory: Path, card: str) -> None:
     """PEFT's format. Raises UserError where the checkpoint holds another adapter than the run's config says."""
     assert trained.adapter is not None
-    tensors = TrainedAdapter(trained).tensors()
+    tensors, shape = joined(TrainedAdapter(trained).tensors(), trained.adapter, trained.base_adapter)
     require_room("task.output", directory, sum(tensor.nbytes for tensor in tensors.values()))
-    write_adapter(tensors, trained.adapter, trained.source, directory, card)
+    write_adapter(tensors, shape, trained.source, directory, card)
 
 
 def export_merged(

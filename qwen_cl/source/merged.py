@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.source.adapted import lora_update
 from qwen_cl.source.adapter import ADAPTER, AdapterShape, peft_tensors
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.base_adapter import BaseAdapter
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.families import (
     LAYER_PREFIX,
@@ -45,6 +47,8 @@ class Trained:
     """Config, tokenizer and chat template, as their author wrote them."""
     architecture: Architecture
     adapter: AdapterShape | None
+    base_adapter: BaseAdapter | None
+    """Merged into the base before the run began; None too where no weight of the base is in the result."""
     tensor_parallel: int
     """Of the run: see ``peft_tensors``."""
 
@@ -117,7 +121,8 @@ class MergedModel:
 
     def __init__(self, trained: Trained, dtype: torch.dtype | None) -> None:
         self.trained, self.dtype = trained, dtype
-        self._base = None if trained.base is None else open_tensors(trained.base, trained.architecture)
+        base, architecture = trained.base, trained.architecture
+        self._base = None if base is None else open_tensors(base, architecture, trained.base_adapter)
         self._sources = tensor_sources(trained.architecture)
         self._keys = _stored_keys(trained.weights)
         self._fused: tuple[tuple[str, int | None], tuple[torch.Tensor, ...]] | None = None
@@ -168,13 +173,11 @@ class MergedModel:
         return self._merge(weight.float(), f"base_model.model.{name.removesuffix('.weight')}", self._layer[1])
 
     def _merge(self, weight: torch.Tensor, prefix: str, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
-        """In fp32: LoRA (arXiv 2106.09685), and DoRA's rows rescaled to their magnitude (arXiv 2402.09353)."""
+        """In fp32: LoRA, and DoRA's rows rescaled to their magnitude (arXiv 2402.09353)."""
         assert self.trained.adapter is not None
         scale = self.trained.adapter.alpha / self.trained.adapter.rank
-        up, down = (adapter[f"{prefix}.lora_{factor}.weight"].float() for factor in "BA")
-        update = up @ down * scale
-        update.masked_fill_(update == 0, -0.0)  # added to -0.0, 0.0 would flip its sign
-        merged = weight + update
+        up, down = (adapter[f"{prefix}.lora_{factor}.weight"] for factor in "BA")
+        merged = weight + lora_update(up, down, scale)
         magnitude = adapter.get(f"{prefix}.lora_magnitude_vector")
         if magnitude is None:
             return merged

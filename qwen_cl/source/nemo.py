@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.callbacks.peft import WrappedAdapterIO
 from nemo.lightning.pytorch.strategies import MegatronStrategy
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.lightning.resume import AdapterPath, AutoResume
 
 from qwen_cl.source.architecture import Architecture, read_architecture
+from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.base_record import record_base, require_same_base
 from qwen_cl.source.checkpoint import Checkpoint, check_tensors
 from qwen_cl.source.compatibility import check_model_config
@@ -40,6 +43,14 @@ from qwen_cl.source.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 FILLED = "filled_in_place"
 """Marks what ``load_checkpoint`` returns when the weights are in the model already."""
+
+
+@dataclass(kw_only=True)
+class AdaptedRestoreConfig(RestoreConfig):
+    """NeMo's own, of a base into which an adapter is merged."""
+
+    adapter: str
+    """A directory as PEFT saves one."""
 
 
 def install() -> None:
@@ -68,12 +79,13 @@ def _replace_setup() -> None:
         if model is not None:
             check_model_config(model.config, architecture, files.source, prefix="model.config")
         restore.path = files.source
-        trainer.strategy.base_model_source = files.source
+        adapter = restore.adapter if isinstance(restore, AdaptedRestoreConfig) else None
+        trainer.strategy.base_model_source, trainer.strategy.base_model_adapter = files.source, adapter
         checkpoint = _weights_of(self.get_trainer_ckpt_path(model))
         if checkpoint is None:
             trainer.strategy.restore_config = restore
         else:
-            require_same_base(Path(checkpoint), files.source)
+            require_same_base(Path(checkpoint), files.source, adapter)
             trainer.ckpt_path = checkpoint
             trainer.checkpoint_callback.last_model_path = checkpoint
         if restore.load_artifacts and model is not None and model.tokenizer is None:
@@ -174,6 +186,7 @@ def load_weights(strategy: MegatronStrategy, source: str) -> None:
     _require_one_source(source)
     directory = local_directory(source)
     architecture = read_architecture(read_model_config(directory), directory)
+    adapter = _base_adapter(strategy, directory, architecture)
     model = strategy.megatron_parallel
     sharded, parameters = model.sharded_state_dict(), model.named_parameters()
     checkpoint: Checkpoint | DistributedWeights
@@ -183,7 +196,7 @@ def load_weights(strategy: MegatronStrategy, source: str) -> None:
         shards = fill_from_nemo(sharded, parameters, checkpoint, architecture)
     else:
         checkpoint = Checkpoint(directory)
-        shards = fill(sharded, parameters, checkpoint, architecture, progress=_progress(strategy))
+        shards = fill(sharded, parameters, checkpoint, architecture, adapter=adapter, progress=_progress(strategy))
     strategy.base_model_source = source
     if (adapter_io := _adapter_io(strategy)) is not None:
         adapter_io.model_ckpt_path = source  # recorded in every adapter checkpoint
@@ -195,6 +208,11 @@ def load_weights(strategy: MegatronStrategy, source: str) -> None:
         time.monotonic() - started,
         torch.distributed.get_rank(),
     )
+
+
+def _base_adapter(strategy: MegatronStrategy, directory: Path, architecture: Architecture) -> BaseAdapter | None:
+    adapter = getattr(strategy, "base_model_adapter", None)
+    return find_adapter(adapter, directory, architecture)
 
 
 def _progress(strategy: MegatronStrategy) -> Progress | None:
@@ -227,6 +245,7 @@ def _replace_save() -> None:
         stock(self, checkpoint, filepath, storage_options)
         source = getattr(self, "base_model_source", None)
         if source is not None and self.is_global_zero:
-            record_base(ckpt_to_weights_subdir(filepath, is_saving=True), source)
+            adapter = getattr(self, "base_model_adapter", None)
+            record_base(ckpt_to_weights_subdir(filepath, is_saving=True), source, adapter)
 
     MegatronStrategy.save_checkpoint = save_checkpoint

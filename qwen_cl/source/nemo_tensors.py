@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from qwen_cl.source.adapted import AdaptedTensors, Tensors
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.base_adapter import BaseAdapter
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.families import WRAPPER_PREFIX, tensor_sources
@@ -15,8 +17,10 @@ from qwen_cl.source.nemo_context import WEIGHTS, is_nemo_checkpoint
 from qwen_cl.source.shards import pieces_of
 
 
-def open_tensors(directory: Path, architecture: Architecture) -> Checkpoint | NemoTensors:
-    return NemoTensors(directory, architecture) if is_nemo_checkpoint(directory) else Checkpoint(directory)
+def open_tensors(directory: Path, architecture: Architecture, adapter: BaseAdapter | None = None) -> Tensors:
+    """With ``adapter`` merged in."""
+    base = NemoTensors(directory, architecture) if is_nemo_checkpoint(directory) else Checkpoint(directory)
+    return base if adapter is None else AdaptedTensors(base, adapter)
 
 
 class NemoTensors:

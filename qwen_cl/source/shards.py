@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from qwen_cl.source.adapted import copy_adapted
 from qwen_cl.source.architecture import Architecture
+from qwen_cl.source.base_adapter import BaseAdapter
 from qwen_cl.source.checkpoint import Checkpoint
 from qwen_cl.source.families import GateUp, QueryKeyValue, Rule, Vocabulary, rule_for, tensor_shapes
 from qwen_cl.source.reading import Copy, Progress, read_into
@@ -42,10 +44,11 @@ def fill(
     checkpoint: Checkpoint,
     architecture: Architecture,
     *,
+    adapter: BaseAdapter | None = None,
     readers: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Copy each local slice from the checkpoint; returns the number of shards filled.
+    """Copy each local slice from the checkpoint, with ``adapter`` merged in; returns the number of shards filled.
 
     Raises:
         CoverageError: a parameter would not be filled exactly once, or has another shape than its source.
@@ -57,7 +60,11 @@ def fill(
     check_coverage(sorted(span_of(tensor) for tensor in written), parameters)
     for rows in plan.padding:
         rows.zero_()
-    read_into(plan.copies, checkpoint, readers=readers, progress=progress)
+    changed = {} if adapter is None else adapter.factors
+    plain = [copy for copy in plan.copies if copy.tensor not in changed]
+    read_into(plain, checkpoint, readers=readers, progress=progress)
+    if adapter is not None:
+        copy_adapted((copy for copy in plan.copies if copy.tensor in changed), checkpoint, adapter)
     return plan.shards
 
 
