@@ -95,6 +95,8 @@ def trained_subject(run: Run) -> Subject:
     state = run.status.get("state")
     note = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
     label = f"step {run.step}{note}, {run.folder.directory}, trained from {run.config.model.source}"
+    if run.config.model.adapter is not None:
+        label += f" with {run.config.model.adapter} merged in"
     architecture = read_architecture(config, small_files)
     return Subject(run, base, small_files, normalized_config(config, architecture), architecture, label)
 

@@ -84,7 +84,8 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
     output, console = output_file(task), Console()
     prompts = [] if task.prompts is None else read_prompts(Path(task.prompts).expanduser(), raw=task.raw)
     subject = find_subject(config.model, task.run, task.step)
-    print(f"model: {subject.label}", flush=True)
+    merged = f", with {subject.adapter.directory} merged in" if subject.adapter else ""
+    print(f"model: {subject.label}{merged}", flush=True)
     before = _base_answers(config, task, subject, prompts)
     model, tokenizer = load_model(subject, config.cluster), subject.tokenizer()
     losses = {}
