@@ -63,6 +63,7 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         model_adapter=plan.config.model.adapter,
         model_adapter_sha256=_adapter_hash(plan),
         data_hash=plan.data_hash,
+        bos_token=plan.bos_token,
         data_commits=dataset_commits(plan.config.data),
         trainable_parameters=_trainable_parameters(plan),
         tokenizer_hash=plan.tokenizer_hash,
@@ -78,6 +79,7 @@ def _facts(plan: Plan) -> dict[str, str | None]:
     """What the config alone does not tell of what a run is."""
     return {
         "data.hash": plan.data_hash,
+        "data.bos_token": plan.bos_token,
         "model.fingerprint": _fingerprint(plan),
         "model.tokenizer": plan.tokenizer_hash,
         "model.output_layer": _output_layer(plan),
@@ -124,3 +126,7 @@ def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
     save_config(plan.config, folder.config)
     if plan.text is not None:
         save_target(plan.text, folder.text_target)
+    if plan.files is not None and plan.files.moved:
+        folder.moved_rows.write_text(json.dumps(plan.files.moved) + "\n", encoding="utf-8")
+    else:
+        folder.moved_rows.unlink(missing_ok=True)

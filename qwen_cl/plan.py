@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verify
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.forgetting import FileReplayConfig
+from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import DoraConfig, RunConfig
-from qwen_cl.config.tasks import FinetuneConfig, LossOn
+from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, settle_separator, text_content
 from qwen_cl.data.examples import check_examples, check_labels, load_tokenizer
 from qwen_cl.data.fingerprints import as_corpora, of_rows
-from qwen_cl.data.held_apart import hold_apart, replayed, retained, training_rows, validation_rows
+from qwen_cl.data.held_apart import Apart, hold_apart, replayed, retained, training_rows, validation_rows
 from qwen_cl.data.named_sets import NamedSet, local_sets, read_sets
 from qwen_cl.data.overlap import Overlap
+from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.report import DataReport, Layout, count_unused_fields, describe
 from qwen_cl.data.rows import RowFiles, content_hash, pin_rows, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
@@ -63,6 +64,8 @@ class Plan:
     tokenizer_hash: str | None
     adapter: BaseAdapter | None
     """Merged into the frozen base."""
+    bos_token: str | None
+    """What documents of raw text begin with; None where the tokenizer adds none, or where there are none."""
     automatic_micro_batch: bool
     """It was settled here, by this machine's memory."""
 
@@ -75,6 +78,18 @@ class Plan:
         """Hash of the data as it is now, also of raw text that is not tokenised yet."""
         data = self.config.data
         return data_hash(text_content(data), self.config) if isinstance(data, TextDataConfig) else self.data_hash
+
+
+@dataclass(frozen=True, slots=True)
+class ReadData:
+    """What reading the rows and sets of a run has told."""
+
+    report: DataReport | None = None
+    """None where there are no rows but raw text, which ``with_text`` reads."""
+    moved: tuple[int, ...] = ()
+    """See ``RowFiles``."""
+    bos_token: str | None = None
+    """See ``Plan``."""
 
 
 class Once:
@@ -120,9 +135,9 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     files = row_files(config.data, config.training)
     read = config
     on = (said.model, config.data, config.replay, config.retention, _layout(config), type(config.task))
-    report = None
+    found = ReadData()
     if not isinstance(config.data, MockDataConfig):
-        report = once(lambda: _read_data(read, model, files), "data", on)
+        found = once(lambda: _read_data(read, model, files), "data", on)
     settled = replace(
         config,
         model=replace(
@@ -138,12 +153,13 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
         model=model,
         architecture=architecture,
         device=device,
-        files=files,
+        files=None if files is None else replace(files, moved=found.moved),
         text=None,
         data_hash=once(lambda: data_hash(content_hash(files), read), "hash", files, on) if files else None,
-        data_report=report,
+        data_report=found.report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
         adapter=adapter,
+        bos_token=found.bos_token,
         automatic_micro_batch=is_automatic(said),
     )
 
@@ -176,10 +192,12 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     """
     tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
-    overlap, kept = _hold_text_apart(text, data, plan.config, tokenizer)
+    apart, kept = _hold_text_apart(text, data, plan.config, tokenizer)
+    text = text.with_moved(apart.moved)
     replay, retention = _read_sets(plan.config)
     report = replace(
-        describe_corpus(text, tokenizer, _layout(plan.config), overlap, kept),
+        describe_corpus(text, tokenizer, _layout(plan.config), apart.overlaps[0], kept),
+        near_duplicates=apart.near,
         unused_fields=_unused_in_sets(replay, retention, tokenizer),
     )
     return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))
@@ -232,8 +250,8 @@ def _check_sequence_length(config: RunConfig, architecture: Architecture) -> Non
         )
 
 
-def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> DataReport | None:
-    """None where there are no rows but raw text, which ``with_text`` reads."""
+def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> ReadData:
+    """Raises UserError where it is not as it must be."""
     directory = tokenizer_directory(model.directory)
     tokenizer = load_tokenizer(str(directory))
     task = config.training
@@ -244,24 +262,32 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
     check_tokenizer(tokenizer, model.config, directory)
     layout = _layout(config)
     replay, kept = _other_sets(config, tokenizer, directory, layout)
+    bos_token = _bos_token(config, [*replay, *kept], tokenizer)
     of_texts = of_rows(tokenizer)
     if files is None:
         hold_apart(config.data, replayed(replay, of_texts), retained(kept, of_texts))
-        return None
+        return ReadData(bos_token=bos_token)
     train, validation = read_rows(files)
     check_labels(train, tokenizer, layout.sequence_length, layout.loss_on, files.train)  # describe() renders every row
     check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.validation or files.train)
-    overlap, *of_kept = hold_apart(
+    apart = hold_apart(
         config.data,
         [training_rows(train, files, of_texts), *replayed(replay, of_texts)],
         [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
     )
+    if apart.moved:
+        files = replace(files, moved=tuple(number * files.validation_every for number in apart.moved))
+        train, validation = read_rows(files)
+        check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.train)
+    overlap, *of_kept = apart.overlaps
     unused = {
         "the training set": count_unused_fields(train, tokenizer),
         "the validation set": count_unused_fields(validation, tokenizer),
         **_unused_in_sets(replay, kept, tokenizer),
     }
-    return describe(train, tokenizer, layout, overlap, {named.name: each for named, each in zip(kept, of_kept)}, unused)
+    of_sets = {named.name: each for named, each in zip(kept, of_kept)}
+    report = replace(describe(train, tokenizer, layout, overlap, of_sets, unused), near_duplicates=apart.near)
+    return ReadData(report, files.moved, bos_token)
 
 
 def _unused_in_sets(
@@ -306,12 +332,18 @@ def _read_sets(config: RunConfig) -> tuple[list[NamedSet], list[NamedSet]]:
 
 def _hold_text_apart(
     text: TextTarget, data: TextDataConfig, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Overlap, dict[str, Overlap]]:
-    """Of what validates, and of each retention set, with what is trained on. Raises UserError where it must not be."""
+) -> tuple[Apart, dict[str, Overlap]]:
+    """What validates, and each retention set, beside what is trained on. Raises UserError where it must not be."""
     train, validation = compared_documents(text, data, tokenizer)
     as_corpus = as_corpora(tokenizer)
     replay, kept = _read_sets(config)
-    overlap, *of_kept = hold_apart(
-        data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)]
-    )
-    return overlap, dict(zip(config.retention.sets, of_kept))
+    apart = hold_apart(data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)])
+    return apart, dict(zip(config.retention.sets, apart.overlaps[1:]))
+
+
+def _bos_token(config: RunConfig, sets: list[NamedSet], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    raw_text = isinstance(config.task, PretrainConfig) or isinstance(config.replay, GeneratedReplayConfig)
+    if not raw_text and not any(named.is_text for named in sets):
+        return None
+    bos_id = document_delimiters(tokenizer).bos_id
+    return None if bos_id is None else str(tokenizer.convert_ids_to_tokens(bos_id))

@@ -131,7 +131,7 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
         return run.Config(TextDataModule, target=_text_target(folder), **common)
     files = row_files(config.data, task)
     assert files is not None
-    return run.Config(RowDataModule, **asdict(files), **common)
+    return run.Config(RowDataModule, **{**asdict(files), "moved": _moved_rows(folder)}, **common)
 
 
 def _mixture(config: RunConfig) -> dict[str, Any]:
@@ -144,6 +144,12 @@ def _mixture(config: RunConfig) -> dict[str, Any]:
         "replay_shares": replay.shares if replay else {},
         "retention": dict(config.retention.sets),
     }
+
+
+def _moved_rows(folder: RunFolder) -> list[int]:
+    """What the launcher has found to train although it would be held out; in most runs nothing."""
+    moved: list[int] = json.loads(folder.moved_rows.read_text(encoding="utf-8")) if folder.moved_rows.exists() else []
+    return moved
 
 
 def _text_target(folder: RunFolder) -> dict[str, Any] | str:

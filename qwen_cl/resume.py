@@ -155,6 +155,7 @@ def _goes_further(config: RunConfig) -> bool:
 def _facts_of(status: Mapping[str, Any]) -> dict[str, Any]:
     names = {
         "data.hash": "data_hash",
+        "data.bos_token": "bos_token",
         "model.fingerprint": "model_fingerprint",
         "model.tokenizer": "tokenizer_hash",
         "model.output_layer": "output_layer",

@@ -54,6 +54,7 @@ class RunFolder:
         self.model_files = self.directory / "model_files"
         self.adapter = self.directory / "adapter"
         self.text_target = self.directory / "text_target.json"
+        self.moved_rows = self.directory / "moved_rows.json"
         self.report = self.directory / "report.png"
         self.samples = self.directory / "samples.jsonl"
         self.data_report = self.directory / "data_report.txt"

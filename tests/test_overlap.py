@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_cl.config.data import FileDataConfig, TextDataConfig
+from qwen_cl.config.data import FileDataConfig, NearDuplicates, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.fingerprints import Encode, content_encoder, of_rows, of_tokens, row_fingerprints
 from qwen_cl.data.held_apart import hold_apart, training_rows, validation_rows
@@ -33,6 +33,7 @@ JSONL = FileDataConfig(
     prompt_field="prompt",
     completion_field="completion",
     text_field="text",
+    near_duplicates=NearDuplicates.refuse,
     allow_overlap=False,
 )
 
@@ -160,7 +161,7 @@ def test_the_message_names_both_lines_the_counts_and_the_fix(tmp_path: Path) -> 
     train = jsonl(tmp_path / "train.jsonl", [{"text": "一"}, {"text": "二"}, {"text": "x" + SENTENCE}])
     validation = jsonl(tmp_path / "validation.jsonl", [{"text": "三"}, {"text": SENTENCE}, {"text": " 二"}])
     assert refusal(files(train, validation, text=True)) == (
-        f"{validation}:2: this row, which validates, is in the training set too ({train}:3), as are 2 of 3 (1 whole, "
+        f"{validation}:3: this row, which validates, is in the training set too ({train}:2), as are 2 of 3 (1 whole, "
         "1 by more than half of their 13-token pieces); their loss would show what was learnt by heart: remove them "
         "from one side, or write data.allow_overlap=true"
     )
@@ -215,7 +216,7 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
     message = (
         f"{kept}:2: this row of retention.sets.old, which measures what is forgotten, is in {{}} too ({{}}), as are 1 "
         "of 2 (0 whole, 1 by more than half of their 13-token pieces); their loss would show what was learnt by heart: "
-        "remove them from one side, or write data.allow_overlap=true"
+        "remove them from one side, or write data.near_duplicates=report"
     )
     replayed = ["replay=files", f"replay.sets={{tales: '{replay}'}}"]
     own = "the training set" if kind == "jsonl" else "the training text"
@@ -224,12 +225,15 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
         ((fresh, *replayed), ("replay.sets.tales", f"{replay}:1")),
     ):
         with pytest.raises(UserError) as refused:
-            planned(*said)
+            planned(*said, "data.near_duplicates=refuse")
         assert str(refused.value) == message.format(*where)
-        plan = planned(*said, "data.allow_overlap=true")
-        if kind == "jsonl":
-            assert plan.data_report is not None
-            assert plan.data_report.retention_overlap["old"].found == 1
+        for reported in ([], ["data.near_duplicates=report"], ["data.allow_overlap=true"]):
+            report = planned(*said, *reported).data_report
+            assert report is not None
+            assert report.retention_overlap["old"].found == 1
+            (near,) = [pairs for pairs in report.near_duplicates if pairs.count]
+            assert (near.what, near.count, near.of, near.moved) == ("rows of retention.sets.old", 1, 2, False)
+            assert near.examples == [(f"{kept}:2", where[1])]
     planned(fresh)
 
 

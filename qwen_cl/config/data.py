@@ -27,6 +27,14 @@ class DocumentSeparator(str, Enum):
     file = "file"
 
 
+class NearDuplicates(str, Enum):
+    """What becomes of texts that are measured and nearly, but not wholly, repeat what is trained on."""
+
+    move = "move"
+    report = "report"
+    refuse = "refuse"
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     pass
@@ -55,6 +63,8 @@ class FileDataConfig(DataConfig):
     """Older name of ``fields.prompt``, as are the next two of theirs."""
     completion_field: str
     text_field: str
+    near_duplicates: NearDuplicates
+    """Of those held out of ``path`` to validate on: they train instead, with ``move``."""
     allow_overlap: bool
     """Train although validation rows, or rows of a retention set, are trained on too."""
 
@@ -103,6 +113,8 @@ class TextDataConfig(DataConfig):
     validation_share: float
     workers: int | None
     """Processes that tokenise; None for one a core."""
+    near_duplicates: NearDuplicates
+    """Of those held out of ``path`` to validate on: they train instead, with ``move``."""
     allow_overlap: bool
     """Train although documents that validate, or rows of a retention set, are trained on too."""
     cache: str | None

@@ -22,8 +22,8 @@ OF_NO_CONSEQUENCE = (
 """What a run's result does not depend on; each is the beginning of a key."""
 ADDED_SINCE: dict[str, dict[str, Any]] = {
     "model_schema": {"adapter": None},
-    "file_schema": {"fields": {}, "subset": None},
-    "text_schema": {"fields": {}, "document_separator": "file"},
+    "file_schema": {"fields": {}, "subset": None, "near_duplicates": "move"},
+    "text_schema": {"fields": {}, "document_separator": "file", "near_duplicates": "move"},
 }
 """By schema, keys that configs of older runs lack, with what those runs did."""
 

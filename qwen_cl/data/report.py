@@ -15,6 +15,7 @@ from qwen_cl.data.batches import padded_width, padding_share
 from qwen_cl.data.chat import unused_fields
 from qwen_cl.data.conversations import Conversation
 from qwen_cl.data.examples import Example, whole_examples
+from qwen_cl.data.held_apart import NearPairs
 from qwen_cl.data.normalisation import normalise, row_text, text_key
 from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.packing import plan_packs
@@ -79,6 +80,8 @@ class DataReport:
     """Of the validation rows with what is trained on; None where it was not looked for."""
     retention_overlap: dict[str, Overlap]
     """Likewise of each retention set, by name."""
+    near_duplicates: list[NearPairs] = field(default_factory=list)
+    """Of the validation set and of each retention set."""
     unused_fields: dict[str, dict[str, int]] = field(default_factory=dict)
     """By name of a set that is trained on or measured, the fields of its rows that are in no token, with the number of
     rows that have them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qwen_cl.data.fingerprints import GRAM
+from qwen_cl.data.held_apart import NearPairs
 from qwen_cl.data.report import DataReport
 
 BAR = 40
@@ -30,7 +32,17 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
         if overlap.found:
             losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.sets.{name} are trained on")
     lines = [("training set", rows), ("", "; ".join(losses)), ("", _writing(report, what))]
+    lines += [("near duplicates", _near(pairs)) for pairs in report.near_duplicates if pairs.count]
     return lines + ([("", _unused(report))] if report.unused_fields else [])
+
+
+def _near(pairs: NearPairs) -> str:
+    done = "moved to training" if pairs.moved else "measured all the same"
+    shown = ", ".join(f"{measured} ({trained})" for measured, trained in pairs.examples)
+    return (
+        f"{pairs.count:,} of {pairs.of:,} {pairs.what} nearly repeat one that is trained on (more than half of their "
+        f"{GRAM}-token pieces), {done}: {shown}{', …' if pairs.count > len(pairs.examples) else ''}"
+    )
 
 
 def _unused(report: DataReport) -> str:

@@ -45,6 +45,12 @@ class RowFiles:
     """Rows are texts, not conversations."""
     fields: dict[str, str]
     """The rows' own names of fields, by the names they are read by (fields.py)."""
+    moved: tuple[int, ...] = ()
+    """Numbers of rows, from 0, that would be held out and train all the same, in rising order (held_apart.py)."""
+
+    def validates(self, number: int) -> bool:
+        """Where validation has no files of its own, whether the row of this number is held out."""
+        return number % self.validation_every == 0 and number not in self.moved
 
 
 def pin_rows(data: DataConfig) -> DataConfig:
@@ -107,8 +113,10 @@ def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
     train = _read_all(files, "data.path", files.train)
     if files.validation is not None:
         return train, _read_all(files, "data.validation_path", files.validation)
-    held_out = train[:: files.validation_every]
-    kept = [row for number, row in enumerate(train) if number % files.validation_every]
+    sides: dict[bool, list[Row]] = {True: [], False: []}
+    for number, row in enumerate(train):
+        sides[files.validates(number)].append(row)
+    kept, held_out = sides[False], sides[True]
     if not kept:
         raise UserError(f"{files.train} has one row, which leaves none to validate on; set data.validation_path")
     return kept, held_out
@@ -119,10 +127,9 @@ def row_location(files: RowFiles, index: int, *, validation: bool) -> str:
     key, path, number = "data.path", files.train, index
     if validation and files.validation is not None:
         key, path = "data.validation_path", files.validation
-    elif validation:
-        number = index * files.validation_every
     elif files.validation is None:
-        number = index + index // (files.validation_every - 1) + 1
+        numbers = (number for number in itertools.count() if files.validates(number) is validation)
+        number = next(itertools.islice(numbers, index, None))
     return next(itertools.islice(_records(files, key, path), number, None)).where
 
 

@@ -71,6 +71,7 @@ class RowDataModule(MixedDataModule):
         validation_every: int,
         raw_text: bool,
         fields: dict[str, str],
+        moved: list[int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -80,6 +81,7 @@ class RowDataModule(MixedDataModule):
             validation_every=validation_every,
             raw_text=raw_text,
             fields=dict(fields),
+            moved=tuple(moved or ()),
         )
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ class TextTarget:
     """What every document begins with (``raw_text.Delimiters``)."""
     cut: tuple[int, int] | None = None
     """Of a text that is one document, of which the end validates: tokens that train, and bytes of the rest."""
+    moved: tuple[int, ...] = ()
+    """Documents that would be held out and train all the same, in rising order (held_apart.py)."""
 
     def split(self) -> tuple[Selection, Selection]:
         """What trains, and what validates."""
@@ -44,7 +47,13 @@ class TextTarget:
         if self.cut is not None:
             return self._cut_in_two(*self.cut)
         trained, measured = held_out(self.train.counts.documents, share=self.validation_share, seed=self.seed)
+        trained, measured = np.union1d(trained, self.moved).astype(np.int64), np.setdiff1d(measured, self.moved)
         return Selection(self.train, trained), Selection(self.train, measured)
+
+    def with_moved(self, numbers: Sequence[int]) -> TextTarget:
+        """``numbers``: of those documents that validate, by their index among them."""
+        _, measured = self.split()
+        return replace(self, moved=tuple(measured.documents[list(numbers)].tolist()) if numbers else ())
 
     def _cut_in_two(self, tokens: int, rest_bytes: int) -> tuple[Selection, Selection]:
         whole = _everything(self.train)
@@ -67,7 +76,8 @@ class TextTarget:
     def parse(cls, plain: dict[str, Any]) -> TextTarget:
         corpora = {name: _corpus(plain[name]) if plain[name] else None for name in ("train", "validation")}
         cut = plain.get("cut")
-        return cls(**{**plain, **corpora, "cut": None if cut is None else tuple(cut)})
+        cut = None if cut is None else tuple(cut)
+        return cls(**{**plain, **corpora, "cut": cut, "moved": tuple(plain.get("moved", ()))})
 
 
 def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextTarget:
@@ -159,21 +169,23 @@ def compared_documents(
     if held_out:
         what = "document" if target.cut is None else "end of the text"
         name = f"{what}, held out by data.validation_share ({data.validation_share:g}),"
-    return (
-        _compared("the training text", trained, sources[0], tokenizer, "one side"),
-        _compared(name, measured, sources[-1], tokenizer, "the text" if held_out else "one side"),
+    validation = replace(
+        _compared(name, measured, sources[-1], tokenizer),
+        remove_from="the text" if held_out else "one side",
+        plural="validation documents",
+        can_move=held_out and target.cut is None,
+        repeats_headings=data.document_separator is not DocumentSeparator.file,
     )
+    return _compared("the training text", trained, sources[0], tokenizer), validation
 
 
-def _compared(
-    name: str, selection: Selection, source: TextSource, tokenizer: PreTrainedTokenizerBase, remove_from: str
-) -> Compared:
+def _compared(name: str, selection: Selection, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Compared:
     documents = selection.documents
 
     def locate(index: int) -> str:
         return locate_document(source, int(documents[index]))
 
-    return Compared(name, len(documents), of_tokens(selection.texts(), tokenizer), locate, remove_from)
+    return Compared(name, len(documents), of_tokens(selection.texts(), tokenizer), locate)
 
 
 def _everything(corpus: Corpus) -> Selection:
