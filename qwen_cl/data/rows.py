@@ -118,7 +118,8 @@ def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
         sides[files.validates(number)].append(row)
     kept, held_out = sides[False], sides[True]
     if not kept:
-        raise UserError(f"{files.train} has one row, which leaves none to validate on; set data.validation_path")
+        other = ", or use data=text, which cuts texts" if files.raw_text else ""
+        raise UserError(f"{files.train} has one row, which leaves none to validate on; set data.validation_path{other}")
     return kept, held_out
 
 
