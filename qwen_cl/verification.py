@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +20,7 @@ from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.architecture import read_architecture
 from qwen_cl.source.normalized import normalized_config, transformers_config
 from qwen_cl.source.reference import local_directory, read_model_config
+from qwen_cl.source.tensor_files import INDEX, SINGLE, weight_files
 
 logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_TOKENS = 2, 128
@@ -100,9 +105,10 @@ def _transformers_loss(source: str, adapter: str | None, examples: list[Example]
     directory = local_directory(source)
     published = read_model_config(directory)
     config = transformers_config(normalized_config(published, read_architecture(published, directory)))
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    with _weights_alone(directory) as alone:
+        model = AutoModelForCausalLM.from_pretrained(
+            alone, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
     if adapter is not None:
         from peft import PeftModel
 
@@ -116,3 +122,15 @@ def _transformers_loss(source: str, adapter: str | None, examples: list[Example]
     del model
     gc.collect()
     return total / count
+
+
+@contextmanager
+def _weights_alone(directory: Path) -> Iterator[Path]:
+    """A folder of links to the files that are the model: transformers would load an adapter that lies beside them."""
+    files = weight_files(directory)
+    if [path.name for path in files] != [SINGLE]:
+        files.append(directory / INDEX)
+    with tempfile.TemporaryDirectory() as alone:
+        for path in files:
+            (Path(alone) / path.name).symlink_to(path.absolute())
+        yield Path(alone)

@@ -49,7 +49,7 @@ def test_what_is_not_said_is_what_transformers_has(family: str) -> None:
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:3])  # transformers 5 has no null for Mistral
 def test_a_null_number_of_key_value_heads_is_every_head(family: str) -> None:
     ours = read_architecture(config(family, num_key_value_heads=None), WHERE)
     theirs = AutoConfig.for_model(family, **{**COMMON, "num_key_value_heads": None})

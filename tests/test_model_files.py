@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.data.examples import Example
 from qwen_cl.inference.model import load_model
 from qwen_cl.inference.subject import find_model
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -22,6 +23,8 @@ from qwen_cl.source.checkpoint import Checkpoint, check_tensors
 from qwen_cl.source.reference import read_model_config, resolve
 from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.source.tensor_files import INDEX, SINGLE, weight_files
+from qwen_cl.verification import _transformers_loss
+from tests.adapters import save_random_adapter
 from tests.exporting import composed
 from tests.models import save_random_model, write_index
 
@@ -93,6 +96,20 @@ def test_a_name_that_transformers_does_not_read_is_refused(name: str, tmp_path: 
         AutoModelForCausalLM.from_pretrained(directory)
     with pytest.raises(UserError, match=rf"holds neither {SINGLE} nor {INDEX} \(found {name}\)"):
         Checkpoint(directory)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
+def test_an_adapter_beside_the_model_is_not_verified_with_it(max_shard_size: str, tmp_path: Path) -> None:
+    """transformers reads a directory with adapter_config.json as the adapter's base, and the adapter on it."""
+    directory = save_random_model(tmp_path / "model", **SMALL, max_shard_size=max_shard_size)
+    examples = [Example(list(range(30, 60)), ((1, 30),))]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        right = float(model(torch.tensor([examples[0].ids]), labels=torch.tensor([examples[0].ids])).loss)
+    save_random_adapter(directory, directory)
+    assert (directory / "adapter_config.json").is_file()
+    assert _transformers_loss(str(directory), None, examples) == pytest.approx(right, abs=1e-6)
+    assert abs(_transformers_loss(str(directory), str(directory), examples) - right) > 1e-3
 
 
 def test_an_index_that_says_another_file_is_refused(tmp_path: Path) -> None:
