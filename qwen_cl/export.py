@@ -14,6 +14,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import ExportConfig, ExportDtype, ExportFormat
+from qwen_cl.data.chat_settings import write_template_of_run
 from qwen_cl.data.rows import row_files
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.source.card import CardFacts, licence_of, model_card
@@ -92,6 +93,7 @@ def _write(task: ExportConfig, run: Run, base: Path | None, output: Path) -> Non
     card = model_card(_card_facts(task, run), licence_of(run.config.model))
     if task.format is ExportFormat.adapter:
         export_adapter(trained, output, card)
+        write_template_of_run(run.config.data, run.folder.tokenizer, output)
     else:
         model = MergedModel(trained, _dtype(task.dtype))
         export_merged(model, output, task.max_shard_size, card, say=lambda line: print(line, flush=True))

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
+from qwen_cl.data.chat_settings import write_template
 from qwen_cl.data.corpus.target import save_target
 from qwen_cl.data.report_text import report_page
 from qwen_cl.data.rows import dataset_commits
@@ -123,6 +124,8 @@ def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
     copies the tokenizer's into every checkpoint, weights and all. What an export carries on is kept too."""
     write_normalized_files(plan.model.directory, folder.tokenizer)
     write_small_files(plan.model.directory, folder.model_files)
+    for directory in (folder.tokenizer, folder.model_files):
+        write_template(plan.config.data, directory)
     save_config(plan.config, folder.config)
     if plan.text is not None:
         save_target(plan.text, folder.text_target)

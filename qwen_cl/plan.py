@@ -14,7 +14,8 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import DoraConfig, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
-from qwen_cl.data.chat import check_chat_template
+from qwen_cl.data.chat import check_chat_template, use_chat_settings
+from qwen_cl.data.chat_settings import chat_settings, settle_template_date, with_template_date
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, compared_documents, prepare_target, settle_separator, text_content
 from qwen_cl.data.examples import check_examples, check_labels, load_tokenizer
@@ -107,10 +108,11 @@ class Once:
         return made
 
 
-def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
+def make_plan(config: RunConfig, once: Once | None = None, made_on: str | None = None) -> Plan:
     """Settle what is open in the config and check the rest, cheapest first.
 
-    Fetches the model's small files, not its weights.
+    Fetches the model's small files, not its weights. ``made_on`` is the day that the run was made on, if it is not
+    today.
 
     Raises:
         UserError: the run could not work, with what to change.
@@ -132,6 +134,9 @@ def make_plan(config: RunConfig, once: Once | None = None) -> Plan:
     config = settle_for_device(config, architecture, device)
     if isinstance(config.data, TextDataConfig):
         config = replace(config, data=settle_separator(config.data))
+    on_day = (said.model, said.data, said.replay, said.retention, type(said.task), made_on)
+    day = once(lambda: _template_date(said, model, made_on), "template date", on_day)
+    config = replace(config, data=with_template_date(config.data, day))
     files = row_files(config.data, config.training)
     read = config
     on = (said.model, config.data, config.replay, config.retention, _layout(config), type(config.task))
@@ -168,7 +173,14 @@ def data_hash(target: str, config: RunConfig) -> str:
     """``target`` is the hash of what the task's own data holds; the sets that are replayed and retained come in too.
     Not text that the model writes itself, which follows from model, seed and config."""
     sets = {"replay.sets": _replay_sets(config), "retention.sets": config.retention.sets}
-    return with_set_hashes(target, sets)
+    return with_set_hashes(target, sets, chat_settings(config.data).facts())
+
+
+def _template_date(config: RunConfig, model: ModelFiles, made_on: str | None) -> str | None:
+    """The day that conversations of the run are rendered with; None where there are none, or none has a date."""
+    if not isinstance(config.task, FinetuneConfig) and not _replay_sets(config) and not config.retention.sets:
+        return None
+    return settle_template_date(config.data, load_tokenizer(str(tokenizer_directory(model.directory))), made_on)
 
 
 def _with_local_sets(config: RunConfig) -> RunConfig:
@@ -190,7 +202,7 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     Raises:
         UserError: the text cannot be trained on.
     """
-    tokenizer = load_tokenizer(str(tokenizer_directory(plan.model.directory)))
+    tokenizer = _load_tokenizer(plan.config, tokenizer_directory(plan.model.directory))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
     apart, kept = _hold_text_apart(text, data, plan.config, tokenizer)
     text = text.with_moved(apart.moved)
@@ -253,7 +265,7 @@ def _check_sequence_length(config: RunConfig, architecture: Architecture) -> Non
 def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> ReadData:
     """Raises UserError where it is not as it must be."""
     directory = tokenizer_directory(model.directory)
-    tokenizer = load_tokenizer(str(directory))
+    tokenizer = _load_tokenizer(config, directory)
     task = config.training
     if isinstance(task, FinetuneConfig) and isinstance(config.data, TextDataConfig):
         raise UserError("data=text is raw text, for task=pretrain; task=finetune takes data=jsonl")
@@ -288,6 +300,10 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
     of_sets = {named.name: each for named, each in zip(kept, of_kept)}
     report = replace(describe(train, tokenizer, layout, overlap, of_sets, unused), near_duplicates=apart.near)
     return ReadData(report, files.moved, bos_token)
+
+
+def _load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerBase:
+    return use_chat_settings(load_tokenizer(str(directory)), chat_settings(config.data))
 
 
 def _unused_in_sets(

@@ -22,6 +22,7 @@ from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.speed import When
 from qwen_cl.config.tasks import FinetuneConfig
+from qwen_cl.data.chat_settings import chat_facts
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
@@ -37,7 +38,7 @@ GIB = 2**30
 def print_plan(plan: Plan, folder: RunFolder) -> None:
     console = Console()
     report = [] if plan.data_report is None else summary(plan.data_report)
-    print_facts([*_facts(plan), *report, *_memory(plan)], console)
+    print_facts([*_facts(plan), *chat_facts(plan.config.data), *report, *_memory(plan)], console)
     if isinstance(plan.config.cluster, SlurmConfig):
         from qwen_cl.cluster.script import render_script
 

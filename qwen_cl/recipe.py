@@ -19,6 +19,7 @@ from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
+from qwen_cl.data.chat_settings import chat_settings
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.devices import cpu_cores
@@ -143,6 +144,7 @@ def _mixture(config: RunConfig) -> dict[str, Any]:
         "replay": dict(replay.sets) if replay else {},
         "replay_shares": replay.shares if replay else {},
         "retention": dict(config.retention.sets),
+        "chat": chat_settings(config.data, of_a_run=True).facts(),
     }
 
 

@@ -25,6 +25,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.tasks import ExportConfig, InspectConfig
 from qwen_cl.continual.report import draw_report
+from qwen_cl.data.chat_settings import chat_facts, kept_template_date
 from qwen_cl.data.corpus.target import summarise_validation
 from qwen_cl.data.report_text import summary
 from qwen_cl.execute import execute
@@ -51,7 +52,8 @@ def run(config: object) -> None:
     if _done_without_training(config, list(HydraConfig.get().overrides.task)):
         return
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    plan = make_plan(keep_datasets(keep_micro_batch(config, folder), folder))
+    made_on = kept_template_date([folder.config])
+    plan = make_plan(keep_datasets(keep_micro_batch(config, folder), folder), made_on=made_on)
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
 
@@ -160,7 +162,7 @@ def _print_plan(plan: Plan, folder: RunFolder, console: Console, resumption: Res
     )
     print_facts([("resume", note) for note in resumption.notes], console)
     if plan.data_report is not None:
-        print_facts(summary(plan.data_report), console)
+        print_facts([*chat_facts(plan.config.data), *summary(plan.data_report)], console)
     if plan.text is not None:
         print_facts([summarise_validation(plan.text)], console)
 

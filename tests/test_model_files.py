@@ -40,7 +40,7 @@ def logits_here(directory: Path) -> torch.Tensor:
     """As ``task=evaluate`` and ``task=generate`` have them."""
     config = composed("model=local", f"model.source={directory}", "cluster.accelerator=cpu", "cluster.precision=fp32")
     with torch.no_grad():
-        return load_model(find_model(config.model), config.cluster)(IDS).logits
+        return load_model(find_model(config.model, config.data), config.cluster)(IDS).logits
 
 
 def logits_of_transformers(directory: Path) -> torch.Tensor:

@@ -35,6 +35,10 @@ JSONL = FileDataConfig(
     text_field="text",
     near_duplicates=NearDuplicates.refuse,
     allow_overlap=False,
+    system_prompt=None,
+    chat_template=None,
+    template_date=None,
+    special_tokens_in_content=False,
 )
 
 

@@ -13,6 +13,7 @@ from qwen_cl.chain.stages import Stage, compose_config
 from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.stages import ContinualConfig
+from qwen_cl.data.chat_settings import KEYS as CHAT_KEYS
 from qwen_cl.data.set_files import set_hash
 from qwen_cl.inference.evaluate import plan_evaluation
 from qwen_cl.inference.subject import COMPUTE
@@ -60,7 +61,7 @@ def evaluation_overrides(task: ContinualConfig, first: Stage, stage: Stage | Non
     said = ["task=evaluate", f"task.sets={{{sets}}}", *task.evaluation]
     if stage is not None:
         return [*said, f"task.run={quoted(str(stage.folder.directory))}", *_of(stage, (*COMPUTE, *HUB_KEYS))]
-    return [*said, *_of(first, ("model", *COMPUTE))]
+    return [*said, *_of(first, ("model", *COMPUTE, *CHAT_KEYS))]
 
 
 def _of(stage: Stage, keys: Sequence[str]) -> list[str]:

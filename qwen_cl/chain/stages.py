@@ -17,6 +17,7 @@ from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.schema import LocalConfig, LoraConfig, RunConfig
 from qwen_cl.config.stages import MODEL, ContinualConfig, StageConfig
 from qwen_cl.config.tasks import TrainingConfig
+from qwen_cl.data.chat_settings import kept_template_date
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.run_folder import RunFolder
 
@@ -65,7 +66,7 @@ def plan_stages(task: ContinualConfig, overrides: Sequence[str], directory: Path
         try:
             _refuse_overrides(said, start)
             config = compose_config(every)
-            stages.append(Stage(number, said, start, folder, every, config, _plan(config, start)))
+            stages.append(Stage(number, said, start, folder, every, config, _plan(config, start, folder)))
         except UserError as error:
             raise UserError(f"task.stages[{number - 1}] ({said.name}): {error}") from error
     return stages
@@ -116,7 +117,7 @@ def _refuse_overrides(said: StageConfig, start: Stage | None) -> None:
             )
 
 
-def _plan(config: RunConfig, start: Stage | None) -> Plan:
+def _plan(config: RunConfig, start: Stage | None, folder: RunFolder) -> Plan:
     """Of a stage whose model is not there yet, with the model its chain begins with: of the same architecture and
     tokenizer."""
     if not isinstance(config.task, TrainingConfig):
@@ -126,4 +127,4 @@ def _plan(config: RunConfig, start: Stage | None) -> Plan:
     while start is not None:
         config = replace(config, model=start.config.model)
         start = start.start
-    return make_plan(config)
+    return make_plan(config, made_on=kept_template_date([folder.config]))

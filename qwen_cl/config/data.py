@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from enum import Enum
 
 from qwen_cl.config.errors import UserError, unknown_key
@@ -41,7 +42,28 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DemoDataConfig(DataConfig):
+class ChatDataConfig(DataConfig):
+    """How conversations are rendered: what is trained on, replayed, measured and asked."""
+
+    system_prompt: str | None
+    """Of conversations without a system message; None for none."""
+    chat_template: str | None
+    """A file, or the name of a built-in template; None for the tokenizer's own."""
+    template_date: str | None
+    """ISO date that the template is told is today's; None for the day the run is made."""
+    special_tokens_in_content: bool
+    """A special token's name in a message is that token, as in the template; else it is text."""
+
+    def __post_init__(self) -> None:
+        for name in ("system_prompt", "chat_template"):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise UserError(f"data.{name} is empty; write null to leave it open")
+        if self.template_date is not None and not _is_date(self.template_date):
+            raise UserError(f"data.template_date ({self.template_date}) must be a date like 2024-07-26")
+
+
+@dataclass(kw_only=True, slots=True)
+class DemoDataConfig(ChatDataConfig):
     instructions: str
     """Path of the pairs, less ``.train.jsonl`` and ``.validation.jsonl``."""
     text: str
@@ -49,7 +71,7 @@ class DemoDataConfig(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class FileDataConfig(DataConfig):
+class FileDataConfig(ChatDataConfig):
     path: str
     """Training rows: a file, a glob or a directory."""
     validation_path: str | None
@@ -69,6 +91,7 @@ class FileDataConfig(DataConfig):
     """Train although validation rows, or rows of a retention set, are trained on too."""
 
     def __post_init__(self) -> None:
+        ChatDataConfig.__post_init__(self)
         require("data.validation_every", self.validation_every, at_least=2)
         if self.subset is not None and not self.subset.strip():
             raise UserError("data.subset is empty; write null to leave it open")
@@ -91,7 +114,7 @@ class MockDataConfig(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class TextDataConfig(DataConfig):
+class TextDataConfig(ChatDataConfig):
     """Raw text, tokenised once into Megatron's indexed format."""
 
     path: str
@@ -121,6 +144,7 @@ class TextDataConfig(DataConfig):
     """Directory of what was tokenised; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
 
     def __post_init__(self) -> None:
+        ChatDataConfig.__post_init__(self)
         for name in ("path", "text_field", "split", "validation_split"):
             if not getattr(self, name).strip():
                 raise UserError(f"data.{name} is empty; conf/data/text.yaml says what it takes")
@@ -168,3 +192,10 @@ def _joined(fields: dict[str, str], older: dict[str, str]) -> dict[str, str]:
                 "remove one"
             )
     return {**fields, **older}
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -20,10 +20,14 @@ OF_NO_CONSEQUENCE = (
     *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow", "timeout_minutes")),
 )
 """What a run's result does not depend on; each is the beginning of a key."""
+CHAT = {"system_prompt": None, "chat_template": None, "template_date": None, "special_tokens_in_content": False}
+"""Of messages that hold a special token's name, which older runs took for the token, there are too few to refuse them
+all for it."""
 ADDED_SINCE: dict[str, dict[str, Any]] = {
     "model_schema": {"adapter": None},
-    "file_schema": {"fields": {}, "subset": None, "near_duplicates": "move"},
-    "text_schema": {"fields": {}, "document_separator": "file", "near_duplicates": "move"},
+    "demo_schema": {**CHAT},
+    "file_schema": {**CHAT, "fields": {}, "subset": None, "near_duplicates": "move"},
+    "text_schema": {**CHAT, "fields": {}, "document_separator": "file", "near_duplicates": "move"},
 }
 """By schema, keys that configs of older runs lack, with what those runs did."""
 

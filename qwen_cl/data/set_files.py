@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
@@ -80,18 +81,20 @@ def set_hash(path: str, key: str) -> str:
     return digest.hexdigest()
 
 
-def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]]) -> str:
+def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Mapping[str, Any] | None = None) -> str:
     """What a run's data is known again by: ``target`` itself where nothing is replayed and nothing retained, so that
     it is the hash of the data's own files; otherwise sha256 over all of it.
 
     ``sets``: by key (``replay.sets``), the path of each by name. What they hold counts, and their names; where they
-    are does not.
+    are does not. ``chat``: what the config says of how conversations are rendered, if anything.
     """
-    found = {
+    found: dict[str, Any] = {
         key: {name: set_hash(path, f"{key}.{name}") for name, path in files.items()}
         for key, files in sets.items()
         if files
     }
+    if chat:
+        found["chat"] = dict(chat)
     if not found:
         return target
     return hashlib.sha256(json.dumps({"target": target, **found}, sort_keys=True).encode()).hexdigest()

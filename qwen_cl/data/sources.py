@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from qwen_cl.config.tasks import LossOn
+from qwen_cl.data.chat import use_chat_settings
+from qwen_cl.data.chat_settings import ChatSettings
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.corpus.target import TextTarget
@@ -31,18 +33,21 @@ class MixedDataModule(TokenDataModule):
         replay: dict[str, str],
         replay_shares: dict[str, float],
         retention: dict[str, str],
+        chat: dict[str, Any] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.loss_on = LossOn(loss_on)
         self.packing = packing
         self.replay, self.replay_shares, self.retention = replay, replay_shares, retention
+        self.chat = ChatSettings(**(chat or {}))
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
         """What is trained on, and what is held out of it."""
         raise NotImplementedError
 
     def build_sets(self) -> Sets:
+        use_chat_settings(self.tokenizer.tokenizer, self.chat)
         target, validation = self.build_target()
         replay = read_sets(self.replay, "replay.sets")
         replayed = [(self.to_train(named), self.replay_shares[named.name]) for named in replay]

@@ -48,7 +48,7 @@ def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence
     output_file(task)
     _check_harness(task)
     sets = read_sets(task.sets, "task.sets")
-    subject = find_subject(config.model, task.run, task.step)
+    subject = find_subject(config, task)
     require_length(task.sequence_length, subject.architecture)
     tokenizer = subject.tokenizer()
     for named in sets:

@@ -28,7 +28,7 @@ def generate(config: RunConfig, task: GenerateConfig, overrides: Sequence[str]) 
     config = settle(config, task, overrides)
     output = output_file(task)
     prompts = prompts_of(task)
-    subject = find_subject(config.model, task.run, task.step)
+    subject = find_subject(config, task)
     longest = subject.architecture.longest_sequence
     check_prompts(
         prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens

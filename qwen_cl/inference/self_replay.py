@@ -74,7 +74,7 @@ def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:
     """In the child, which has torch: writes the file whole or not at all."""
     from qwen_cl.inference.model import load_model
 
-    subject = find_model(config.model)
+    subject = find_model(config.model, config.data)
     model = load_model(subject, config.cluster)
     tokenizer = subject.tokenizer()
     texts, tokens = [], 0

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.answers import AnswersConfig
+from qwen_cl.config.data import ChatDataConfig, DataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import LoraConfig, ModelConfig, RunConfig
+from qwen_cl.data.chat_settings import KEYS as CHAT_KEYS
+from qwen_cl.data.chat_settings import today
 from qwen_cl.devices import alone, pick_device
 from qwen_cl.durable import replacing
 from qwen_cl.plan import check_weights
@@ -43,13 +46,18 @@ class Subject:
     architecture: Architecture
     label: str
     """What it is, for a person."""
+    data: DataConfig
+    """How it renders conversations: as the run's, or as the command says; the date is settled."""
     adapter: BaseAdapter | None = None
     """Merged into a model as it is; a run knows its own."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        from qwen_cl.data.chat import use_chat_settings
+        from qwen_cl.data.chat_settings import chat_settings
         from qwen_cl.data.examples import load_tokenizer
 
-        return load_tokenizer(str(self.small_files))
+        settings = chat_settings(self.data, of_a_run=self.run is not None)
+        return use_chat_settings(load_tokenizer(str(self.small_files)), settings)
 
 
 def settle(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> RunConfig:
@@ -60,31 +68,35 @@ def settle(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> 
     """
     if task.run is None:
         reason = "no training takes place here; model, task, cluster.accelerator, cluster.precision and seed count"
-        refuse_ignored(overrides, (*COMPUTE, "model", "experiment"), reason)
+        refuse_ignored(overrides, (*COMPUTE, *CHAT_KEYS, "model", "experiment"), reason)
     else:
         refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
     device = pick_device(alone(config.cluster))
     return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
 
 
-def find_subject(model: ModelConfig, run: str | None, step: int | None) -> Subject:
-    """Its weights are present afterwards.
+def find_subject(config: RunConfig, task: AnswersConfig) -> Subject:
+    """The model that the task asks. Its weights are present afterwards.
 
     Raises:
         UserError: the model, the run or the run's base is out of reach or not what it must be.
     """
-    return find_model(model) if run is None else trained_subject(with_hub_settings(find_run(run, step), model))
+    if task.run is None:
+        return find_model(config.model, config.data)
+    return trained_subject(with_hub_settings(find_run(task.run, task.step), config.model))
 
 
-def find_model(model: ModelConfig) -> Subject:
-    """A model as it is."""
+def find_model(model: ModelConfig, data: DataConfig) -> Subject:
+    """A model as it is. ``data`` says how conversations are rendered."""
     files = resolve(model.source, HubSettings.of(model))
     architecture = read_architecture(files.config, files.directory)
     check_weights(files, architecture)
     small_files = tokenizer_directory(files.directory)
     config = normalized_config(files.config, architecture)
     adapter = find_adapter(model.adapter, files.directory, architecture)
-    return Subject(None, files.directory, small_files, config, architecture, files.source, adapter)
+    if isinstance(data, ChatDataConfig) and data.template_date is None:
+        data = replace(data, template_date=today())
+    return Subject(None, files.directory, small_files, config, architecture, files.source, data, adapter)
 
 
 def trained_subject(run: Run) -> Subject:
@@ -98,7 +110,8 @@ def trained_subject(run: Run) -> Subject:
     if run.config.model.adapter is not None:
         label += f" with {run.config.model.adapter} merged in"
     architecture = read_architecture(config, small_files)
-    return Subject(run, base, small_files, normalized_config(config, architecture), architecture, label)
+    normalized = normalized_config(config, architecture)
+    return Subject(run, base, small_files, normalized, architecture, label, run.config.data)
 
 
 def require_length(sequence_length: int, architecture: Architecture) -> None:
@@ -112,7 +125,7 @@ def require_length(sequence_length: int, architecture: Architecture) -> None:
 def pinned(config: RunConfig, task: AnswersConfig, subject: Subject) -> RunConfig:
     """What the child is to load is what was checked: this commit, this step."""
     if subject.run is None:
-        return replace(config, model=replace(config.model, source=subject.label))
+        return replace(config, model=replace(config.model, source=subject.label), data=subject.data)
     return replace(config, model=subject.run.config.model, task=replace(task, step=subject.run.step))
 
 

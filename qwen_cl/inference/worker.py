@@ -67,7 +67,7 @@ def _generate(config: RunConfig, task: GenerateConfig) -> None:
     from qwen_cl.inference.sampling import answers
 
     output, prompts = output_file(task), prompts_of(task)
-    subject = find_subject(config.model, task.run, task.step)
+    subject = find_subject(config, task)
     model, done = load_model(subject, config.cluster), []
     for answer in answers(model, subject.tokenizer(), prompts, task, config.seed):
         asked = "" if task.prompt is not None else f"> {answer.prompt.last}\n"
@@ -83,7 +83,7 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
 
     output, console = output_file(task), Console()
     prompts = [] if task.prompts is None else read_prompts(Path(task.prompts).expanduser(), raw=task.raw)
-    subject = find_subject(config.model, task.run, task.step)
+    subject = find_subject(config, task)
     merged = f", with {subject.adapter.directory} merged in" if subject.adapter else ""
     print(f"model: {subject.label}{merged}", flush=True)
     before = _base_answers(config, task, subject, prompts)
@@ -115,9 +115,9 @@ def _base_answers(config: RunConfig, task: EvaluateConfig, subject: Subject, pro
 
     if subject.run is None or not prompts:
         return []
-    base = find_model(subject.run.config.model)
+    base = find_model(subject.run.config.model, subject.data)
     model = load_model(base, config.cluster)
-    done = _answers(config, task, model, base.tokenizer(), prompts)
+    done = _answers(config, task, model, subject.tokenizer(), prompts)  # asked in the same words
     del model
     gc.collect()
     return done

@@ -32,7 +32,7 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
     directory = Path(master.hydra.sweep.dir).absolute()
     with claim(directory):
         wait_for_earlier_trials(directory)
-        planner = Planner(composer(loader, master))
+        planner = Planner(composer(loader, master), directory)
         trials = plan_trials(combinations, planner, directory)
         clusters = [trial.plan.config.cluster for trial in trials]
         slots = make_slots(options, clusters, len(trials))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import cast
 
 from hydra.core.config_loader import ConfigLoader
@@ -16,6 +17,7 @@ from qwen_cl.config.forgetting import GeneratedReplayConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.schema import LocalConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
+from qwen_cl.data.chat_settings import kept_template_date
 from qwen_cl.plan import Once, Plan, fetch_weights, make_plan, with_text
 
 Compose = Callable[[Sequence[str]], DictConfig]
@@ -39,8 +41,10 @@ def composer(loader: ConfigLoader, master: DictConfig) -> Compose:
 class Planner:
     """Checks trials as a run alone would be checked, but what they have in common once."""
 
-    def __init__(self, compose: Compose) -> None:
+    def __init__(self, compose: Compose, directory: Path | None = None) -> None:
+        """``directory`` is the sweep's, which may hold trials already."""
         self.compose = compose
+        self._made_on = kept_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
         self._once = Once()
         self._fetched: set[str] = set()
         self._tokenised: set[str] = set()
@@ -73,7 +77,7 @@ class Planner:
         except OmegaConfBaseException as error:
             raise UserError(explain(error)) from error
         _refuse_what_is_no_trial(config)
-        return make_plan(config, self._once)
+        return make_plan(config, self._once, self._made_on)
 
 
 def _refuse_what_is_no_trial(config: RunConfig) -> None:

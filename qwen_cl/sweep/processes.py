@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from qwen_cl.config.data import ChatDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import quoted
+from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
 from qwen_cl.execute import ROOT, STOP_GRACE, die_with_parent
 from qwen_cl.run_folder import State
@@ -58,7 +59,7 @@ class TrialProcess:
         self.trial, self.slot = trial, slot
         directory = trial.folder.directory
         command = [sys.executable, str(ROOT / "launch.py"), *hydra_arguments]
-        command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides]
+        command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides, *_template_date(trial)]
         inherited = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # each takes its own
         environment = {
             **inherited,
@@ -140,3 +141,12 @@ def wait_for_the_end_of(directory: Path) -> None:
             numbers = ", ".join(str(process.pid) for process in remaining)
             raise UserError(f"{directory} is still written to by process {numbers}, of a sweep before; stop it first")
         time.sleep(0.2)
+
+
+def _template_date(trial: Trial) -> list[str]:
+    """The day that its template renders, which is the same for all trials, whenever each starts."""
+    key, data = "data.template_date", trial.plan.config.data
+    said = any(override_key(override) == key for override in trial.overrides)
+    if said or not isinstance(data, ChatDataConfig) or data.template_date is None:
+        return []
+    return [f"{key}='{data.template_date}'"]

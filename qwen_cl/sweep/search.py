@@ -51,7 +51,7 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
     directory = Path(master.hydra.sweep.dir).absolute()
     with claim(directory):
         wait_for_earlier_trials(directory)
-        planner = Planner(composer(loader, master))
+        planner = Planner(composer(loader, master), directory)
         ends = [(overrides, planner.plan(overrides, space.keys)) for overrides in space.ends(planner)]
         clusters = [plan.config.cluster for _, plan in ends]
         slots = make_slots(launcher, clusters, JOBS_OF_A_SEARCH)
