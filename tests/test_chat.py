@@ -199,6 +199,20 @@ def test_columns_beside_the_conversation() -> None:
     assert trained(asked, tokenizer)[:2] == (expected[0], expected[1][1:])
 
 
+def test_calls_are_given_in_openais_form() -> None:
+    tokenizer = tokenizer_of(TEMPLATES["llama3.1"])
+    whole = trained({"messages": [USER, {**CALLS, "tool_calls": [call({})]}]}, tokenizer)
+    for bare in (
+        {"name": "get_weather"},
+        {"name": "get_weather", "arguments": ""},
+        {"function": {"name": "get_weather"}},
+    ):
+        assert trained({"messages": [USER, {**CALLS, "tool_calls": [bare]}]}, tokenizer) == whole
+    null = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call({})]}]}
+    with pytest.raises(UserError, match=r"^rows\.jsonl:7: tool_calls of message 2 \(assistant\) is left out"):
+        trained(null, tokenizer_of(TEMPLATES["chatml"]))
+
+
 def test_template_arguments() -> None:
     tokenizer = tokenizer_of(TEMPLATES["qwen3"])
     for row in (

@@ -29,6 +29,8 @@ RESERVED = (
 """Arguments of ``apply_chat_template`` that no row may set."""
 PROBE = {"a": "b"}
 PROBE_TEXT = '{"a": "b"}'
+PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
+PROBE_QUESTION = {"role": "user", "content": "q"}
 
 
 Span = tuple[int, int]
@@ -203,7 +205,9 @@ class ChatTemplate:
         if message.more is None:
             return {"role": message.role, "content": message.content}
         found = {"role": message.role, "content": message.content, **message.more}
-        if isinstance(found["content"], list) and not self._takes_parts:
+        no_parts = isinstance(found["content"], list) and not self._takes_parts
+        no_null = found["content"] is None and not ("tool_calls" in found and self._takes_null)
+        if no_parts or no_null:
             found["content"] = message.content
         if "tool_calls" in found and (wanted := self._arguments_form) is not None:
             found["tool_calls"] = [_with_arguments(call, wanted) for call in found["tool_calls"]]
@@ -221,16 +225,25 @@ class ChatTemplate:
             return False
 
     @cached_property
+    def _takes_null(self) -> bool:
+        """Whether an answer may be tool calls without a text; templates that know none try to write it."""
+        answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [_probe_call(PROBE)]}
+        try:
+            Rendering(self, "", (), [], [PROBE_TOOL], None, {}).try_render([PROBE_QUESTION, answer])
+        except TemplateError:
+            return False
+        return True
+
+    @cached_property
     def _arguments_form(self) -> Callable[[Any], Any] | None:
         """What a tool call's arguments are made for this template; None where it takes objects and JSON alike."""
-        tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
         rendered = []
         for arguments in (PROBE, PROBE_TEXT):
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-            messages: list[dict[str, Any]] = [{"role": "user", "content": "q"}, answer]
+            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_probe_call(arguments)]}
             try:
-                rendered.append(Rendering(self, "", (), [], [tool], None, {}).try_render(messages))
+                rendered.append(
+                    Rendering(self, "", (), [], [PROBE_TOOL], None, {}).try_render([PROBE_QUESTION, answer])
+                )
             except TemplateError:
                 rendered.append("")
         of_object, of_text = rendered
@@ -238,6 +251,10 @@ class ChatTemplate:
             return None
         python = str(PROBE) in of_object and PROBE_TEXT in of_text  # it writes the object as Python does
         return _as_text if not of_object or python else _as_object
+
+
+def _probe_call(arguments: Any) -> dict[str, Any]:
+    return {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
 
 def _with_arguments(call: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:

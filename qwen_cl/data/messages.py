@@ -209,13 +209,19 @@ def _tool_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
         calls = parse_json(calls, name, where)
     if not isinstance(calls, list) or not calls:
         raise UserError(f"{where}: {name} is {kind_of(calls)}, it must be a list of calls")
-    for number, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise UserError(f"{where}: {name}[{number}] must be an object with function: {{name, arguments}}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str) and arguments.strip():
-            arguments = parse_json(arguments, f"{name}[{number}].function.arguments", where)
-        if not is_empty(arguments) and not isinstance(arguments, dict):
-            raise UserError(f"{where}: {name}[{number}].function.arguments is {kind_of(arguments)}, not an object")
-    return calls
+    return [_tool_call(call, f"{name}[{number}]", where) for number, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, name: str, where: str) -> dict[str, Any]:
+    """In OpenAI's form, with arguments, which templates look for."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UserError(f"{where}: {name} must be an object with function: {{name, arguments}}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = parse_json(arguments, f"{name}.function.arguments", where)
+    if not is_empty(arguments) and not isinstance(arguments, dict):
+        raise UserError(f"{where}: {name}.function.arguments is {kind_of(arguments)}, not an object")
+    if is_empty(function.get("arguments")):
+        function = {**function, "arguments": {}}
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
