@@ -202,7 +202,7 @@ def test_labels_are_the_answer_and_its_end() -> None:
         # The tokenizer composes accents (NFC), as Qwen's does.
         assert tokenizer().decode(labels) == unicodedata.normalize("NFC", completion) + "<|im_end|>"
         question = [{"role": "user", "content": prompt}]
-        assert masked == tokenizer().apply_chat_template(question, add_generation_prompt=True)
+        assert masked == tokenizer().apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         assert tokenizer().decode(masked).endswith(f"{prompt}<|im_end|>\n<|im_start|>assistant\n")
         assert example.num_labels == len(labels)
 

@@ -71,7 +71,7 @@ def test_a_set_of_instructions_is_what_peft_computes(trained: Launched, told: tu
     total, tokens = 0.0, 0
     for row in rows(INSTRUCTIONS):
         asked = [{"role": "user", "content": row["prompt"]}]
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         answer = tokenizer(row["completion"] + "<|im_end|>")["input_ids"]
         total += nats(model, prompt + answer, len(prompt))
         tokens += len(answer)

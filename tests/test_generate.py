@@ -53,7 +53,9 @@ def test_a_run_answers_as_its_export_does(trained: Launched, tmp_path: Path, tok
     assert not (tmp_path / "o").exists()
     run_export(run, f"task.output={tmp_path / 'merged'}", "task.dtype=fp32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True, return_dict=False
+    )
     expected = by_hand(model, prompt, 8)
     if END_OF_TURN in expected:
         expected = expected[: expected.index(END_OF_TURN)]
@@ -73,7 +75,7 @@ def test_a_batch_of_prompts_of_different_lengths(
     found = written(output)
     for row, answer in zip(rows, found):
         messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         expected = by_hand(model, asked, 6)
         end = next((place for place, token in enumerate(expected) if token in (END_OF_TURN, END_OF_TEXT)), None)
         kept = expected[:end]

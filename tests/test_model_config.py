@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from transformers import AutoConfig
 
 from qwen_cl.config.errors import UserError
@@ -52,8 +53,11 @@ def test_what_is_not_said_is_what_transformers_has(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES[:3])  # transformers 5 has no null for Mistral
 def test_a_null_number_of_key_value_heads_is_every_head(family: str) -> None:
     ours = read_architecture(config(family, num_key_value_heads=None), WHERE)
+    assert ours.num_query_groups == 4
+    if family == "mistral" and transformers.__version__ >= "5":
+        return  # it takes no null there
     theirs = AutoConfig.for_model(family, **{**COMMON, "num_key_value_heads": None})
-    assert ours.num_query_groups == theirs.num_key_value_heads == 4
+    assert theirs.num_key_value_heads == 4
 
 
 @pytest.mark.parametrize(

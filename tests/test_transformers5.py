@@ -14,11 +14,14 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.normalized import write_normalized_files
+from qwen_cl.source.reference import resolve
+from qwen_cl.source.settings import HubSettings
 from qwen_cl.source.small_files import copy_small_files
 from qwen_cl.tokenizer.normalized import open_tokenizer
 from tests.asking import ask
 from tests.conftest import FEW, Launched, launch_once
 from tests.exporting import run_export
+from tests.hub import Hub
 from tests.v5 import HERE, NAMES, ROWS, right_values, write_model
 from tests.v5.texts import TEXTS
 
@@ -142,6 +145,15 @@ def test_further_chat_templates_come_along(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(messages, tools=tools, tokenize=False).startswith("of tools")
     copy_small_files(HERE / "qwen3", tmp_path)
     assert (tmp_path / "additional_chat_templates/tool_use.jinja").is_file()
+
+
+def test_further_chat_templates_come_from_the_hub(tmp_path: Path) -> None:
+    model, cache = write_model("qwen3", tmp_path / "model"), str(tmp_path / "cache")
+    with Hub(tmp_path / "hub") as hub:
+        commit = hub.publish("org/v5", model, "main")
+        resolve("hf://org/v5", HubSettings(endpoint=hub.url, cache=cache))
+    files = resolve(f"hf://org/v5@{commit}", HubSettings(offline=True, cache=cache))
+    assert set(open_tokenizer(files.directory).chat_template) == {"default", "tool_use"}
 
 
 def test_a_run_folder_of_before_the_normalized_files_is_evaluated_right(
