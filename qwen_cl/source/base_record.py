@@ -16,7 +16,7 @@ from qwen_cl.source.vocabulary import tokenizer_hash
 logger = logging.getLogger(__name__)
 BASE_RECORD = "base_model.json"
 """Beside the weights: ``source``, pinned, or the absolute path of a directory; ``tokenizer_hash``, None where the
-source has no tokenizer's files; and ``adapter``, the hash of the one merged into the base, None where there is none."""
+source has no tokenizer's files; and ``adapter``, the hash of the one merged into the base, where there is one."""
 ADAPTER_RECORD = "adapter_metadata.json"
 """NeMo's own, of an adapter."""
 
@@ -27,7 +27,9 @@ class BaseMismatchError(RuntimeError):
 
 def record_base(weights: Path, source: str, adapter: str | None = None) -> None:
     """``adapter`` is the directory of the one that is merged into the base."""
-    record = {"source": source, "tokenizer_hash": _tokenizer_hash(source), "adapter": _adapter_hash(adapter)}
+    record = {"source": source, "tokenizer_hash": _tokenizer_hash(source)}
+    if adapter is not None:
+        record["adapter"] = _adapter_hash(adapter)
     (weights / BASE_RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
@@ -47,9 +49,9 @@ def require_same_base(checkpoint: Path, source: str, adapter: str | None = None)
             f"{checkpoint} was trained on {record['source']}, and the recipe restores {source}; restore from the "
             "first, or train in another folder"
         )
-    if record["adapter"] != _adapter_hash(adapter):
+    if record.get("adapter") != _adapter_hash(adapter):
         raise BaseMismatchError(
-            f"{checkpoint} was trained on {source} with {_merged(record['adapter'])}, and the recipe has "
+            f"{checkpoint} was trained on {source} with {_merged(record.get('adapter'))}, and the recipe has "
             f"{_merged(_adapter_hash(adapter))}; restore the same, or train in another folder"
         )
     if record["tokenizer_hash"] not in (None, _tokenizer_hash(source)):
@@ -65,7 +67,8 @@ def recorded_base(checkpoint: Path) -> dict[str, Any] | None:
     for name, field in ((BASE_RECORD, "source"), (ADAPTER_RECORD, "model_ckpt_path")):
         if (weights / name).is_file():
             record = json.loads((weights / name).read_text(encoding="utf-8"))
-            return {"source": str(record[field]), **{key: record.get(key) for key in ("tokenizer_hash", "adapter")}}
+            base = {"source": str(record[field]), "tokenizer_hash": record.get("tokenizer_hash")}
+            return {**base, "adapter": record["adapter"]} if "adapter" in record else base
     return None
 
 
