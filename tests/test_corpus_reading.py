@@ -81,8 +81,8 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
         ("a.jsonl", json_lines(["x"]) + b'\n{"text": \n', "{path}:3: not JSON (Expecting value at column 10)"),
         ("a.jsonl", b'["x"]\n', "{path}:1: a string where an object with field 'text' must be"),
         ("a.jsonl", b'{"body": "x"}\n', "{path}:1: field 'text' is missing (found: 'body'); rename it, or set data.fi"),
-        ("a.jsonl", b'{"text": 3}\n', "{path}:1: field 'text' is int, it must be a string"),
-        ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is NoneType, it must be a string"),
+        ("a.jsonl", b'{"text": 3}\n', "{path}:1: field 'text' is a number, it must be a string"),
+        ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is null, it must be a string"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "{path}:1: field 'text' holds half of a surrogate pair"),
         ("a.jsonl.zst", zstd(json_lines(TEXTS))[:-9], "{path}: damaged zstd: Truncated compressed stream; fetch or"),
         (

@@ -14,7 +14,9 @@ from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import load_config, save_config
 from qwen_cl.data.conversations import Conversation, pair
+from qwen_cl.data.named_sets import read_sets
 from qwen_cl.data.rows import RowFiles, Text, read_rows, row_files
+from qwen_cl.inference.prompts import read_prompts
 from tests.conftest import launch
 from tests.test_config import compose_run
 
@@ -222,3 +224,40 @@ def test_a_run_is_told_the_names_on_its_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "rows.jsonl:1: field 'b' is missing (found: 'q', 'a'); data.fields.completion names it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "A"}, "A"),
+        ({"question": "A", "answer": "B"}, "A"),
+        ({"query": "A"}, "A"),
+        ({"input": "A"}, "A"),
+        ({"instruction": "A", "input": "C", "output": "B"}, "A\n\nC"),
+        ({"instruction": "A", "context": "C"}, "A\n\nC"),
+        ({"messages": CHAT[:1], "prompt_id": 1}, "x"),
+    ],
+)
+def test_prompts_are_read_from_every_kind_of_file(row: dict[str, Any], asked: str, tmp_path: Path) -> None:
+    path = write(tmp_path, row)
+    (tmp_path / "a.json").write_text(json.dumps([row], indent=1), encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for name in (path.name, "a.json", "a.parquet"):
+        (prompt,) = read_prompts(tmp_path / name, raw=False)
+        assert (prompt.last, prompt.row) == (asked, row)
+    (tmp_path / "a.csv").write_text('id,question\n1,Why?\n2,"a\nb"\n', encoding="utf-8")
+    assert [prompt.last for prompt in read_prompts(tmp_path / "a.csv", raw=True)] == ["Why?", "a\nb"]
+
+
+def test_prompts_that_ask_twice_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "A"}, {"prompt": "A", "question": "B"})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the row has 'prompt' and 'question', which both may ask"):
+        read_prompts(path, raw=False)
+
+
+def test_a_set_that_is_texts_and_conversations_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"instruction": "A", "output": "B", "text": "A B"})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has a text and a conversation \(found: 'instruction'"):
+        read_sets({"old": str(path)}, "retention.sets")
+    (found,) = read_sets({"old": str(write(tmp_path, {"question": "A", "answer": "B"}))}, "retention.sets")
+    assert found.rows == [pair("A", "B")]

@@ -19,7 +19,7 @@ class AnswersConfig(TaskConfig):
     step: int | None
     """Which of the run's checkpoints; None for the newest that is whole."""
     prompts: str | None
-    """A text file with a prompt a line, or JSON Lines with ``prompt`` or ``messages``."""
+    """A text file with a prompt a line, or a file of rows with ``prompt`` or ``messages``."""
     raw: bool
     """Continue the prompt as it stands, without the chat template."""
     max_new_tokens: int

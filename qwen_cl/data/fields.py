@@ -83,6 +83,29 @@ def name_fields(row: Mapping[str, Any], columns: Mapping[str, str], where: str, 
     return NamedRow(fields, where, called, left_out)
 
 
+def name_prompt(row: Mapping[str, Any], where: str) -> NamedRow:
+    """A row that only asks, whose answer may be there too.
+
+    Raises:
+        UserError: it asks twice.
+    """
+    asked = list(dict.fromkeys(pair[0] for pair in USUAL_PAIRS if _says(row, pair[0])))
+    if INSTRUCTION in asked:  # whose input is no question
+        asked = [name for name in asked if name != INPUT]
+    turns = any(_has_turns(row, name) for name in TURNS)
+    if len(asked) > 1 and not turns:
+        raise UserError(f"{where}: the row has {' and '.join(map(repr, asked))}, which both may ask; keep one")
+    called = {PAIR[0]: asked[0]} if asked and not turns and asked[0] not in (PAIR[0], INSTRUCTION) else {}
+    if asked == [INSTRUCTION] and not turns and not _says(row, INPUT) and _says(row, "context"):
+        called = {INPUT: "context"}
+    names = {column: name for name, column in called.items()}
+    fields = {names.get(name, name): value for name, value in row.items() if name not in called}
+    for name in TURNS:
+        if _is_json(fields.get(name)):
+            fields[name] = _decoded(fields[name], name, where)
+    return NamedRow(fields, where, called, ())
+
+
 def missing_field(
     found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.fields={text: NAME}"
 ) -> UserError:

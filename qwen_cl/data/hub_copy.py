@@ -99,17 +99,17 @@ def _make_copy(file: Path, source: TextSource, commit: str) -> None:
 
 def _lines(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
-        kept = {name: _plain(without_nulls(value)) for name, value in record.fields.items()}
+        kept = plain_json(without_nulls(dict(record.fields)))
         yield json.dumps(kept, ensure_ascii=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """As JSON has it. What it has not (bytes, images, dates) is no text, and an object here, so that nothing reads it
     as one."""
     if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
+        return {str(name): plain_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain_json(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else {"not_text": type(value).__name__}

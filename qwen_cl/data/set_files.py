@@ -16,7 +16,7 @@ from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.fields import missing_field
+from qwen_cl.data.fields import has_conversation, missing_field
 from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.data.rows import Row, Text, conversations
 
@@ -48,7 +48,12 @@ def read_set_rows(path: str, key: str) -> tuple[list[Row], list[str]]:
     if first is None:
         raise UserError(f"{path} is empty; it must hold rows, or a text (or set {key} to another)")
     records, places = _noting_places(itertools.chain([first], records))
-    if TEXT in first.fields:
+    if first.fields.get(TEXT) is not None and has_conversation(first.fields):
+        raise UserError(
+            f"{first.where}: the row has a text and a conversation (found: {', '.join(map(repr, first.fields))}), and "
+            "a set is one of them; remove the fields of the other"
+        )
+    if TEXT in first.fields and not has_conversation(first.fields):
         return [_text(record, record.where in whole_files) for record in records], places
     return list(conversations(records, {}, path)), places
 

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_cl.config.data import TURNS
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.chat import check_chat_template, render_prompt
 from qwen_cl.data.conversations import USER, Conversation, Message, check_text, parse_prompt
-from qwen_cl.data.lines import numbered_lines, parse_object
+from qwen_cl.data.corpus.documents import read_records
+from qwen_cl.data.corpus.files import Format, find_files, format_of
+from qwen_cl.data.corpus.record import Record
+from qwen_cl.data.fields import INSTRUCTION, name_prompt
+from qwen_cl.data.hub_copy import plain_json
+from qwen_cl.data.lines import numbered_lines
 from qwen_cl.data.raw_text import encode_start
 
 if TYPE_CHECKING:
@@ -33,13 +39,18 @@ def one_prompt(text: str) -> Prompt:
 
 
 def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
-    """A ``.jsonl`` file has an object a line, any other file a prompt a line.
+    """Files of rows, in every format that training reads, have a row each; any other file a prompt a line.
 
     Raises:
         UserError: names file and line of the first that is none.
     """
-    parse = _parse_row if path.suffix == ".jsonl" else _parse_line
-    prompts = [parse(line, where) for line, where in numbered_lines(path, "task.prompts")]
+    if format_of(path)[0] in (None, Format.text) or not path.is_file():
+        prompts = [_parse_line(line, where) for line, where in numbered_lines(path, "task.prompts")]
+    else:
+        files = find_files(str(path), "task.prompts", "or a text file with a prompt a line")
+        prompts = [_parse_row(record) for record in read_records(files, None)]
+    if not prompts:
+        raise UserError(f"{path} is empty; it must hold rows with prompt or messages")
     if raw and (several := next((prompt for prompt in prompts if not _is_text(prompt)), None)):
         raise UserError(
             f"{several.conversation.where}: task.raw=true continues texts, and this row is a conversation; write the "
@@ -74,13 +85,17 @@ def _parse_line(line: str, where: str) -> Prompt:
     return Prompt(Conversation((message,), where=where), {"prompt": line})
 
 
-def _parse_row(line: str, where: str) -> Prompt:
-    row = parse_object(line, where, "prompt or messages")
-    return Prompt(parse_prompt(row, where), row)
+def _parse_row(record: Record) -> Prompt:
+    row = name_prompt(record.fields, record.where)
+    try:
+        return Prompt(parse_prompt(row.fields, record.where), plain_json(record.fields))
+    except UserError as error:
+        raise row.in_its_words(error) from error
 
 
 def _is_text(prompt: Prompt) -> bool:
     """Whether the prompt is one text, with nothing that only a chat template could say."""
     conversation = prompt.conversation
-    alone = len(conversation.messages) == 1 and conversation.messages[0].more is None and "prompt" in prompt.row
+    is_form = any(prompt.row.get(name) for name in (*TURNS, INSTRUCTION))
+    alone = len(conversation.messages) == 1 and conversation.messages[0].more is None and not is_form
     return alone and not (conversation.tools or conversation.documents or conversation.template_arguments)

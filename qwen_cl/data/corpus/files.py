@@ -92,13 +92,19 @@ def _below(directory: str) -> list[str]:
     return [name for name, path in relative.items() if not any(part.startswith("_") for part in path.parts)]
 
 
-def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
+def format_of(path: Path) -> tuple[Format | None, str | None]:
+    """What a file's name says it holds, None where that is unknown, and its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression is not None:
         suffixes.pop()
     format = FORMATS.get(suffixes[-1]) if suffixes else None
-    if format is None or (format is Format.parquet and compression is not None):
+    return (None if format is Format.parquet and compression is not None else format), compression
+
+
+def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
+    format, compression = format_of(path)
+    if format is None:
         others = "; a glob such as DIRECTORY/**/*.jsonl leaves others out" if in_directory else ""
         if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
             others = "; save the table as CSV in UTF-8" + others
