@@ -23,6 +23,7 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.speed import When
 from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.data.chat_settings import chat_facts
+from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT, worker_environment
@@ -63,7 +64,9 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     if isinstance(config.data, TextDataConfig):
         data = f"{config.data.path}, tokenised when the run starts"
     elif plan.files is not None:
-        named = config.data.path if isinstance(config.data, FileDataConfig) else plan.files.train
+        named = plan.files.train
+        if isinstance(config.data, FileDataConfig) and is_hub_dataset(config.data.path):
+            named = config.data.path
         data = f"{named} (data_hash {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,9 @@ def test_a_name_that_no_row_has_is_refused(tmp_path: Path) -> None:
 
 
 def config(**values: Any) -> FileDataConfig:
-    given: dict[str, Any] = {
-        "path": "x",
-        "validation_path": None,
-        "validation_every": 2,
-        "subset": None,
-        "fields": {},
-        **{f"{name}_field": name for name in ("prompt", "completion", "text")},
-        "allow_overlap": False,
-    }
-    return FileDataConfig(**{**given, **values})
+    composed = compose_run("data=jsonl", "data.path=x").data
+    assert isinstance(composed, FileDataConfig)
+    return replace(composed, **values)
 
 
 def test_the_older_keys_say_the_same() -> None:

@@ -10,7 +10,7 @@ import pyarrow
 from omegaconf import OmegaConf
 from pyarrow import parquet
 
-from tests.conftest import launch
+from tests.conftest import ROOT, launch
 from tests.dataset_hub import DatasetHub
 from tests.hub import client_environment
 from tests.test_corpus_reading import run_python
@@ -19,15 +19,18 @@ CARD = b"---\nlicense: mit\n---\n"
 CHAT = [{"role": "user", "content": "x", "weight": None}, {"role": "assistant", "content": "y", "weight": 1}]
 READ = """
 import json, sys
-from qwen_cl.config.data import FileDataConfig
+from dataclasses import replace
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.tasks import FinetuneConfig
+from qwen_cl.config.store import register_schemas
 from qwen_cl.data.rows import content_hash, dataset_commits, pin_rows, read_rows, row_files, row_location
+register_schemas()
+with initialize_config_dir("CONF", version_base="1.3"):
+    config = OmegaConf.to_object(compose("config", ["data=jsonl", "data.path=x", "data.validation_every=2"]))
 answers = []
 for path, validation, subset, fields in json.loads(sys.argv[1]):
-    given = {f"{name}_field": name for name in ("prompt", "completion", "text")}
-    data = FileDataConfig(path=path, validation_path=validation, validation_every=2, subset=subset, fields=fields,
-                          allow_overlap=False, **given)
+    data = replace(config.data, path=path, validation_path=validation, subset=subset, fields=fields)
     try:
         pinned = pin_rows(data)
         again = pin_rows(pinned)
@@ -39,7 +42,7 @@ for path, validation, subset, fields in json.loads(sys.argv[1]):
     except UserError as error:
         answers.append(str(error))
 print(json.dumps([answers, "torch" in sys.modules]))
-"""
+""".replace("CONF", str(ROOT / "conf"))
 
 
 def json_lines(rows: list[dict[str, Any]]) -> bytes:
