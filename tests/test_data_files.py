@@ -217,3 +217,18 @@ def test_the_encoding_of_a_japanese_file_is_guessed_in_the_command_that_converts
         (tmp_path / "a.csv").write_bytes("prompt,completion\nひらがな,カタカナ\n".encode(encoding))
         with pytest.raises(UserError, match=rf"\(it looks like {encoding}\); .* iconv -f {encoding} -t UTF-8$"):
             read_rows(files(tmp_path / "a.csv"))
+
+
+def test_damage_within_parquet_and_columns_of_one_name_are_told_in_a_line(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36  # the first page's header
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read_rows(files(path))
+    assert str(refused.value).startswith(f"{path} cannot be read")
+    assert "\n" not in str(refused.value)
+    column = pyarrow.array(["a", "b"])
+    parquet.write_table(pyarrow.Table.from_arrays([column] * 3, names=["prompt", "completion", "prompt"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet has two columns 'prompt'; every column needs a name of its own"):
+        read_rows(files(path))

@@ -19,7 +19,10 @@ def read_parquet(file: InputFile, text_field: str | None) -> Iterator[Record]:
 
     try:
         with ParquetFile(str(file.path)) as parquet:
-            columns = [text_field] if text_field and text_field in parquet.schema_arrow.names else None
+            names = parquet.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{file.path} has two columns {twice!r}; every column needs a name of its own")
+            columns = [text_field] if text_field and text_field in names else None
             total, number = parquet.metadata.num_rows, 0
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
@@ -29,7 +32,8 @@ def read_parquet(file: InputFile, text_field: str | None) -> Iterator[Record]:
     except (ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
     except OSError as error:
-        raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from error
+        reason = error.strerror or " ".join(str(error).split())  # what Arrow says of damage has lines
+        raise UserError(f"{file.path} cannot be read: {reason}") from error
 
 
 def without_nulls(value: Any) -> Any:
