@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.conversations import Conversation
-from qwen_cl.data.messages import Message, is_empty
+from qwen_cl.data.messages import Message
+from qwen_cl.data.template_errors import what_it_said
+from qwen_cl.data.template_values import as_object, as_text, probe_call, strings_in, with_arguments, with_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,10 +83,10 @@ class Rendering:
             if len(message) == 2:
                 yield message["content"]
             else:
-                yield from _strings({key: value for key, value in message.items() if key != "role"})
+                yield from strings_in({key: value for key, value in message.items() if key != "role"})
         for more in (self.tools, self.documents, self.arguments):
             if more:
-                yield from _strings(more)
+                yield from strings_in(more)
 
     def with_marks(self, tokens: ContentTokens, marks: Marks) -> Rendering:
         """Special tokens' names in the content are marked."""
@@ -95,10 +96,10 @@ class Rendering:
 
         return replace(
             self,
-            plain=[{**_mapped(each, mark), "role": each["role"]} for each in self.plain],
-            tools=_mapped(self.tools, mark),
-            documents=_mapped(self.documents, mark),
-            arguments=_mapped(self.arguments, mark),
+            plain=[{**with_strings(each, mark), "role": each["role"]} for each in self.plain],
+            tools=with_strings(self.tools, mark),
+            documents=with_strings(self.documents, mark),
+            arguments=with_strings(self.arguments, mark),
         )
 
 
@@ -136,7 +137,7 @@ class ChatTemplate:
                 **of.arguments,
             )
         except Exception as error:  # a template is code: it may raise anything
-            raise TemplateError(" ".join(str(error).split())[:300] or "no message") from error
+            raise TemplateError(what_it_said(error)) from error
 
     def render_generation(self, of: Rendering) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -210,7 +211,7 @@ class ChatTemplate:
         if no_parts or no_null:
             found["content"] = message.content
         if "tool_calls" in found and (wanted := self._arguments_form) is not None:
-            found["tool_calls"] = [_with_arguments(call, wanted) for call in found["tool_calls"]]
+            found["tool_calls"] = [with_arguments(call, wanted) for call in found["tool_calls"]]
         return found
 
     @cached_property
@@ -227,7 +228,7 @@ class ChatTemplate:
     @cached_property
     def _takes_null(self) -> bool:
         """Whether an answer may be tool calls without a text; templates that know none try to write it."""
-        answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [_probe_call(PROBE)]}
+        answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [probe_call(PROBE)]}
         try:
             Rendering(self, "", (), [], [PROBE_TOOL], None, {}).try_render([PROBE_QUESTION, answer])
         except TemplateError:
@@ -239,7 +240,7 @@ class ChatTemplate:
         """What a tool call's arguments are made for this template; None where it takes objects and JSON alike."""
         rendered = []
         for arguments in (PROBE, PROBE_TEXT):
-            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_probe_call(arguments)]}
+            answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [probe_call(arguments)]}
             try:
                 rendered.append(
                     Rendering(self, "", (), [], [PROBE_TOOL], None, {}).try_render([PROBE_QUESTION, answer])
@@ -250,50 +251,8 @@ class ChatTemplate:
         if of_object == of_text:
             return None
         python = str(PROBE) in of_object and PROBE_TEXT in of_text  # it writes the object as Python does
-        return _as_text if not of_object or python else _as_object
-
-
-def _probe_call(arguments: Any) -> dict[str, Any]:
-    return {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-
-
-def _with_arguments(call: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    if "arguments" not in function:
-        return call
-    made = {**function, "arguments": form(function["arguments"])}
-    return {**call, "function": made} if "function" in call else made
-
-
-def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return {} if is_empty(arguments) else arguments
-    return json.loads(arguments) if arguments.strip() else {}
-
-
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+        return as_text if not of_object or python else as_object
 
 
 def _without_generation(text: str) -> str:
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from _strings(key)
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): _mapped(each, change) for key, each in value.items()}
-    return [_mapped(each, change) for each in value] if isinstance(value, list) else value

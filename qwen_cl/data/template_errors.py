@@ -1,0 +1,33 @@
+"""What a chat template said when it did not take a conversation, in words that need no Python. No torch."""
+
+from __future__ import annotations
+
+import re
+import traceback
+
+MISSING = re.compile(r".* has no (?P<kind>attribute|element) (?P<field>.+)")
+UNDEFINED = re.compile(r"'(?P<name>\w+)' is undefined")
+LENGTH = 300
+
+
+def what_it_said(error: Exception) -> str:
+    """Return one line: a template's own words, or where and on what it failed."""
+    import jinja2
+
+    text = " ".join(str(error).split())[:LENGTH]
+    if found := MISSING.fullmatch(text):
+        number = "number " if found["kind"] == "element" else ""
+        return f"it looks for {number}{found['field']}, which is not there{_line(error)}"
+    if found := UNDEFINED.fullmatch(text):
+        return f"it looks for {found['name']}, which is not there{_line(error)}"
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"it is no template: {text} (line {error.lineno})"
+    if isinstance(error, jinja2.TemplateError):  # its own raise_exception
+        return text or "no message"
+    return f"it cannot handle the form of a value here{_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    """Jinja gives the frames of a template the line numbers of its text."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return f" (line {lines[-1]} of the template)" if lines else ""
