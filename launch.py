@@ -26,7 +26,7 @@ from qwen_cl.config.errors import (
     explain,
     refuse_added_keys,
 )
-from qwen_cl.config.rules import quote_free_text
+from qwen_cl.config.override_text import quote_arguments
 from qwen_cl.config.store import register_schemas
 
 register_schemas()
@@ -80,7 +80,11 @@ def main() -> int:
 
 
 def launch_all() -> int:
-    sys.argv[1:] = map(quote_free_text, sys.argv[1:])
+    try:
+        sys.argv[1:] = quote_arguments(sys.argv[1:])
+    except UserError as error:
+        fail(error)
+        return error.exit_code
     # Hydra would print its own text and exit with 1; raising instead lets every mistake read alike.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:

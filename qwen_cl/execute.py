@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import RunFailed, RunPreempted
+from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.schema import Accelerator, ClusterConfig, RunConfig
 from qwen_cl.run_folder import RunFolder, State, now
 from qwen_cl.source.settings import HubSettings
@@ -187,7 +188,7 @@ def judge(folder: RunFolder, *, interrupted: bool) -> None:
     if status["state"] == State.PREEMPTED:
         raise RunPreempted(
             f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. The same command with "
-            f"hydra.run.dir={folder.directory} goes on from there",
+            f"{printed_path('hydra.run.dir', folder.directory)} goes on from there",
             interrupted=interrupted,
         )
     if status["state"] != State.COMPLETED:

@@ -15,7 +15,9 @@ from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import ExportConfig, ExportDtype, ExportFormat
 from qwen_cl.data.chat_settings import write_template_of_run
+from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.data.rows import row_files
+from qwen_cl.data.stop_tokens import end_of_turn_tokens, learns_answers
 from qwen_cl.run_folder import RunFolder, State
 from qwen_cl.source.card import CardFacts, licence_of, model_card
 from qwen_cl.source.upload import Target, find_target, upload
@@ -90,13 +92,15 @@ def _write(task: ExportConfig, run: Run, base: Path | None, output: Path) -> Non
     from qwen_cl.source.export import export_adapter, export_merged
     from qwen_cl.source.merged import MergedModel
 
+    tokenizer = load_tokenizer(str(run.folder.tokenizer))
+    stops = end_of_turn_tokens(tokenizer) if run.step > 0 and learns_answers(run.config) else []
     card = model_card(_card_facts(task, run), licence_of(run.config.model))
     if task.format is ExportFormat.adapter:
-        export_adapter(trained, output, card)
+        export_adapter(trained, output, card, stops)
         write_template_of_run(run.config.data, run.folder.tokenizer, output)
     else:
         model = MergedModel(trained, _dtype(task.dtype))
-        export_merged(model, output, task.max_shard_size, card, say=lambda line: print(line, flush=True))
+        export_merged(model, output, task.max_shard_size, card, stops, say=lambda line: print(line, flush=True))
 
 
 def _dtype(dtype: ExportDtype) -> Any:

@@ -27,6 +27,7 @@ from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.report import DataReport, Layout, count_unused_fields, describe
 from qwen_cl.data.rows import RowFiles, content_hash, pin_rows, read_rows, row_files
 from qwen_cl.data.set_files import with_set_hashes
+from qwen_cl.data.stop_tokens import learns_answers, no_end_warning, teaches_to_stop
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.levers import has_static_shapes
@@ -271,6 +272,8 @@ def _read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> 
         raise UserError("data=text is raw text, for task=pretrain; task=finetune takes data=jsonl")
     if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
+        if learns_answers(config) and not teaches_to_stop(tokenizer):
+            print(no_end_warning(str(directory)), file=sys.stderr)
     check_tokenizer(tokenizer, model.config, directory)
     layout = _layout(config)
     replay, kept = _other_sets(config, tokenizer, directory, layout)

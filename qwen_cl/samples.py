@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from qwen_cl.data.examples import Example
 from qwen_cl.data.raw_text import document_delimiters
+from qwen_cl.data.stop_tokens import end_of_turn_tokens
 from qwen_cl.megatron.sampling import can_sample, continue_greedily
 from qwen_cl.run_folder import RunFolder
 
@@ -79,10 +80,13 @@ class RecordSamples(pl.Callback):
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _questions(self, trainer: pl.Trainer) -> list[Question]:
-        delimiters = document_delimiters(trainer.datamodule.tokenizer.tokenizer)
+        tokenizer = trainer.datamodule.tokenizer.tokenizer
+        delimiters, ends = document_delimiters(tokenizer), end_of_turn_tokens(tokenizer)
         eos, bos = delimiters.eos_id, delimiters.bos_id if trainer.datamodule.raw_text else None
         examples = trainer.datamodule.evaluation_sets[0].examples
-        return [question_of(examples[index], eos, self.new_tokens, bos) for index in _first(examples, self.prompts)]
+        return [
+            question_of(examples[index], eos, self.new_tokens, bos, ends) for index in _first(examples, self.prompts)
+        ]
 
     def _decoded(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
         tokenizer = trainer.datamodule.tokenizer.tokenizer
@@ -91,8 +95,11 @@ class RecordSamples(pl.Callback):
         ]
 
 
-def question_of(example: Example, eos: int, new_tokens: int, bos: int | None = None) -> Question:
-    """Of a conversation all before its first answer, of a text its beginning. An answer ends where the set's ends.
+def question_of(
+    example: Example, eos: int, new_tokens: int, bos: int | None = None, ends: Sequence[int] | None = None
+) -> Question:
+    """Of a conversation all before its first answer, of a text its beginning. An answer ends with one of ``ends``; not
+    given, where the set's does.
 
     ``bos``: what the tokenizer begins a text with. A sequence that starts in the middle of a document is asked as a
     text of its own.
@@ -105,7 +112,9 @@ def question_of(example: Example, eos: int, new_tokens: int, bos: int | None = N
             ids = [bos, *ids]
         start = max(1, min(TEXT_PROMPT, len(ids) // 2))
         return Question(ids[:start], ids[start : start + new_tokens], frozenset({eos}))
-    return Question(example.ids[:start], example.ids[start : stop - 1], frozenset({eos, example.ids[stop - 1]}))
+    stops = frozenset({eos, *([example.ids[stop - 1]] if ends is None else ends)})
+    kept = stop - 1 if example.ids[stop - 1] in stops else stop
+    return Question(example.ids[:start], example.ids[start:kept], stops)
 
 
 def _first(examples: Sequence[Example], count: int) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 from pathlib import Path
 from types import TracebackType
@@ -173,13 +174,13 @@ def adapter_facts(adapter: BaseAdapter | None) -> list[tuple[str, str]]:
 def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("picture", str(folder.report))] if folder.report.exists() else []
     if folder.adapter.is_dir():
-        lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, '{folder.adapter}')"))
+        lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"))
     wandb = status.get("wandb", {})
     if wandb.get("url"):
         lines.append(("dashboard", wandb["url"]))
     if wandb.get("sync"):
         lines.append(("to the dashboard", wandb["sync"]))
-        lines.append(("look at it here", f"wandb leet {Path(wandb['directory']).parent}"))
+        lines.append(("look at it here", f"wandb leet {shlex.quote(str(Path(wandb['directory']).parent))}"))
     return lines
 
 

@@ -10,6 +10,7 @@ from qwen_cl.callbacks import MaskPaddedVocabulary, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
 from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
+from qwen_cl.data.stop_tokens import learns_answers
 from qwen_cl.flops import adapter_parameters, training_flops
 from qwen_cl.progress import TellProgress
 from qwen_cl.recorder import RunRecorder
@@ -64,6 +65,7 @@ def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
             dropout=peft.dropout,
             target_modules=list(peft.target_modules),
             dora=isinstance(peft, DoraConfig),
+            on_answers=learns_answers(config),
         )
     ]
 

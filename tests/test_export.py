@@ -80,7 +80,11 @@ def _check_logits(model: Path, folder: Path, case: Case) -> None:
     if case.method == "none":
         return
     run_export(f"task.run={folder}", "task.format=adapter")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):  # from the checkpoint, and from the live model
+    for file in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+    ):  # from the checkpoint, and from the live model
         assert (folder / "export-adapter" / file).read_bytes() == (folder / "adapter" / file).read_bytes(), file
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(base, str(folder / "export-adapter")).eval()

@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import quote_free_text, quoted
+from qwen_cl.config.override_text import quote_free_text
+from qwen_cl.config.rules import quoted
 from tests.asking import ask, check
 from tests.conftest import ROOT, Launched, launch
 from tests.exporting import run_export, seal
@@ -105,12 +106,12 @@ def test_it_stops_where_the_generation_config_says(tmp_path: Path, tokenizer: An
 
 
 def test_an_answer_ends_where_the_chat_template_ends_it(tokenizer: Any) -> None:
-    from qwen_cl.inference.sampling import stop_tokens
+    from qwen_cl.inference.sampling import stops_of
 
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == END_OF_TURN
-    assert stop_tokens(model, tokenizer, raw=False) == [END_OF_TEXT, END_OF_TURN]
-    assert stop_tokens(model, tokenizer, raw=True) == [END_OF_TEXT]
+    assert stops_of(model, tokenizer, raw=False) == [END_OF_TEXT, END_OF_TURN]
+    assert stops_of(model, tokenizer, raw=True) == [END_OF_TEXT]
 
 
 def test_what_is_drawn_is_the_seeds(tmp_path: Path) -> None:

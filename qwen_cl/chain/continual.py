@@ -16,6 +16,7 @@ from qwen_cl.chain.processes import launch
 from qwen_cl.chain.stages import MERGED, Stage, plan_stages
 from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.file import save_config
+from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.rules import quoted
 from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
 from qwen_cl.config.stages import ContinualConfig
@@ -67,7 +68,7 @@ def _done(stages: list[Stage]) -> list[Stage]:
 
 
 def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: RunFolder) -> list[Measured]:
-    advice = f"the same command with hydra.run.dir={folder.directory} goes on from there"
+    advice = f"the same command with {printed_path('hydra.run.dir', folder.directory)} goes on from there"
     rows = []
     if task.sets:
         rows.append(measure(task, stages[0], None, folder.directory / "00-before", advice))

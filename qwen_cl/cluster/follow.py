@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 import time
 from datetime import datetime
@@ -13,7 +12,7 @@ from rich.console import Console
 from qwen_cl.cluster.slurm import SlurmSilent
 from qwen_cl.cluster.truth import refresh
 from qwen_cl.config.file import load_config
-from qwen_cl.config.rules import quoted
+from qwen_cl.config.override_text import printed_path
 from qwen_cl.execute import judge
 from qwen_cl.run_folder import OPEN, RunFolder
 from qwen_cl.view import ProgressView, print_result, wandb_notice
@@ -47,9 +46,7 @@ def follow(folder: RunFolder, console: Console) -> None:
 
 
 def later(folder: RunFolder) -> str:
-    where = str(folder.directory)
-    named = f"task.run={where}" if PLAIN.fullmatch(where) else shlex.quote(f"task.run={quoted(where)}")
-    command = f"python launch.py task=job {named} task.action="
+    command = f"python launch.py task=job {printed_path('task.run', folder.directory)} task.action="
     return f"To follow it: {command}follow (or status, logs, cancel)"
 
 

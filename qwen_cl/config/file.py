@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.override_text import escape
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
@@ -43,7 +44,16 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    OmegaConf.save(OmegaConf.create(to_plain(config)), path)
+    """Resolved: what reads like an interpolation was typed so."""
+    OmegaConf.save(OmegaConf.create(_escaped(to_plain(config))), path)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _escaped(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_escaped(part) for part in value]
+    return escape(value) if isinstance(value, str) else value
 
 
 def load_config(path: Path) -> RunConfig:

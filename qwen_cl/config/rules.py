@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from qwen_cl.config.errors import UserError
 
 DURATION = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
-FREE_TEXT = ("task.prompt",)
 
 
 def require(
@@ -62,12 +61,3 @@ def quoted(value: str) -> str:
     body, backslashes = value.rstrip("\\"), len(value) - len(value.rstrip("\\"))
     inner = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", body)
     return f"'{inner}{chr(92) * 2 * backslashes}'"
-
-
-def quote_free_text(argument: str, keys: Sequence[str] = FREE_TEXT) -> str:
-    """A prompt is typed as it is read: Hydra would take its commas for a sweep and refuse most of its letters."""
-    key, equals, value = argument.partition("=")
-    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if key not in keys or not equals or is_quoted or value == "null":
-        return argument
-    return f"{key}={quoted(value)}"

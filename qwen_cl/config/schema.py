@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from urllib.parse import urlsplit
 
+from qwen_cl.config.dashboard_names import check_entity, check_project, check_run_name, check_tags
 from qwen_cl.config.data import DataConfig, MockDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import MixedReplayConfig, ReplayConfig, RetentionConfig
@@ -50,8 +51,6 @@ class VerifyMode(str, Enum):
     logits = "logits"
 
 
-TAG_LENGTH = 64
-"""Characters: W&B takes no longer tags."""
 COMMIT_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -189,9 +188,9 @@ class WandbConfig:
     """Make the trained adapter an artifact: its place alone, or its files too."""
 
     def __post_init__(self) -> None:
-        for tag in self.tags:
-            if not 1 <= len(tag) <= TAG_LENGTH:
-                raise UserError(f"wandb.tags ({tag!r}) must have 1 to {TAG_LENGTH} characters; shorten it")
+        check_project(self.project)
+        check_entity(self.entity)
+        check_tags(self.tags)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,6 +215,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require("lr", self.lr, above=0)
         require("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        check_run_name(self.name)
         if not isinstance(self.task, TrainingConfig):
             return
         rows, ranks = self.task.micro_batch_size, self.cluster.data_parallel

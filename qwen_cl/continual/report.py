@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.durable import replacing
+from qwen_cl.plot_text import drawable_text
 
 RETENTION = "retention/"
 BITS, LOSS = "bits_per_byte", "loss"
@@ -82,7 +83,7 @@ def draw_comparison(runs: dict[str, list[Curve]], title: str, path: Path) -> Non
 
 def _save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, drawable_text(figure):
         figure.savefig(temporary, format="png", dpi=130)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ class Dashboard:
     def _record_failure(self, reason: str) -> None:
         status = self.folder.status().get("wandb", {})
         include = "--include-online " if status.get("mode") == "online" else ""
-        sync = f"wandb sync {include}{status.get('directory')}"
+        sync = f"wandb sync {include}{shlex.quote(str(status.get('directory')))}"
         self.folder.update_status(wandb={**status, "reason": reason, "sync": sync})
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from qwen_cl.config.dashboard_names import LONGEST_NAME, LONGEST_TAG
 from qwen_cl.config.file import to_plain
-from qwen_cl.config.schema import TAG_LENGTH, RunConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.run_folder import RunFolder
 
 SWEEP = "QWEN_CL_SWEEP"
@@ -60,8 +62,8 @@ def identify(config: RunConfig, folder: RunFolder) -> Identity:
     return Identity(
         id=status.get("wandb", {}).get("id") or secrets.token_hex(5),
         rewind_to=status["step"] if status.get("resume_from") and status.get("wandb", {}).get("url") else None,
-        name=os.environ.get(TRIAL_NAME) or config.name or f"{choices['task']}-{choices['peft']}",
-        group=sweep.name if sweep else None,
+        name=os.environ.get(TRIAL_NAME, "")[:LONGEST_NAME] or config.name or f"{choices['task']}-{choices['peft']}",
+        group=sweep.name[:LONGEST_NAME] if sweep else None,
         job_type=choices["task"],
         tags=_tags(config, choices),
         config={**_shareable(plain), "facts": {name: status.get(name) for name in FACTS}},
@@ -71,7 +73,9 @@ def identify(config: RunConfig, folder: RunFolder) -> Identity:
 
 def sync_command(sweep: Path) -> str | None:
     """Uploads every trial that was logged offline; None where there is none."""
-    return f"wandb sync {sweep}/wandb/offline-run-*" if any(sweep.glob("wandb/offline-run-*")) else None
+    return (
+        f"wandb sync {shlex.quote(str(sweep))}/wandb/offline-run-*" if any(sweep.glob("wandb/offline-run-*")) else None
+    )
 
 
 def _choices(folder: RunFolder, plain: dict[str, Any]) -> dict[str, str]:
@@ -87,7 +91,7 @@ def _tags(config: RunConfig, choices: dict[str, str]) -> list[str]:
     if model in (*ANY_MODEL, "model"):
         model = config.model.source.rstrip("/").rpartition("/")[2].partition("@")[0]
     tags = [model, choices["peft"], choices["data"], *config.wandb.tags]
-    return list(dict.fromkeys(tag[:TAG_LENGTH] for tag in tags))
+    return list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags))
 
 
 def _shareable(plain: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
         return None
     place = Path(started.dir).parent
     status = {"mode": mode.value, "reason": reason, "id": started.id, "directory": str(place)}
-    status |= {"sync": f"wandb sync {place}"} if mode is WandbMode.offline else {"url": started.url}
+    status |= {"sync": f"wandb sync {shlex.quote(str(place))}"} if mode is WandbMode.offline else {"url": started.url}
     folder.update_status(wandb=status)
     return Dashboard(started, folder)
 

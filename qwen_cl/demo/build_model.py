@@ -88,6 +88,7 @@ def build_tokenizer(texts: Path) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],  # the class's own list has token_type_ids
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL_TOKENS[1:],

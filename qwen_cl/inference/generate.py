@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from qwen_cl.config.answers import GenerateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import RunConfig
+from qwen_cl.data.stop_tokens import no_end_warning, teaches_to_stop
 from qwen_cl.inference.child import run_child
 from qwen_cl.inference.prompts import Prompt, check_prompts, one_prompt, read_prompts
 from qwen_cl.inference.subject import find_subject, output_file, pinned, settle
@@ -33,6 +35,8 @@ def generate(config: RunConfig, task: GenerateConfig, overrides: Sequence[str]) 
     check_prompts(
         prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
     )
+    if not task.raw and not teaches_to_stop(subject.tokenizer()):
+        print(no_end_warning(str(subject.small_files)), file=sys.stderr)
     if config.dry_run:
         facts = [("model", subject.label), ("prompts", str(len(prompts))), ("output", str(output or "the terminal"))]
         print_facts(facts, Console())

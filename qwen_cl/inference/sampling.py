@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_cl.config.answers import AnswersConfig
+from qwen_cl.data.stop_tokens import stop_tokens
 from qwen_cl.inference.prompts import Prompt, render
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def answers(
 ) -> Iterator[Answer]:
     """In the order of the prompts. What is drawn depends on the seed and the batches."""
     torch.manual_seed(seed)
-    stops = stop_tokens(model, tokenizer, raw=task.raw)
+    stops = stops_of(model, tokenizer, raw=task.raw)
     # Of the model's own generation config only the stops count: repetition penalties and the like would compare
     # models by what their makers recommend.
     model.generation_config = _generation_config(task, stops, tokenizer)
@@ -45,22 +46,9 @@ def answers(
         yield from _answer_batch(model, tokenizer, batch, task, set(stops))
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> list[int]:
-    """The ends that generation_config.json names, the tokenizer's own, and the one the chat template puts after an
-    answer: a base model's files do not name that, and a model tuned on conversations ends with it."""
+def stops_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> list[int]:
     named = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
-    if not raw and (end := _end_of_answer(tokenizer)) is not None:
-        stops.add(end)
-    return sorted(stops)
-
-
-def _end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    content = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(content)[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+    return stop_tokens(tokenizer, [named] if isinstance(named, int) else named or [], raw=raw)
 
 
 def _generation_config(task: AnswersConfig, stops: list[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+from qwen_cl.plot_text import drawable_text
 from qwen_cl.report.importance import importances
 from qwen_cl.report.trials import Trial, differing, number
 
@@ -230,5 +231,6 @@ def _colour(share: float) -> Any:
 
 def _picture(name: str, title: str, axes: Any, says: str) -> Picture:
     stream = BytesIO()
-    axes.figure.savefig(stream, format="png", dpi=110)
+    with drawable_text(axes.figure):
+        axes.figure.savefig(stream, format="png", dpi=110)
     return Picture(name, title, stream.getvalue(), says)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> N
         if task.publish:
             facts += publish(config.wandb, directory.name, trials)
     if command := sync_command(directory):
-        facts += [("to the dashboard", command), ("look at it here", f"wandb leet {directory / 'wandb'}")]
+        facts += [
+            ("to the dashboard", command),
+            ("look at it here", f"wandb leet {shlex.quote(str(directory / 'wandb'))}"),
+        ]
     print_facts(facts, Console())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwen_cl.source.adapted import read_factors
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import PREFIX, BaseAdapter, find_adapter
 from qwen_cl.source.families import rule_for, tensor_shapes
+from qwen_cl.source.generation_config import write_generation_config
 from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_config
 from qwen_cl.source.shards import layer_of, local_shards, pieces_of
 from qwen_cl.source.whole_folder import appearing
@@ -33,10 +35,16 @@ class AdapterShape:
 
 
 def save_adapter(
-    model: Any, shape: AdapterShape, source: str, directory: Path, base_adapter: str | None = None
+    model: Any,
+    shape: AdapterShape,
+    source: str,
+    directory: Path,
+    small_files: Path,
+    stops: Sequence[int],
+    base_adapter: str | None = None,
 ) -> None:
     """Gather the adapter on rank 0 and write it there, joined with the one that was merged into the base; every rank
-    calls. The folder appears whole or not at all."""
+    calls. The folder appears whole or not at all. ``small_files`` and ``stops`` are those of write_adapter."""
     shards = [
         (shard.key, layer_of(shard), shard.prepend_axis_num, shard.global_shape, shard.global_offset, shard.data.cpu())
         for shard in local_shards(model.sharded_state_dict())
@@ -55,7 +63,7 @@ def save_adapter(
     for (key, layer), full in _assemble(part for rank in gathered for part in rank).items():
         tensors.update(peft_tensors(key, layer, full, architecture, tensor_parallel))
     merged = find_adapter(base_adapter, base, architecture)
-    write_adapter(*joined(tensors, shape, merged), source, directory)
+    write_adapter(*joined(tensors, shape, merged), source, directory, small_files, stops)
 
 
 def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
@@ -122,8 +130,16 @@ def joined(
 
 
 def write_adapter(
-    tensors: dict[str, torch.Tensor], shape: AdapterShape, source: str, directory: Path, card: str | None = None
+    tensors: dict[str, torch.Tensor],
+    shape: AdapterShape,
+    source: str,
+    directory: Path,
+    small_files: Path,
+    stops: Sequence[int],
+    card: str | None = None,
 ) -> None:
+    """``small_files`` are the base's, ``stops`` what the run has taught it to end answers with. PEFT takes no
+    generation settings from an adapter: the file beside it is for ``GenerationConfig.from_pretrained``."""
     from peft import LoraConfig
 
     match = HUB_REFERENCE.fullmatch(source)
@@ -142,6 +158,7 @@ def write_adapter(
         config.save_pretrained(temporary)
         _sort_modules(temporary / "adapter_config.json")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_generation_config(temporary, small_files, stops)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
 

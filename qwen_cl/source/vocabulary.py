@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.source.generation_config import read_generation_config, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], 
             f"{directory}: the model's vocab_size ({rows}) has {rows - ids} rows more than its tokenizer has ids "
             f"({ids}), too many for padding; copy the tokenizer files of the model that the weights are of"
         )
-    generation = _generation_config(directory)
+    generation = read_generation_config(directory)
     for name in SPECIAL:
         _check_special(name, tokenizer, (config, generation), directory)
 
@@ -48,7 +49,7 @@ def _check_special(
     """The model may name several (a chat model ends with more than one) or none; a tokenizer may have none."""
     field = f"{name}_token_id"
     found = getattr(tokenizer, field)
-    named = {token for config in configs for token in _ids(config.get(field), field, directory)}
+    named = {token for config in configs for token in token_ids(config.get(field), field, directory)}
     if found is None or not named or found in named:
         return
     raise UserError(
@@ -56,27 +57,6 @@ def _check_special(
         f"config.json and generation_config.json have {field} {', '.join(map(str, sorted(named)))}; copy the tokenizer "
         f"of the model that the weights are of, or set {field} in generation_config.json to what it was trained with"
     )
-
-
-def _ids(value: Any, field: str, directory: Path) -> list[int]:
-    """-1 and null are none, in files that must name one."""
-    ids = value if isinstance(value, list) else [value]
-    if any(isinstance(token, bool) or not isinstance(token, int | None) for token in ids):
-        raise UserError(f"{directory}: {field} ({value}) must be an id or a list of ids")
-    return [token for token in ids if token is not None and token >= 0]
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; copy it again, or remove it") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object; copy it again, or remove it")
-    return config
 
 
 def tokenizer_hash(directory: Path) -> str | None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from qwen_cl.config.errors import RunFailed, RunPreempted, UserError
+from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.output import enduring_output
@@ -122,7 +123,7 @@ def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> N
     waiting = scheduler.waiting()
     left = [process.state for process in scheduler.running]
     states = [*before, *(outcome.state.value for outcome in outcomes), *left, *[WAITING] * waiting]
-    message = f"{tally(states)}; the same command with hydra.sweep.dir={directory} goes on from there"
+    message = f"{tally(states)}; the same command with {printed_path('hydra.sweep.dir', directory)} goes on from there"
     if scheduler.interrupted:
         raise RunPreempted(f"PREEMPTED: {message}")
     if waiting or not all(outcome.state is State.COMPLETED or outcome.pruned for outcome in outcomes):

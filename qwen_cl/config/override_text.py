@@ -1,0 +1,168 @@
+"""Overrides as a shell hands them over, put so that Hydra's grammar takes them. docs/command-line.md is for users.
+
+Hydra reads a value as a number, a list, a sweep or a word of a few letters, and refuses most other characters. What it
+refuses is text; so is all that a key for text says.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep, ValueType
+from hydra.errors import HydraException
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.rules import override_key, quoted
+
+AS_TYPED = "task.prompt"
+"""Neither interpolated nor a sweep."""
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+OPENING, CLOSING = "[{(", "]})"
+
+
+def quote_arguments(arguments: list[str]) -> list[str]:
+    """All but options of Hydra's own, each by :func:`quote_free_text`.
+
+    Raises:
+        UserError: one is no override, as where a shell has split a value at its blanks.
+    """
+    for before, after in pairwise(arguments):
+        if "=" in before and not before.startswith("-") and not re.match(r"[-~]|.*=", after, re.DOTALL):
+            raise UserError(
+                f"{after}: an override reads KEY=VALUE; if it belongs to the one before, quote both for the shell: "
+                f"{printed(f'{before} {after}')}"
+            )
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    return [each if each.startswith("-") else quote_free_text(each, multirun=multirun) for each in arguments]
+
+
+def quote_free_text(argument: str, *, multirun: bool = False) -> str:
+    """Quote the value of an override where Hydra would refuse it, or take text for something else.
+
+    What is quoted already, null, interpolations and sweeps stay as they are. Idempotent.
+    """
+    name, equals, value = argument.partition("=")
+    key = override_key(argument)
+    if not equals or value == "null" or name.startswith("~"):
+        return argument
+    parsed = _parse(f"{name}={value}")
+    if key == AS_TYPED:
+        read = parsed and _value_of(parsed)
+        return f"{name}={_quoted_as_typed(read, value) if isinstance(read, QuotedString) else quoted(escape(value))}"
+    if parsed is None:
+        return _parsed_in_parts(name, value, multirun=multirun) or f"{name}={quoted(value)}"
+    if key in _text_keys() and _is_misread(parsed, value, multirun=multirun):
+        return f"{name}={quoted(value)}"
+    return argument
+
+
+def escape(text: str) -> str:
+    """Put so that OmegaConf gives it back: ``${`` would be an interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def printed(override: str) -> str:
+    """An override as a shell's line can hold it, with Hydra's quotes around its value where those are needed."""
+    return shlex.quote(quote_free_text(override))
+
+
+def printed_path(key: str, path: object) -> str:
+    """``key=PATH`` for a shell's line. As :func:`printed`, and no part of the path is an interpolation."""
+    text = str(path)
+    return printed(f"{key}={text}" if escape(text) == text else f"{key}={quoted(escape(text))}")
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _parse(override: str) -> Override | None:
+    try:
+        parsed: Override = _parser().parse_override(override)
+        return parsed
+    except HydraException:
+        return None
+
+
+def _value_of(parsed: Override) -> Any:
+    """With its quotes, which ``value()`` takes off."""
+    return parsed._value
+
+
+def _is_misread(parsed: Override, value: str, *, multirun: bool) -> bool:
+    read = _value_of(parsed)
+    if isinstance(read, QuotedString | Glob) or "${" in value:
+        return False
+    if isinstance(read, Sweep):
+        return parsed.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not multirun
+    if isinstance(read, str):
+        return read != value and "\\" not in value  # blanks at its ends
+    return read is not None  # a number, true, a list: the text would come out as Python writes it
+
+
+def _parsed_in_parts(name: str, value: str, *, multirun: bool) -> str | None:
+    """A list, a mapping or a sweep with those of its parts quoted that cannot be read; None where it is none."""
+    if value[:1] in ("[", "{") and value[-1:] == CLOSING[OPENING.index(value[0])]:
+        parts = [_quoted_part(part, is_pair=value[0] == "{") for part in _split(value[1:-1])]
+        candidate = f"{name}={value[0]}{','.join(parts)}{value[-1]}"
+    elif multirun and "," in value:
+        candidate = f"{name}={','.join(_quoted_part(part, is_pair=False) for part in _split(value))}"
+    else:
+        return None
+    return candidate if _parse(candidate) else None
+
+
+def _quoted_part(part: str, *, is_pair: bool) -> str:
+    name, colon, value = part.partition(":") if is_pair else ("", "", part)
+    value = value.strip()
+    if value[:1] in ("[", "{"):
+        inner = _parsed_in_parts("x", value, multirun=False)
+        return f"{name}{colon}{inner[2:] if inner else value}"
+    return f"{name}{colon}{value if _parse(f'x={value}') else quoted(value)}"
+
+
+def _split(text: str) -> Iterator[str]:
+    """At the commas that are in no brackets and no quotes."""
+    depth, start, quote = 0, 0, ""
+    for place, each in enumerate(text):
+        if quote:
+            quote = "" if each == quote and text[place - 1] != "\\" else quote
+        elif each in "'\"":
+            quote = each
+        elif each in OPENING + CLOSING:
+            depth += 1 if each in OPENING else -1
+        elif each == "," and depth == 0:
+            yield text[start:place]
+            start = place + 1
+    yield text[start:]
+
+
+def _quoted_as_typed(read: QuotedString, value: str) -> str:
+    """With ``${`` escaped where it is not yet."""
+    text = re.sub(r"(\\*)\$\{", lambda match: match[0] if len(match[1]) % 2 else f"{match[1]}\\${{", read.text)
+    return value if text == read.text else quoted(text)
+
+
+@cache
+def _text_keys() -> frozenset[str]:
+    """Every key whose value is text: paths, names, prompts."""
+    from qwen_cl.config import schema
+    from qwen_cl.config.store import GROUPS
+
+    owners = [("", schema.RunConfig), ("wandb.", schema.WandbConfig)]
+    owners += [(f"{group}.", kind) for group, kinds in GROUPS.items() for kind in kinds.values()]
+    found = {f"{owner}{name}" for owner, kind in owners for name in _text_fields(kind)}
+    return frozenset({*found, *FOLDERS})
+
+
+def _text_fields(kind: type) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    return (field.name for field in fields(kind) if hints[field.name] in (str, str | None))
