@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.override_text import escape
+from qwen_cl.config.override_text import escape, map_text, unescape
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS
 
@@ -35,25 +35,23 @@ ADDED_SINCE: dict[str, dict[str, Any]] = {
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
     """Plain values; each group says by ``type`` which of its schemas it is."""
-    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    plain: dict[str, Any] = map_text(_escaped_plain(config), unescape)
+    return plain
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    OmegaConf.save(OmegaConf.create(_escaped_plain(config)), path)
+
+
+def _escaped_plain(config: RunConfig) -> dict[str, Any]:
+    """As OmegaConf takes it: of what is resolved, what reads like an interpolation was typed so."""
+    escaped = OmegaConf.structured(map_text(config, escape))
+    plain = cast(dict[str, Any], OmegaConf.to_container(escaped, enum_to_str=True))
     for group, schemas in GROUPS.items():
         kind = type(getattr(config, group))
         name = next(name for name, schema in schemas.items() if schema is kind)
         plain[group] = {"type": name.removesuffix("_schema"), **plain[group]}
     return plain
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Resolved: what reads like an interpolation was typed so."""
-    OmegaConf.save(OmegaConf.create(_escaped(to_plain(config))), path)
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _escaped(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_escaped(part) for part in value]
-    return escape(value) if isinstance(value, str) else value
 
 
 def load_config(path: Path) -> RunConfig:

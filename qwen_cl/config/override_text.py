@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cache
 from itertools import pairwise
 from typing import Any, get_type_hints
@@ -66,6 +68,27 @@ def quote_free_text(argument: str, *, multirun: bool = False) -> str:
 def escape(text: str) -> str:
     """Put so that OmegaConf gives it back: ``${`` would be an interpolation."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def unescape(text: str) -> str:
+    """The inverse of :func:`escape`."""
+    return re.sub(r"(\\+)\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", text)
+
+
+def map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a config with every text in it changed; no rule is checked again."""
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: map_text(part, change) for name, part in value.items()}
+    if isinstance(value, list):
+        return [map_text(part, change) for part in value]
+    if not is_dataclass(value):
+        return value
+    copied = copy(value)
+    for field in fields(value):
+        setattr(copied, field.name, map_text(getattr(value, field.name), change))
+    return copied
 
 
 def printed(override: str) -> str:
