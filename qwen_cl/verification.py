@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import tempfile
@@ -104,8 +105,9 @@ def _transformers_loss(source: str, adapter: str | None, examples: list[Example]
 
     directory = local_directory(source)
     published = read_model_config(directory)
-    config = transformers_config(normalized_config(published, read_architecture(published, directory)))
-    with _weights_alone(directory) as alone:
+    normalized = normalized_config(published, read_architecture(published, directory))
+    config = transformers_config(normalized)
+    with _model_alone(directory, normalized) as alone:
         model = AutoModelForCausalLM.from_pretrained(
             alone, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ).eval()
@@ -125,12 +127,14 @@ def _transformers_loss(source: str, adapter: str | None, examples: list[Example]
 
 
 @contextmanager
-def _weights_alone(directory: Path) -> Iterator[Path]:
-    """A folder of links to the files that are the model: transformers would load an adapter that lies beside them."""
+def _model_alone(directory: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """A folder of links to the files that are the model: transformers would load an adapter that lies beside them. It
+    has the config too: where it lacks one, transformers 5 fails for want of a generation config."""
     files = weight_files(directory)
     if [path.name for path in files] != [SINGLE]:
         files.append(directory / INDEX)
     with tempfile.TemporaryDirectory() as alone:
         for path in files:
             (Path(alone) / path.name).symlink_to(path.absolute())
+        (Path(alone) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield Path(alone)
