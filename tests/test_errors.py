@@ -101,7 +101,7 @@ def test_a_typo_in_an_experiment_file(tmp_path: Path) -> None:
         (GOOD + b'\n{"prompt": "a"}\n', ":3", "field 'completion' is missing (found: 'prompt')"),
         (b"", "", "is empty"),
         (GOOD + '{"prompt": "日本", "completion": "b"}\n'.encode("shift_jis"), ":2", "is not UTF-8"),
-        (GOOD + b"[1]\n", ":2", "list where an object"),
+        (GOOD + b"[1]\n", ":2", "an array where an object"),
         (GOOD + b'{"prompt": "a", "completion": " "}\n', ":2", "field 'completion' is empty"),
         (GOOD, "", "has one row"),
     ],

@@ -167,8 +167,8 @@ REFUSED: dict[str, tuple[list[str], bytes, str]] = {
     "unsafe name": (["task.sets={a b: '{file}.jsonl'}"], b"", r"task\.sets: 'a b' must be letters"),
     "absent": (["task.sets={a: /no/such.jsonl}"], b"", r"task\.sets\.a \(/no/such\.jsonl\) does not exist; name a"),
     "absent text": (["task.sets={a: /no/such.txt}"], b"", r"task\.sets\.a \(/no/such\.txt\) does not exist; name a"),
-    "unknown format": (["task.sets={a: '{file}.csv'}"], b"x", r"task\.sets\.a: .*\.csv is of an unknown format; known"),
-    "empty": (["task.sets={a: '{file}.jsonl'}"], b" \n", r"file\.jsonl is empty; it must hold one JSON object a line"),
+    "unknown format": (["task.sets={a: '{file}.xyz'}"], b"x", r"task\.sets\.a: .*\.xyz is of an unknown format; known"),
+    "empty": (["task.sets={a: '{file}.jsonl'}"], b" \n", r"file\.jsonl is empty; it must hold rows, or a text"),
     "empty text": (["task.sets={a: '{file}.txt'}"], b"\n", r"file\.txt: the text is empty; remove the row or"),
     "broken line": (["task.sets={a: '{file}.jsonl'}"], b'{"text": "a"}\n{"te\n', r"file\.jsonl:2: not JSON"),
     "not UTF-8": (["task.sets={a: '{file}.txt'}"], b"ok\n" + SHIFT_JIS, r"file\.txt:2: byte 0x93 at column 1 is not"),
@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[list[str], bytes, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_before_anything_starts(name: str, tmp_path: Path) -> None:
     said, content, message = REFUSED[name]
-    for suffix in ("jsonl", "txt", "csv"):
+    for suffix in ("jsonl", "txt", "xyz"):
         (tmp_path / f"file.{suffix}").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         check("task=evaluate", *(part.replace("{file}", str(tmp_path / "file")) for part in said))
