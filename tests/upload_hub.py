@@ -83,7 +83,7 @@ class _Handler(hub._Handler):
         if (self.hub.root / repository).is_dir():
             return self._answer({**answer, "error": "You already created this model repo"}, HTTPStatus.CONFLICT)
         self.hub.publish(repository, {".gitattributes": b"*.safetensors filter=lfs\n"}, "main")
-        if wanted.get("private"):
+        if wanted.get("private") or wanted.get("visibility") == "private":  # before huggingface_hub 1.0, and since
             self.hub.private = [*self.hub.private, repository]
         return self._answer(answer)
 
