@@ -232,3 +232,13 @@ def test_damage_within_parquet_and_columns_of_one_name_are_told_in_a_line(tmp_pa
     parquet.write_table(pyarrow.Table.from_arrays([column] * 3, names=["prompt", "completion", "prompt"]), path)
     with pytest.raises(UserError, match=r"a\.parquet has two columns 'prompt'; every column needs a name of its own"):
         read_rows(files(path))
+
+
+def test_a_table_may_say_that_every_row_has_its_full_weight(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,weight\n" + "".join(f"q{number},a{number},1\n" for number in range(3)))
+    train, validation = read_rows(files(path))
+    assert len(train) + len(validation) == 3
+    path.write_text("prompt,completion,weight\nq,a,1\nq2,a2,0\nq3,a3,1\n")
+    with pytest.raises(UserError, match=r"a\.csv:3: field 'weight' weights a whole row, which is not supported"):
+        read_rows(files(path))

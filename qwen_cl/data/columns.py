@@ -24,6 +24,8 @@ TOOL_COLUMNS = ("tools", "functions")
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 THINKING = "enable_thinking"
 PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "kto_tag")
+FULL_WEIGHT = (1, "1", "1.0", "true", "True")
+"""As a cell of a table has it, too."""
 ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "train", "training", "mask", "loss_mask")
 TOKENS = ("input_ids", "assistant_masks", "completion_mask")
 MEANING_COLUMNS = (
@@ -82,7 +84,7 @@ def _refuse(rest: dict[str, Any], used: set[str], where: str) -> None:
             "good ones and remove the field"
         )
     for name in ROW_WEIGHTS:
-        if name in rest and rest[name] != 1:
+        if name in rest and rest[name] not in FULL_WEIGHT:
             raise UserError(
                 f"{where}: field {name!r} weights a whole row, which is not supported; remove the row or the field, or "
                 "write weight: 0 on the answers that are context only"
