@@ -66,7 +66,7 @@ def test_a_run_keeps_how_it_rendered(dated: tuple[Launched, Path]) -> None:
     start = f"[[Today is 29 Feb 2024.\n<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 0 and 1?"
     assert report["rendered"][0].startswith(start)
     assert report["unused_fields"] == {"the training set": {"id": 30}, "the validation set": {"id": 10}}
-    assert "fields that no token is made of, of the training set: id (30 rows)" in run.stdout
+    assert "unused fields: in the training set id (30 rows)" in run.stdout
     assert (run.folder.tokenizer / "chat_template.jinja").read_text(encoding="utf-8") == DATED
     sample = json.loads(run.folder.samples.read_text(encoding="utf-8").splitlines()[0])
     assert sample["prompt"].startswith(f"Today is 29 Feb 2024.\n<|im_start|>system\n{SYSTEM}<|im_end|>\n")

@@ -49,8 +49,8 @@ def _unused(report: DataReport) -> str:
     sets = []
     for name, counts in report.unused_fields.items():
         shown = ", ".join(f"{field} ({count:,} rows)" for field, count in counts.items())
-        sets.append(f"of {name}: {shown}")
-    return "fields that no token is made of, " + "; ".join(sets)
+        sets.append(f"in {name} {shown}")
+    return "unused fields: " + "; ".join(sets)
 
 
 def _writing(report: DataReport, what: str) -> str:
