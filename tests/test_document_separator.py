@@ -220,3 +220,25 @@ def test_bits_of_the_end_are_of_its_own_bytes(tmp_path: Path) -> None:
         assert measured.text_bytes() == len(own.decode(tail).encode())
         assert "\ufffd" not in own.decode(tail)
         assert math.isclose(len(tail), share * len(own(text)["input_ids"]), abs_tol=9)
+
+
+@pytest.mark.parametrize("bos_then", [None, "<s>"])
+def test_a_run_whose_texts_began_otherwise_is_resumed_only_where_that_is_said(
+    bos_then: str | None, tmp_path: Path
+) -> None:
+    """Runs from before texts began with BOS recorded none."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "two"]))
+    command = ["task=pretrain", "data=text", f"data.path={tmp_path / 'a.jsonl'}", "cluster.accelerator=cpu"]
+    plan = make_plan(compose_run(*command, "retention=none"))
+    folder = RunFolder(tmp_path / "run")
+    folder.directory.mkdir()
+    save_config(plan.config, folder.config)
+    folder.update_status(state=State.PREEMPTED, bos_token=bos_then)
+    facts = {"data.bos_token": "<s>"}
+    if bos_then == "<s>":
+        resume(folder, plan.config, facts)
+        return
+    with pytest.raises(UserError, match=r"data\.bos_token was .* and is <s>"):
+        resume(folder, plan.config, facts)
+    allowed = make_plan(compose_run(*command, "retention=none", "resume.allow=[data.bos_token]"))
+    resume(folder, allowed.config, facts)
