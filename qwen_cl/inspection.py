@@ -15,7 +15,7 @@ from qwen_cl.devices import Device, alone, pick_device
 from qwen_cl.estimate import Batch, estimate_memory
 from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
 from qwen_cl.plan import check_weights
-from qwen_cl.source.architecture import FAMILIES, Architecture, read_architecture
+from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import find_adapter
 from qwen_cl.source.card import licence_of
 from qwen_cl.source.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[st
     return [
         ("model", model.source),
         ("commit", model.commit or "none: a directory of your own"),
-        ("architecture", f"{architecture.family} ({FAMILIES[architecture.family].title})"),
+        ("architecture", f"{architecture.model_type} ({architecture.family.title})"),
         ("parameters", f"{count_parameters(shapes):,}, of them {embedding:,} in the embedding{_tied(architecture)}"),
         ("layers", f"{architecture.num_layers} of {architecture.hidden_size}, MLP of {architecture.ffn_hidden_size}"),
         (

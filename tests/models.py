@@ -8,30 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
+from qwen_cl.models.families import FAMILIES
 from tests.conftest import ROOT
 
 DEMO_MODEL = ROOT / "qwen_cl/demo/model"
 SMALL_TOKENIZER = ROOT / "tests/tokenizer"
 """Of 1536 ids, for models that are small and quick; with a config.json that names its special ones."""
-TRANSFORMERS: dict[str, tuple[Any, Any]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-}
-
-
 LLAMA_3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -67,7 +51,8 @@ def save_random_model(
     ``fields`` go into the family's config as they are.
     """
     torch.manual_seed(heads * vocab_size)
-    config_class, model_class = TRANSFORMERS[family]
+    named = FAMILIES[family].transformers
+    config_class, model_class = (getattr(transformers, f"{named}{kind}") for kind in ("Config", "ForCausalLM"))
     hidden_size = hidden_size or heads * head_width
     config = config_class(
         vocab_size=vocab_size,

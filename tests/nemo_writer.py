@@ -14,8 +14,6 @@ from typing import Any
 
 from tests.layout_probe import run_config
 
-MODELS = {"qwen2": "Qwen2Model", "qwen3": "Qwen3Model", "llama": "LlamaModel", "mistral": "MistralModel"}
-
 
 def main(specification: Path) -> None:
     from qwen_cl.worker import prepare
@@ -51,7 +49,7 @@ def _write(one: dict[str, Any], tensor_parallel: int, pipeline_parallel: int) ->
     architecture = read_architecture(published, source)
     tokenizer = AutoTokenizer(one["tokenizer"])
     config = getattr(llm, one["config"])(**_shape(published), **one["fields"])
-    model = getattr(llm, MODELS[architecture.family])(config, tokenizer=tokenizer)
+    model = getattr(llm, architecture.family.nemo_model)(config, tokenizer=tokenizer)
     trainer = nl.Trainer(
         devices=tensor_parallel * pipeline_parallel,
         accelerator="cpu",

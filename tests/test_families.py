@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import layout_probe
+from qwen_cl.models.families import FAMILIES
+from tests import family_probe, layout_probe
 from tests.models import LLAMA_3, save_random_model
 from tests.ranks import run_ranks
 
@@ -46,15 +47,27 @@ def test_logits_equal_transformers(
     arguments = (tmp_path, tensor_parallel, pipeline_parallel, list(models.values()))
     done = run_ranks(layout_probe.main, *arguments, ranks=ranks)
     assert done.returncode == 0, done.log[-3000:]
-    ids = torch.arange(120).view(2, 60) * 7 % 1400
     for name, directory in models.items():
-        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        with torch.no_grad():
-            expected = reference(ids).logits
-        logits = load_file(tmp_path / f"{name}.st")["logits"]
-        assert logits.shape == expected.shape, name
-        assert (logits - expected).abs().max() < 1e-4, name
+        _check_logits(name, directory, tmp_path)
         _check_bytes(name, directory, tmp_path, ranks)
+
+
+def test_a_family_of_the_same_tensors_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "ministral", family_probe.MINISTRAL)
+    kinds = ["sliding_attention", "full_attention"]
+    model = save_random_model(tmp_path / "ministral", family="ministral", sliding_window=64, layer_types=kinds)
+    done = run_ranks(family_probe.main, tmp_path, 2, 1, [model], ranks=2)
+    assert done.returncode == 0, done.log[-3000:]
+    _check_logits("ministral", model, tmp_path)
+
+
+def _check_logits(name: str, directory: Path, out: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.arange(120).view(2, 60) * 7 % 1400).logits
+    logits = load_file(out / f"{name}.st")["logits"]
+    assert logits.shape == expected.shape, name
+    assert (logits - expected).abs().max() < 1e-4, name
 
 
 def _check_bytes(name: str, directory: Path, out: Path, ranks: int) -> None:

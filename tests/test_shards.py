@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 READ: dict[str, Any] = {
-    "family": "qwen2",
+    "model_type": "qwen2",
     "num_layers": 3,
     "hidden_size": 60,
     "ffn_hidden_size": 20,

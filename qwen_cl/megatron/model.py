@@ -16,16 +16,10 @@ from qwen_cl.megatron.attention import layer_spec, segment_layer_spec
 from qwen_cl.megatron.steps import data_step, forward_step
 from qwen_cl.source.architecture import Architecture
 
-MODELS = {
-    "qwen2": (llm.Qwen2Model, llm.Qwen2Config),
-    "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
-    "llama": (llm.LlamaModel, llm.LlamaConfig),
-    "mistral": (llm.MistralModel, llm.MistralConfig7B),  # the one class NeMo has: every size is overridden
-}
-
 
 def build_model(config: RunConfig, architecture: Architecture, tokenizer: run.Config) -> run.Config:
-    model, model_config = MODELS[architecture.family]
+    family = architecture.family
+    model, model_config = getattr(llm, family.nemo_model), getattr(llm, family.nemo_config)
     fields = _shape(architecture, config.cluster.tensor_parallel)
     if scaling := architecture.rope_scaling:
         model_config = Llama31Config
@@ -35,7 +29,7 @@ def build_model(config: RunConfig, architecture: Architecture, tokenizer: run.Co
             high_freq_factor=scaling.high_freq_factor,
             old_context_len=scaling.original_max_position_embeddings,
         )
-    if architecture.family == "mistral":
+    if family.nemo_window:
         fields.update(window_size=None, cp_comm_type=None)  # sequences are held below the window (plan.py)
     if config.cluster.pipeline_parallel > 1:
         # Micro batches are padded to their own longest row, so stages must tell each other their shapes; Megatron

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.models.families import FAMILIES, FULL, SLIDING, Family
 from qwen_cl.source.rope import Rope, RopeScaling, read_rope
 from qwen_cl.source.tensor_files import has_own_head
 
@@ -18,8 +18,7 @@ from qwen_cl.source.tensor_files import has_own_head
 class Architecture:
     """Field names follow megatron.core's TransformerConfig where it has the field."""
 
-    family: str
-    """config.json's model_type."""
+    model_type: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -41,6 +40,10 @@ class Architecture:
     qk_norm: bool
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def query_size(self) -> int:
         return self.num_attention_heads * self.kv_channels
 
@@ -54,61 +57,10 @@ class Architecture:
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """What a model_type stands for beyond the fields all decoders share."""
-
-    title: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    head_dim: int | None = None
-    """Where config.json has none; else hidden_size / num_attention_heads."""
-    window: Callable[[dict[str, Any]], int | None] = lambda config: None
-    """Tokens that some layer looks back on; None where every layer has all of them."""
-    slides: bool = True
-    """Whether layers may have a window at all."""
-    key_value_heads_required: bool = True
-    """Whether transformers' own default of num_key_value_heads is another than num_attention_heads."""
-    rope_types: tuple[str, ...] = ("default",)
-    unsupported_flags: tuple[str, ...] = ()
-    """Fields that must be false: the layers they add are not built."""
-
-
 TIED = "tie_word_embeddings"
-FULL, SLIDING = KINDS = "full_attention", "sliding_attention"
 QUANTIZED = ("quantization_config", "compression_config")
 NOT_EMPTY = ("per_layer_config", "pruned_heads", "transformers_weights")
 """Fields that transformers has for every model: layers of other shapes, weights in other files."""
-
-
-def _qwen_window(config: dict[str, Any]) -> int | None:
-    """As Qwen2Config and Qwen3Config have it: layers from max_window_layers on slide, unless layer_types says which."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first: int = config.get("max_window_layers", 28) or 0
-        return window if first < config["num_hidden_layers"] else None
-    return window if SLIDING in kinds else None
-
-
-FAMILIES = {
-    "qwen2": Family(title="Qwen2, Qwen2.5", qkv_bias=True, window=_qwen_window),
-    "qwen3": Family(
-        title="Qwen3",
-        qk_norm=True,
-        head_dim=128,
-        window=_qwen_window,
-        unsupported_flags=("attention_bias",),
-    ),
-    "llama": Family(
-        title="Llama 2 and 3, SmolLM2",
-        slides=False,
-        key_value_heads_required=False,
-        rope_types=("default", "llama3"),
-        unsupported_flags=("attention_bias", "mlp_bias"),
-    ),
-    "mistral": Family(title="Mistral", window=lambda config: config.get("sliding_window", 4096)),
-}
 
 
 def read_architecture(config: dict[str, Any], directory: Path) -> Architecture:
@@ -126,7 +78,7 @@ def read_architecture(config: dict[str, Any], directory: Path) -> Architecture:
     _check_fields(config, family, path)
     _refuse_unsupported(config, family, path)
     _check_layer_types(config, family, path)
-    return _architecture(str(name), family, config, read_rope(config, family.rope_types, path), directory)
+    return _architecture(family, config, read_rope(config, family.rope_types, path), directory)
 
 
 REQUIRED = (
@@ -152,11 +104,11 @@ def _check_fields(config: dict[str, Any], family: Family, path: Path) -> None:
             raise UserError(f"{path}: {name} ({json.dumps(value)}) must be a positive number")
 
 
-def _architecture(name: str, family: Family, config: dict[str, Any], rope: Rope, directory: Path) -> Architecture:
+def _architecture(family: Family, config: dict[str, Any], rope: Rope, directory: Path) -> Architecture:
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     groups = config["num_key_value_heads"] if family.key_value_heads_required else config.get("num_key_value_heads")
     return Architecture(
-        family=name,
+        model_type=family.model_type,
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden_size,
         ffn_hidden_size=config["intermediate_size"],
@@ -165,7 +117,7 @@ def _architecture(name: str, family: Family, config: dict[str, Any], rope: Rope,
         kv_channels=config.get("head_dim") or family.head_dim or hidden_size // heads,
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
-        sliding_window=family.window(config),
+        sliding_window=_window(config, family),
         layernorm_epsilon=float(config["rms_norm_eps"]),
         rotary_base=rope.theta,
         rope_scaling=rope.scaling,
@@ -174,6 +126,10 @@ def _architecture(name: str, family: Family, config: dict[str, Any], rope: Rope,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
     )
+
+
+def _window(config: dict[str, Any], family: Family) -> int | None:
+    return None if family.sliding_window is None else family.sliding_window.width(config)
 
 
 def _check_layer_types(config: dict[str, Any], family: Family, path: Path) -> None:
@@ -185,12 +141,12 @@ def _check_layer_types(config: dict[str, Any], family: Family, path: Path) -> No
         raise UserError(
             f"{path}: layer_types ({json.dumps(kinds)}) must name a kind for each of num_hidden_layers ({layers})"
         )
-    known = KINDS if family.slides else (FULL,)
+    known = (FULL,) if family.sliding_window is None else (FULL, SLIDING)
     if unknown := [kind for kind in kinds if kind not in known]:
         raise UserError(
             f"{path}: layer_types has {json.dumps(unknown[0])}, which is not supported; supported: {', '.join(known)}"
         )
-    if SLIDING in kinds and family.window(config) is None:
+    if SLIDING in kinds and _window(config, family) is None:
         raise UserError(
             f"{path}: layer_types has {SLIDING}, and sliding_window or use_sliding_window say that there is no window; "
             "set them to what the model was trained with"

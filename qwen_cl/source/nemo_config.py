@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.source.architecture import FAMILIES
+from qwen_cl.models.families import FAMILIES, Family
 from qwen_cl.source.distributed_metadata import DistributedMetadata
 from qwen_cl.source.nemo_context import WEIGHTS, read_model_yaml, short, tokenizer_directory, tokenizer_size
 
 EMBEDDING = "module.embedding.word_embeddings.weight"
-_CLASSES = {
-    "qwen2": r"qwen2\.Qwen25?Config\w*",
-    "qwen3": r"qwen3\.Qwen3Config\w*",
-    "llama": r"llama\.(Code)?Llama(2|3|31|32)?Config\w*",
-    "mistral": r"mistral\.Mistral(NeMo|Small3)?Config\w*",
-}
-"""model_type -> NeMo's classes in nemo.collections.llm.gpt.model; others compute something else."""
-_TRANSFORMERS_CLASS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+_CLASSES = r"nemo\.collections\.llm\.gpt\.model\."
 
 _ALWAYS = {
     "normalization": "RMSNorm",
@@ -90,17 +83,17 @@ def _read_model(directory: Path) -> tuple[dict[str, Any], Path]:
     return settings, path
 
 
-def _family(settings: dict[str, Any]) -> str | None:
+def _family(settings: dict[str, Any]) -> Family | None:
     target = settings.get("_target_")
-    for family, classes in _CLASSES.items():
-        if isinstance(target, str) and re.fullmatch(r"nemo\.collections\.llm\.gpt\.model\." + classes, target):
-            return family
-    return None
+    if not isinstance(target, str):
+        return None
+    classes = ((family, family.nemo_checkpoints) for family in FAMILIES.values())
+    return next((family for family, names in classes if names and re.fullmatch(_CLASSES + names, target)), None)
 
 
-def _refuse_unbuilt(settings: dict[str, Any], family: str, path: Path) -> None:
+def _refuse_unbuilt(settings: dict[str, Any], family: Family, path: Path) -> None:
     """Features that would change the result silently if they were ignored."""
-    always = {**_ALWAYS, "add_qkv_bias": FAMILIES[family].qkv_bias, "qk_layernorm": FAMILIES[family].qk_norm}
+    always = {**_ALWAYS, "add_qkv_bias": family.qkv_bias, "qk_layernorm": family.qk_norm}
     for name, value in always.items():
         if settings.get(name) != value:
             raise UserError(f"{path}: {name} ({short(settings.get(name))}) is not supported; it must be {value}")
@@ -110,18 +103,18 @@ def _refuse_unbuilt(settings: dict[str, Any], family: str, path: Path) -> None:
     activation = settings.get("activation_func")
     if not isinstance(activation, dict) or activation.get("_target_") != "torch.nn.functional.silu":
         raise UserError(f"{path}: activation_func ({short(activation)}) is not supported; it must be silu")
-    if settings.get("window_size") is not None and family != "mistral":
+    if settings.get("window_size") is not None and not family.nemo_window:
         raise UserError(f"{path}: window_size ({short(settings['window_size'])}) is not supported in this family")
 
 
-def _hugging_face_config(settings: dict[str, Any], family: str, path: Path) -> dict[str, Any]:
+def _hugging_face_config(settings: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     fields = _Fields(settings, path)
     heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if settings.get("kv_channels") is None and hidden_size % heads:
         raise UserError(f"{path}: num_attention_heads ({heads}) must divide hidden_size ({hidden_size})")
     config: dict[str, Any] = {
-        "architectures": [f"{_TRANSFORMERS_CLASS[family]}ForCausalLM"],
-        "model_type": family,
+        "architectures": [f"{family.transformers}ForCausalLM"],
+        "model_type": family.model_type,
         "hidden_act": "silu",
         "num_hidden_layers": fields.integer("num_layers"),
         "hidden_size": hidden_size,
@@ -145,7 +138,7 @@ def _hugging_face_config(settings: dict[str, Any], family: str, path: Path) -> d
             "high_freq_factor": fields.number("high_freq_factor"),
             "original_max_position_embeddings": fields.integer("old_context_len"),
         }
-    if family == "mistral":
+    if family.nemo_window:
         config["sliding_window"] = _window(settings, path)
     return config
 

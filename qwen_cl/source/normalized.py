@@ -23,22 +23,21 @@ if TYPE_CHECKING:
 
 NOT_KEPT = ("auto_map", "dtype", "rope_parameters", "rope_theta", "rope_scaling", "torch_dtype")
 """Fields of config.json that the versions spell differently, or that name code."""
-WINDOWED = ("qwen2", "qwen3")
-"""Families whose ``use_sliding_window`` says whether ``sliding_window`` counts."""
 
 
 def normalized_config(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """What ``architecture`` understood of ``config``, and the author's other fields as they are."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     scaling = architecture.rope_scaling
-    slides = architecture.family in WINDOWED
-    window: dict[str, Any] = {"use_sliding_window": architecture.sliding_window is not None} if slides else {}
-    if architecture.family != "llama":
-        window["sliding_window"] = architecture.sliding_window
+    rule, width = architecture.family.sliding_window, architecture.sliding_window
+    window: dict[str, Any] = {"use_sliding_window": width is not None} if rule is not None and rule.opt_in else {}
+    if rule is not None:
+        window["sliding_window"] = width
+    left_out = NOT_KEPT if rule is not None and rule.by_layer else (*NOT_KEPT, "layer_types")
     return {
-        **{key: value for key, value in config.items() if key not in NOT_KEPT and (slides or key != "layer_types")},
+        **{key: value for key, value in config.items() if key not in left_out},
         **window,
-        "model_type": architecture.family,
+        "model_type": architecture.model_type,
         "hidden_size": architecture.hidden_size,
         "num_hidden_layers": architecture.num_layers,
         "intermediate_size": architecture.ffn_hidden_size,

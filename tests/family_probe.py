@@ -1,0 +1,24 @@
+"""Saves logits of a family that is one more entry of ``FAMILIES``, and nothing else. Run by ``tests.ranks``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_cl.models.families import FAMILIES, Family, SlidingWindow
+from tests import layout_probe
+
+MINISTRAL = Family(
+    model_type="ministral",
+    title="Ministral",
+    transformers="Ministral",
+    nemo_model="MistralModel",
+    nemo_config="MistralConfig7B",
+    nemo_window=True,
+    sliding_window=SlidingWindow(by_layer=True),
+)
+"""Layers of Mistral's, some of which have a window. Not supported here, so that nobody has prepared anything for it."""
+
+
+def main(out: Path, tensor_parallel: int, pipeline_parallel: int, directories: list[Path]) -> None:
+    FAMILIES[MINISTRAL.model_type] = MINISTRAL
+    layout_probe.main(out, tensor_parallel, pipeline_parallel, directories)
