@@ -203,7 +203,7 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
     steps = [line for line in lines if "train/loss" in line]
     ends = [line["time"] for line in steps]
     timed = ends[specification["warmup_steps"] - 1 :]
-    began = json.loads((directory / "status.json").read_text(encoding="utf-8"))["began"]
+    began = json.loads((directory / "status.json").read_text(encoding="utf-8"))["phase_started_at"]
     return {
         "losses": [line["train/loss"] for line in steps],
         "norms": [line["optim/grad_norm"] for line in steps],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-BROKEN_BY_OTHERS = re.compile(
-    r"gloo|nccl|DistBackendError|DistNetworkError|DistStoreError|connection (was )?(closed|reset|refused)|broken pipe"
-    r"|process ?group",
-    re.IGNORECASE,
-)
-"""How a collective fails because another rank is gone."""
+from qwen_cl.runs.failure import FailureKind
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The failure of a rank in its own words."""
+
+    number: int
+    """Among all reports, in the order of the failures."""
+    reason: str
+    kind: FailureKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +26,17 @@ class Fallen:
     rank: int
     returncode: int
     """Negative: the signal that killed it."""
-    reason: str | None = None
-    """What it reported itself."""
-    number: int = 0
-    """Of its report among all."""
+    report: Report | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RootCause:
+    """The one failure that all others follow from."""
+
+    reason: str
+    kind: FailureKind
+    retriable: bool = False
+    """The rank was lost to something outside the run, and another attempt may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +50,30 @@ class Beat:
     """For other ranks."""
 
 
-def root_cause(fallen: Sequence[Fallen], left: Sequence[int] = (), *, out_of_memory: bool = False) -> tuple[str, bool]:
-    """The reason, and whether the rank was lost to something outside the run (another attempt may succeed).
-
-    ``left`` are the ranks that went on while the others fell."""
-    killed = [each for each in fallen if each.returncode == -signal.SIGKILL]
-    reported = sorted((each for each in fallen if each.reason), key=lambda each: each.number)
-    own = [each for each in reported if not BROKEN_BY_OTHERS.search(each.reason or "")]
-    crashed = [each for each in fallen if each.returncode < 0 and not each.reason]
+def root_cause(fallen: Sequence[Fallen], left: Sequence[int] = (), *, out_of_memory: bool = False) -> RootCause:
+    """Return why a run failed. ``left`` are the ranks that went on while the others fell; ``out_of_memory`` says that
+    the kernel killed processes meanwhile."""
+    killed = [each.rank for each in fallen if each.returncode == -signal.SIGKILL]
+    if killed and out_of_memory:
+        why = f"{_were(killed)} killed by SIGKILL; the kernel was out of memory"
+        return RootCause(why, FailureKind.out_of_memory)
     if killed:
-        why = "; the kernel was out of memory" if out_of_memory else ""
-        return f"{_were([each.rank for each in killed])} killed by SIGKILL{why}", not out_of_memory
-    if own:
-        return f"rank {own[0].rank}: {own[0].reason}", False
-    if crashed:
-        return f"rank {crashed[0].rank} was killed by {signal.Signals(-crashed[0].returncode).name}", True
-    if reported and left:
-        return f"{_were(left)} hanging; what rank {reported[0].rank} says: {reported[0].reason}", True
-    if reported:
-        return f"rank {reported[0].rank}: {reported[0].reason}", False
-    return f"rank {fallen[0].rank} exited with {fallen[0].returncode}", False
+        return RootCause(f"{_were(killed)} killed by SIGKILL", FailureKind.rank_lost, retriable=True)
+    reported = sorted(((each.rank, each.report) for each in fallen if each.report), key=lambda each: each[1].number)
+    for rank, report in reported:
+        if report.kind is not FailureKind.collective_failed:
+            return RootCause(f"rank {rank}: {report.reason}", report.kind)
+    for each in fallen:
+        if each.returncode < 0 and not each.report:
+            number = signal.Signals(-each.returncode).name
+            return RootCause(f"rank {each.rank} was killed by {number}", FailureKind.rank_lost, retriable=True)
+    if not reported:
+        return RootCause(f"rank {fallen[0].rank} exited with {fallen[0].returncode}", FailureKind.error)
+    rank, report = reported[0]
+    if left:
+        why = f"{_were(left)} hanging; what rank {rank} says: {report.reason}"
+        return RootCause(why, FailureKind.hung, retriable=True)
+    return RootCause(f"rank {rank}: {report.reason}", report.kind)
 
 
 def who_hangs(beats: Sequence[Beat], minutes: float) -> str:

@@ -14,13 +14,12 @@ from megatron.core import parallel_state
 from qwen_cl.checkpoints.folder import size_of
 from qwen_cl.config.errors import NO_ROOM_ADVICE
 from qwen_cl.megatron.writers import LOST
+from qwen_cl.runs.failure import FailureKind, failure_kind_of
 
 ADAM_BYTES = 12
 """Per parameter: its fp32 copy, and Adam's two moments."""
 SMALL_FILES = 64 * 2**20
 """Bytes allowed for what else is in a checkpoint: the tokenizer, NeMo's context, indices."""
-NO_ROOM = "no room"
-"""How what is said of it begins."""
 
 
 class NoRoomError(OSError):
@@ -45,18 +44,19 @@ def require_room(directory: Path, needed: int) -> None:
         )
 
 
-def told(error: BaseException, directory: Path) -> str:
-    """What went wrong, to every rank. Torch wraps what writing raises, so a full disk is asked for too."""
+def told(error: BaseException, directory: Path) -> tuple[str, FailureKind]:
+    """Return what went wrong, for every rank. Torch wraps what writing raises, so the disk is looked at too."""
     text = " ".join(str(error).split())
     if LOST in text:
-        return "a process that wrote the checkpoint ended before it was through; killed, for want of memory?"
+        what = "a process that wrote the checkpoint ended before it was through; killed, for want of memory?"
+        return what, FailureKind.rank_lost
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
     with suppress(OSError):
         full = full or shutil.disk_usage(directory).free < (size_of(directory) or 0)  # its writer has words of its own
     if not full:
-        return f"{type(error).__name__}: {text[:500]}"
+        return f"{type(error).__name__}: {text[:500]}", failure_kind_of(error)
     detail = error.strerror if isinstance(error, NoRoomError) else "the disk is full"
-    return f"{NO_ROOM} for a checkpoint in {directory}: {detail}. {NO_ROOM_ADVICE}"
+    return f"no room for a checkpoint in {directory}: {detail}. {NO_ROOM_ADVICE}", FailureKind.disk_full
 
 
 def _amount(size: float) -> str:

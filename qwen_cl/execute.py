@@ -17,7 +17,9 @@ from typing import Any
 from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.schema import Accelerator, ClusterConfig, RunConfig
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State
 from qwen_cl.source.settings import HubSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,14 +100,11 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
                 time.sleep(0.1)
     except BaseException as error:
         kill_group(process)
-        if folder.status().get("state") == State.RUNNING:
-            why = f"its launcher ended: {type(error).__name__}: {error}"
-            folder.update_status(state=State.FAILED, reason=why, end=now())
+        folder.finish(State.FAILED, f"its launcher ended: {type(error).__name__}: {error}", FailureKind.error)
         raise
     kill_group(process)
     watch()
-    if folder.status().get("state") == State.RUNNING:
-        _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)
+    _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)
     judge(folder, interrupted=signal.SIGINT in asked[:1])
 
 
@@ -169,7 +168,7 @@ def out_of_memory_kills() -> int:
 def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: bool) -> None:
     """The last word for a worker that ended without one; ``asked`` says that we asked it to stop."""
     if asked and returncode == -signal.SIGTERM:  # it was not listening yet
-        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
+        folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
         return
     how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
     why = ""
@@ -179,17 +178,18 @@ def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: b
         why = "; the kernel was out of memory"
     elif returncode == -signal.SIGKILL:
         why = " (out of memory?)"
-    lost = not (asked or out_of_memory)
-    folder.update_status(state=State.FAILED, reason=f"the worker was {how}{why}", end=now(), worker_lost=lost)
+    full = out_of_memory and not asked
+    kind = FailureKind.out_of_memory if full else FailureKind.rank_lost
+    folder.finish(State.FAILED, f"the worker was {how}{why}", kind, retriable=not (asked or out_of_memory))
 
 
 def judge(folder: RunFolder, *, interrupted: bool) -> None:
     status = folder.status()
-    if status["state"] == State.PREEMPTED:
+    if status.state is State.PREEMPTED:
         raise RunPreempted(
-            f"PREEMPTED at step {status.get('step', 0)}: {status['reason']}. The same command with "
+            f"PREEMPTED at step {status.step}: {status.reason}. The same command with "
             f"{printed_path('hydra.run.dir', folder.directory)} goes on from there",
             interrupted=interrupted,
         )
-    if status["state"] != State.COMPLETED:
-        raise RunFailed(f"FAILED: {status['reason']}\nThe log: {folder.log}")
+    if status.state is not State.COMPLETED:
+        raise RunFailed(f"FAILED: {status.reason}\nThe log: {folder.log}")

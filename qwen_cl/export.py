@@ -18,7 +18,8 @@ from qwen_cl.data.chat_settings import write_template_of_run
 from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.stop_tokens import end_of_turn_tokens, learns_answers
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from qwen_cl.source.card import CardFacts, licence_of, model_card
 from qwen_cl.source.upload import Target, find_target, upload
 from qwen_cl.source.whole_folder import require_room
@@ -77,8 +78,8 @@ def _base(task: ExportConfig, run: Run) -> Path | None:
 
 
 def _facts(task: ExportConfig, run: Run, output: Path, target: Target | None) -> list[tuple[str, str]]:
-    state = run.status.get("state")
-    notes = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
+    state = run.status.state
+    notes = "" if state is State.COMPLETED else f" of a run that is {state or 'without a status'}"
     facts = [("checkpoint", f"step {run.step}{notes}"), ("base", run.config.model.source), ("output", str(output))]
     if run.config.model.adapter is not None:
         facts.insert(2, ("merged adapter", run.config.model.adapter))
@@ -119,15 +120,15 @@ def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
     names = [path if path.startswith("hf://") else Path(path).name for path in paths if path]
     return CardFacts(
         source=run.config.model.source,
-        fingerprint=run.status.get("model_fingerprint"),
+        fingerprint=run.status.model_fingerprint,
         method=_method(run.config.peft),
         data=", ".join(names) or "random tokens",
-        data_hash=run.status.get("data_hash"),
+        data_hash=run.status.data_sha256,
         learning_rate=run.config.lr,
         steps=run.step,
-        code=run.status.get("git_commit"),
+        code=run.status.git_commit,
         base_adapter=run.config.model.adapter,
-        base_adapter_sha256=run.status.get("model_adapter_sha256"),
+        base_adapter_sha256=run.status.model_adapter_sha256,
         is_adapter=task.format is ExportFormat.adapter,
     )
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qwen_cl.runs.failure import FailureKind
+
 GROUP = "QWEN_CL_GROUP"
 """Environment variable: the address of the store, host:port, of the parent of the group."""
 BEAT_SECONDS = 0.5
@@ -99,13 +101,13 @@ def leave() -> None:
             _member.store.set(f"done/{_member.rank}", "")
 
 
-def report_failure(reason: str) -> bool:
+def report_failure(reason: str, kind: FailureKind) -> bool:
     """False where there is no parent to hear it. The order of the reports is that of the failures."""
     if _member is None:
         return False
     try:
         number = _member.store.add("failures", 1)
-        _member.store.set(f"failure/{_member.rank}", json.dumps([number, reason]))
+        _member.store.set(f"failure/{_member.rank}", json.dumps([number, reason, kind]))
     except RuntimeError:  # the store's own, for whatever befell it
         return False
     return True

@@ -16,14 +16,13 @@ from qwen_cl.devices import Device
 from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.levers import settle_speed
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
 from qwen_cl.source.architecture import Architecture
 
 ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
 """Of a pass. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); a CPU's is a choice, not a measurement."""
 USABLE = 0.85
 """Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
-OUT_OF_MEMORY = ("OutOfMemoryError", "the kernel was out of memory")
-"""In the reason of a run that failed: torch's of a GPU, and the launcher's."""
 SHARE = "QWEN_CL_DEVICE_SHARE"
 """Environment variable: the part of its devices that is a trial's, where trials share them."""
 
@@ -99,8 +98,7 @@ def until_it_fits(config: RunConfig, folder: RunFolder, attempt: Callable[[RunCo
             return
         except RunFailed:
             smaller = [size for size in _sizes(config) if size <= config.training.rows_per_pass / 2]
-            reason = str(folder.status().get("reason"))
-            if not any(words in reason for words in OUT_OF_MEMORY) or not smaller:
+            if folder.status().failure_kind is not FailureKind.out_of_memory or not smaller:
                 raise
             config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
 

@@ -20,7 +20,8 @@ from qwen_cl.estimate import batch_of, estimate_memory
 from qwen_cl.execute import ROOT
 from qwen_cl.plan import Plan, fetch_weights, with_text
 from qwen_cl.resume import Resumption, resume
-from qwen_cl.run_folder import RunFolder, State, git_commit, now, versions
+from qwen_cl.run_folder import RunFolder, git_commit, versions
+from qwen_cl.runs.status import now
 from qwen_cl.source.architecture import TIED
 from qwen_cl.source.fingerprint import fingerprint
 from qwen_cl.source.normalized import write_normalized_files
@@ -49,21 +50,17 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
         folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
         record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
         folder.data_report_json.write_text(record + "\n", encoding="utf-8")
-    folder.update_status(
-        state=State.RUNNING,
-        reason=None,
+    folder.mark_running(
         phase="starting",
-        start=folder.status().get("start") or now(),
-        end=None,
+        start=folder.status().start or now(),
         step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
-        worker_lost=None,
         job=None,  # of an earlier start; whoever submits says which it is now
         model_source=plan.model.source,
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),
         model_adapter=plan.config.model.adapter,
         model_adapter_sha256=_adapter_hash(plan),
-        data_hash=plan.data_hash,
+        data_sha256=plan.data_hash,
         bos_token=plan.bos_token,
         data_commits=dataset_commits(plan.config.data),
         trainable_parameters=_trainable_parameters(plan),

@@ -23,7 +23,9 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.execute import die_with_parent, out_of_memory_kills
 from qwen_cl.member import GROUP
 from qwen_cl.rendezvous import Watch, failures, meeting_variables, open_store
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -75,7 +77,7 @@ class Group:
         try:
             store = open_store()
         except RuntimeError as error:
-            self._fail(" ".join(str(error).split()))
+            self.folder.finish(State.FAILED, " ".join(str(error).split()), FailureKind.invalid_input)
             return 1
         for rank in range(self.size):
             self.processes.append(start(_environment(rank, self.size, store.port)))
@@ -85,17 +87,18 @@ class Group:
         if hanging is not None:
             self._show_stacks()
             self._kill()
-            self._fail(hanging, worker_lost=True)
+            self.folder.finish(State.FAILED, hanging, FailureKind.hung, retriable=True)
             return 1
         if not any(map(_failed, self._returncodes())):
             return EXIT_PREEMPTED if EXIT_PREEMPTED in self._returncodes() else 0
         left = self._await_the_others()
         fallen = self._fallen(store, left)
         if self.asked and all(each.returncode == -signal.SIGTERM for each in fallen):  # they did not listen yet
-            self._settle(State.PREEMPTED, "stopped before training began")
+            self.folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
             return 0
-        reason, lost = root_cause(fallen, left, out_of_memory=out_of_memory_kills() > killed_before)
-        self._fail(reason + (" when it was asked to stop" if self.asked and lost else ""), worker_lost=lost)
+        cause = root_cause(fallen, left, out_of_memory=out_of_memory_kills() > killed_before)
+        reason = cause.reason + (" when it was asked to stop" if self.asked and cause.retriable else "")
+        self.folder.finish(State.FAILED, reason, cause.kind, retriable=cause.retriable)
         return 1
 
     def _follow(self, watch: Watch) -> str | None:
@@ -121,10 +124,9 @@ class Group:
         """Whom we killed is no reason, but what it said may be."""
         reported, fallen = failures(store, self.size), []
         for rank, code in enumerate(self._returncodes()):
-            number, reason = reported.get(rank, (0, None))
             code = 0 if rank in left or not _failed(code) else code
-            if code or reason:
-                fallen.append(Fallen(rank, code or 0, reason, number))
+            if code or rank in reported:
+                fallen.append(Fallen(rank, code or 0, reported.get(rank)))
         return fallen
 
     def _returncodes(self) -> list[int | None]:
@@ -152,13 +154,6 @@ class Group:
         for process in self.processes:
             if process.poll() is None:
                 os.kill(process.pid, number)
-
-    def _fail(self, reason: str, **more: Any) -> None:
-        self._settle(State.FAILED, reason, **more)
-
-    def _settle(self, state: State, reason: str, **more: Any) -> None:
-        if self.folder.status().get("state") == State.RUNNING:
-            self.folder.update_status(state=state, reason=reason, end=now(), **more)
 
 
 def _failed(returncode: int | None) -> bool:

@@ -13,7 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_cl.blame import Beat, who_hangs
+from qwen_cl.blame import Beat, Report, who_hangs
+from qwen_cl.runs.failure import FailureKind
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -71,13 +72,13 @@ def still_there(store: TCPStore, size: int) -> list[int]:
     return [rank for rank in range(size) if not store.check([f"done/{rank}"])]
 
 
-def failures(store: TCPStore, size: int) -> dict[int, tuple[int, str]]:
-    """Of each rank that reported one: the number of its report among all, and why it failed."""
+def failures(store: TCPStore, size: int) -> dict[int, Report]:
+    """Return why each rank failed that reported it."""
     found = {}
     for rank in range(size):
         if store.check([key := f"failure/{rank}"]):
-            number, reason = json.loads(store.get(key))
-            found[rank] = (number, reason)
+            number, reason, kind = json.loads(store.get(key))
+            found[rank] = Report(number, reason, FailureKind(kind))
     return found
 
 

@@ -25,7 +25,9 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.data.hub_copy import keep_commit
 from qwen_cl.durable import replacing
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import RunStatus, State, now
 
 MAY_DIFFER = (
     "resume.",
@@ -77,10 +79,10 @@ def resume(
         UserError: it holds another run, or a finished one, or one with no checkpoint that is good. Nothing was changed.
     """
     status = folder.status()
-    if not status:
+    state = status.state
+    if state is None:
         return Resumption(None)
-    state = status.get("state")
-    if not isinstance(config.resume, AutoResumeConfig) or (state == State.COMPLETED and not _goes_further(config)):
+    if not isinstance(config.resume, AutoResumeConfig) or (state is State.COMPLETED and not _goes_further(config)):
         raise UserError(
             f"hydra.run.dir ({folder.directory}) holds a run already ({state}); choose another folder, or "
             "remove it first"
@@ -133,7 +135,7 @@ def continue_run(folder: RunFolder, progress: Progress | None = None) -> Resumpt
     folder.update_status(
         step=step,
         resume_from=None if checkpoint is None else str(checkpoint.path),
-        resumed=[*before.get("resumed", []), {"time": now(), "step": step, "state": before.get("state")}],
+        resumed=[*before.resumed, {"time": now().isoformat(), "step": step, "state": before.state}],
     )
     return Resumption(checkpoint, notes)
 
@@ -152,16 +154,15 @@ def _goes_further(config: RunConfig) -> bool:
     return isinstance(config.resume, AutoResumeConfig) and "task.max_steps" in config.resume.allow
 
 
-def _facts_of(status: Mapping[str, Any]) -> dict[str, Any]:
-    names = {
-        "data.hash": "data_hash",
-        "data.bos_token": "bos_token",
-        "model.fingerprint": "model_fingerprint",
-        "model.tokenizer": "tokenizer_hash",
-        "model.output_layer": "output_layer",
-        "model.adapter_sha256": "model_adapter_sha256",
+def _facts_of(status: RunStatus) -> dict[str, str | None]:
+    return {
+        "data.hash": status.data_sha256,
+        "data.bos_token": status.bos_token,
+        "model.fingerprint": status.model_fingerprint,
+        "model.tokenizer": status.tokenizer_hash,
+        "model.output_layer": status.output_layer,
+        "model.adapter_sha256": status.model_adapter_sha256,
     }
-    return {key: status.get(name) for key, name in names.items()}
 
 
 def _require_same_run(
@@ -236,7 +237,7 @@ def main(directory: str) -> int:
     register_schemas()
     folder = RunFolder(directory)
     try:
-        if not folder.status():
+        if folder.status().state is None:
             raise UserError(f"{folder.directory} is not the folder of a run: it has no status.json")
         if not folder.metrics_file.exists() and not folder.checkpoints.exists():
             return 0
@@ -244,7 +245,7 @@ def main(directory: str) -> int:
             print(note)
     except UserError as error:
         print(error, file=sys.stderr)
-        folder.update_status(state=State.FAILED, reason=str(error), end=now())
+        folder.finish(State.FAILED, str(error), FailureKind.invalid_input)
         return UserError.exit_code
     return 0
 

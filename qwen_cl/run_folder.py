@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,15 @@ from filelock import FileLock, Timeout
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.durable import flush, replacing
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import RunStatus, State, changed, now, parse_status
 
 CUT_OFF = ".cut-off-"
 RESERVE_BYTES = 2**16
-LAUNCHER_LOCK, WORKER_LOCK = ".lock", ".worker.lock"
+LAUNCHER_LOCK, WORKER_LOCK, STATUS_LOCK = ".lock", ".worker.lock", ".status.lock"
+STATUS_LOCK_SECONDS = 10.0
+"""More than any update takes. A process that is stopped during one (SIGSTOP) must not keep others from writing."""
 VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", "transformers", "lightning", "wandb")
-
-
-class State(str, enum.Enum):
-    SUBMITTED = "SUBMITTED"
-    """To a cluster, where it waits."""
-    RUNNING = "RUNNING"
-    COMPLETED = "COMPLETED"
-    FAILED = "FAILED"
-    PREEMPTED = "PREEMPTED"
-
-
-OPEN = (State.SUBMITTED, State.RUNNING)
-"""Somebody still has to say how it ended."""
 
 
 class RunFolder:
@@ -111,36 +100,75 @@ class RunFolder:
             number += 1
         return self.directory.rename(aside)
 
-    def status(self) -> dict[str, Any]:
-        """What the run last said of itself; empty before it said anything."""
-        try:
-            status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        return status
+    def status(self) -> RunStatus:
+        """Return what the run last recorded of itself; all defaults where it recorded nothing yet.
+
+        Raises:
+            UserError: status.json is damaged.
+        """
+        return self._read_status()[1]
 
     def update_status(self, **changes: Any) -> None:
-        """Atomic: a reader sees the old file or the new one, also if this process dies in between. Each phase is kept
-        under ``began`` with the time, in seconds since 1970, at which it last began."""
-        before = self.status()
-        status = {**before, **changes}
-        phase, known = (
-            (each.get("phase") or "").partition(":")[0] for each in (status, before)
-        )  # what follows counts up
-        if phase != known:
-            status["began"] = {**before.get("began", {}), phase: round(time.time(), 2)}
+        """Change fields of status.json. A reader sees the old file or the new one, also if this process dies in
+        between; of two processes that change it at once, neither overwrites what the other wrote.
+
+        Raises:
+            UserError: status.json is damaged.
+        """
+        self._change_status(changes)
+
+    def mark_running(self, **changes: Any) -> None:
+        """Record that the run starts or resumes: nothing is left of how it ended before."""
+        ended = {"reason": None, "failure_kind": None, "retriable": None, "end": None}
+        self._change_status({"state": State.RUNNING, **ended, **changes})
+
+    def finish(self, state: State, reason: str | None = None, kind: FailureKind | None = None, **changes: Any) -> None:
+        """Record the final status, unless there is one: the first counts, because the others fail for its reason."""
+        final = {"state": state, "reason": reason, "failure_kind": kind, "end": now()}
+        self._change_status({**final, **changes}, only_open=True)
+
+    def _read_status(self) -> tuple[dict[str, Any], RunStatus]:
+        """Return the file's JSON, and what it means."""
         try:
-            self._write_status(status)
+            record = json.loads(self.status_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}, RunStatus()
+        except ValueError as error:
+            raise UserError(f"{self.status_file} is not JSON: {error}") from error
+        try:
+            return record, parse_status(record)
+        except ValueError as error:
+            raise UserError(f"{self.status_file}: {error}; correct it, or choose another folder") from error
+
+    def _change_status(self, changes: dict[str, Any], *, only_open: bool = False) -> None:
+        try:
+            self._rewrite_status(changes, only_open)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            self.reserve.unlink(missing_ok=True)  # a full disk must not have the last word
-            self._write_status(status)
+            self.reserve.unlink(missing_ok=True)  # a full disk must not keep the final status from being written
+            self._rewrite_status(changes, only_open)
 
-    def _write_status(self, status: dict[str, Any]) -> None:
-        with replacing(self.status_file) as temporary:
-            temporary.write_text(json.dumps(status, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            flush(temporary)
+    def _rewrite_status(self, changes: dict[str, Any], only_open: bool) -> None:
+        with self._status_lock():
+            record, status = self._read_status()
+            if only_open and not status.is_open:
+                return
+            after = json.dumps(changed(record, changes), indent=2, ensure_ascii=False, default=datetime.isoformat)
+            with replacing(self.status_file) as temporary:
+                temporary.write_text(f"{after}\n", encoding="utf-8")
+                flush(temporary)
+
+    @contextmanager
+    def _status_lock(self) -> Iterator[None]:
+        """Hold the right to change status.json. Nobody takes another lock while holding it."""
+        lock = FileLock(self.directory / STATUS_LOCK)
+        with suppress(Timeout):
+            lock.acquire(timeout=STATUS_LOCK_SECONDS, poll_interval=0.01)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def keep_reserve(self) -> None:
         """Room on the disk for the run to say how it ended when all else is full."""
@@ -155,8 +183,9 @@ class RunFolder:
 def remove_if_empty(directory: Path) -> None:
     """Hydra makes the folder, and those above it, before anything is checked; a refused run leaves none of them."""
     with suppress(FileNotFoundError):
-        if {path.name for path in directory.iterdir()} <= {LAUNCHER_LOCK, WORKER_LOCK}:
-            for name in (LAUNCHER_LOCK, WORKER_LOCK):
+        locks = (LAUNCHER_LOCK, WORKER_LOCK, STATUS_LOCK)
+        if {path.name for path in directory.iterdir()} <= set(locks):
+            for name in locks:
                 (directory / name).unlink(missing_ok=True)
     made = [directory, *(parent for parent in directory.parents if Path.cwd() in parent.parents)]
     for candidate in made:
@@ -164,10 +193,6 @@ def remove_if_empty(directory: Path) -> None:
             candidate.rmdir()
         except OSError:
             return
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions(names: Iterable[str] = VERSIONS_OF) -> dict[str, str]:

@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from qwen_cl import member
 from qwen_cl.checkpoints.folder import clear_leftovers, partial_path, prune, publish, size_of
 from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
-from qwen_cl.disk_room import NO_ROOM, NoRoomError, expected_size, require_room, told
+from qwen_cl.disk_room import expected_size, require_room, told
 from qwen_cl.megatron.writers import Writers
 from qwen_cl.recorder import RunRecorder
+from qwen_cl.runs.failure import FailureKind, SaveError
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
 
         Raises:
             FloatingPointError: the last step's loss or gradient is not finite.
-            NoRoomError: on every rank, where the disk is full or would be.
+            SaveError: on every rank, where one of them cannot write: the disk is full, or would be.
         """
         step = trainer.global_step
         if step in (self._saved_step, 0):
@@ -143,7 +144,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         """What has been begun, as far as it goes without waiting; every rank calls.
 
         Raises:
-            NoRoomError: on every rank, where the disk is full.
+            SaveError: on every rank, where one of them cannot write.
         """
         if (unfinished := self._unfinished) is None:
             return
@@ -176,14 +177,14 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
             action()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             fault = error
-        faults: list[Any] = [None] * trainer.world_size
+        faults: list[tuple[str, FailureKind] | None] = [None] * trainer.world_size
         torch.distributed.all_gather_object(faults, None if fault is None else told(fault, self.directory))
-        reason = next((text for text in faults if text is not None), None)
-        if reason is None:
+        first = next((each for each in faults if each is not None), None)
+        if first is None:
             return
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
-        raise (NoRoomError(reason) if reason.startswith(NO_ROOM) else RuntimeError(reason)) from fault
+        raise SaveError(*first) from fault
 
     def _begin(self, trainer: pl.Trainer) -> None:
         expected = expected_size(trainer)

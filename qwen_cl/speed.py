@@ -17,7 +17,7 @@ from qwen_cl.run_folder import RunFolder
 
 class Accelerate(pl.Callback):
     """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without. status.json says under
-    ``levers`` what is in place, and on how many things."""
+    ``speed_optimizations`` what is in place, and on how many things."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Accelerate(pl.Callback):
             self._schedule = RecordedSchedule(data.micro_batch_size, width, segments)
             done["cuda_graphs"] = 1
         if trainer.is_global_zero:
-            self.folder.update_status(levers={name: count for name, count in done.items() if count})
+            self.folder.update_status(speed_optimizations={name: count for name, count in done.items() if count})
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
         """NeMo takes what this returns for the step."""

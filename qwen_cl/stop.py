@@ -6,12 +6,17 @@ import signal
 import time
 from typing import Any
 
+from qwen_cl.runs.failure import FailureKind
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm sends before a job's time is up (``sbatch --signal=USR1@SECONDS``)."""
 
-TIME_IS_UP, ON_REQUEST = "task.max_time is up", "stopped on request"
-REASONS = (None, TIME_IS_UP, ON_REQUEST)
-"""The one that counts where ranks have different ones is the last."""
+REASONS = {
+    None: None,
+    FailureKind.time_limit: "task.max_time is up",
+    FailureKind.interrupted: "stopped on request",
+}
+"""Where ranks have different ones, the last of them counts."""
 
 
 class Preempted(BaseException):
@@ -23,18 +28,22 @@ class StopRequest:
 
     def __init__(self, max_seconds: float | None = None) -> None:
         """``max_seconds`` is counted from now on."""
-        self.reason: str | None = None
-        """Why, once there is a request."""
+        self.kind: FailureKind | None = None
+        """Why to stop, once there is a request."""
         self.training = False
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._group: Any = None
         self.listen()
 
     @property
+    def reason(self) -> str | None:
+        return REASONS[self.kind]
+
+    @property
     def requested(self) -> bool:
-        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self.reason = TIME_IS_UP
-        return self.reason is not None
+        if self.kind is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self.kind = FailureKind.time_limit
+        return self.kind is not None
 
     def begin_training(self) -> None:
         """From now on a signal waits for the end of the step. Lightning has put its own handlers in between, which
@@ -53,21 +62,22 @@ class StopRequest:
             return self.requested
         import torch
 
-        asked = torch.tensor(REASONS.index(self.reason) if self.requested else 0)
+        kinds = list(REASONS)
+        asked = torch.tensor(kinds.index(self.kind) if self.requested else 0)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        self.reason = REASONS[int(asked)]
+        self.kind = kinds[int(asked)]
         return self.requested
 
     @property
     def came_before_training(self) -> bool:
         """Whatever went wrong after that may be its doing: an import that was cut short fails later, and elsewhere."""
-        return self.reason is not None and not self.training
+        return self.kind is not None and not self.training
 
     def listen(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.reason = ON_REQUEST
+        self.kind = FailureKind.interrupted
         if not self.training:
             raise Preempted(signal.Signals(number).name)

@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_cl.checkpoints.folder import whole_checkpoints
 from qwen_cl.checkpoints.manifest import DamagedCheckpointError, verify
@@ -16,6 +16,7 @@ from qwen_cl.config.file import read_run_config
 from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import RunStatus
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.fingerprint import fingerprint
@@ -35,7 +36,7 @@ class Run:
 
     folder: RunFolder
     config: RunConfig
-    status: dict[str, Any]
+    status: RunStatus
     step: int
     weights: Path
     """The distributed checkpoint of that step."""
@@ -70,7 +71,7 @@ def find_run(directory: str, step: int | None) -> Run:
         raise UserError(
             f"{whole[step].path} is damaged: {error}; put the file back, or choose another task.step"
         ) from error
-    return Run(folder, config, _status(folder), step, whole[step].weights)
+    return Run(folder, config, folder.status(), step, whole[step].weights)
 
 
 def with_hub_settings(run: Run, now: ModelConfig) -> Run:
@@ -96,7 +97,7 @@ def find_base(run: Run, fix: str = "") -> Path:
         return resolve(source, HubSettings.of(run.config.model)).directory
     if not Path(source).is_dir():
         raise UserError(f"the base model of this run, {source}, is gone; put it back{fix}")
-    recorded = run.status.get("model_fingerprint")
+    recorded = run.status.model_fingerprint
     if recorded is None:
         print(f"note: this run did not record what {source} held; it is taken to be unchanged")
     elif fingerprint(Path(source)) != recorded:
@@ -117,7 +118,7 @@ def find_base_adapter(run: Run, architecture: Architecture) -> BaseAdapter | Non
     if source is not None and not Path(source).is_dir():
         raise UserError(f"the adapter that this run merged into its base, {source}, is gone; put it back")
     adapter = find_adapter(source, run.small_files, architecture)
-    if adapter is not None and adapter.sha256 != run.status.get("model_adapter_sha256"):
+    if adapter is not None and adapter.sha256 != run.status.model_adapter_sha256:
         raise UserError(
             f"the adapter that this run merged into its base, {source}, has changed since: run and base no longer fit "
             "each other; put it back"
@@ -171,10 +172,3 @@ def _run_config(folder: RunFolder) -> RunConfig:
     if not isinstance(config.task, TrainingConfig):
         raise UserError(f"{folder.config} is of no run that trains")
     return config
-
-
-def _status(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return folder.status()
-    except ValueError as error:
-        raise UserError(f"{folder.status_file} is not JSON: {error}") from error

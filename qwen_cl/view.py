@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from qwen_cl.continual.report import BITS, LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import RunStatus, WandbRecord
 from qwen_cl.source.base_adapter import BaseAdapter
 
 WARM_UP = 5
@@ -81,7 +82,7 @@ class ProgressView:
     def update(self) -> None:
         for record in self._tail.new_records():
             self._latest.update(record)
-        phase = self.folder.status().get("phase", "starting")
+        phase = self.folder.status().phase or "starting"
         step = self._latest.get("step", 0)
         text = _describe(self._latest) if "train/loss" in self._latest else phase
         self._progress.update(self._task, completed=step, description=text)
@@ -126,14 +127,14 @@ def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
     status, records = folder.status(), read_metrics(folder)
     training = [record for record in records if "train/loss" in record]
     lines = [
-        ("state", f"{status['state']} at step {status['step']}"),
+        ("state", f"{status.state} at step {status.step}"),
         *_measured(records),
         ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
         ("time", f"{seconds:.0f} s, {median_rate(training):,.0f} tokens/s (median step){_utilisation(training)}"),
-        ("peak memory", f"{status['peak_memory_gib']:.2f} GiB"),
+        ("peak memory", f"{status.peak_memory_gib or 0.0:.2f} GiB"),
         ("folder", str(folder.directory)),
     ]
-    lines += _next_commands(folder, status)
+    lines += _next_commands(folder, status.wandb)
     print_facts(lines, console)
 
 
@@ -171,25 +172,24 @@ def adapter_facts(adapter: BaseAdapter | None) -> list[tuple[str, str]]:
     return [("merged adapter", f"{adapter.directory} ({what})")]
 
 
-def _next_commands(folder: RunFolder, status: dict[str, Any]) -> list[tuple[str, str]]:
+def _next_commands(folder: RunFolder, wandb: WandbRecord) -> list[tuple[str, str]]:
     lines = [("picture", str(folder.report))] if folder.report.exists() else []
     if folder.adapter.is_dir():
         lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"))
-    wandb = status.get("wandb", {})
-    if wandb.get("url"):
-        lines.append(("dashboard", wandb["url"]))
-    if wandb.get("sync"):
-        lines.append(("to the dashboard", wandb["sync"]))
-        lines.append(("look at it here", f"wandb leet {shlex.quote(str(Path(wandb['directory']).parent))}"))
+    if wandb.url:
+        lines.append(("dashboard", wandb.url))
+    if wandb.sync and wandb.directory:
+        lines.append(("to the dashboard", wandb.sync))
+        lines.append(("look at it here", f"wandb leet {shlex.quote(str(Path(wandb.directory).parent))}"))
     return lines
 
 
-def wandb_notice(status: dict[str, Any]) -> str | None:
+def wandb_notice(status: RunStatus) -> str | None:
     """One line where the dashboard is not where it was asked to be."""
-    wandb = status.get("wandb", {})
-    if not wandb.get("reason"):
+    wandb = status.wandb
+    if not wandb.reason:
         return None
-    if not wandb.get("sync"):
-        return f"W&B: {wandb['reason']}; nothing is logged there, everything is in metrics.jsonl"
-    how = "logging offline" if wandb["mode"] == "offline" else "not all of it is there"
-    return f"W&B: {wandb['reason']}, {how}; later: {wandb['sync']}"
+    if not wandb.sync:
+        return f"W&B: {wandb.reason}; nothing is logged there, everything is in metrics.jsonl"
+    how = "logging offline" if wandb.mode == "offline" else "not all of it is there"
+    return f"W&B: {wandb.reason}, {how}; later: {wandb.sync}"

@@ -5,11 +5,9 @@ This module stays light: a run that is asked to stop while NeMo is imported says
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,16 +21,15 @@ from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.levers import require_compiler
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import MEGATRON_NOT_FINITE, FailureKind, SaveError, failure_kind_of
+from qwen_cl.runs.status import State
 from qwen_cl.stop import Preempted, StopRequest
 
 if TYPE_CHECKING:
     import nemo_run
 
     from qwen_cl.dashboard.connection import Dashboard
-
-MEGATRON_NOT_FINITE = re.compile(r"Unexpected result (\w+) \(message='found (?:NaN|Inf) in local grad norm")
-"""It looks at every gradient before the step, and names its bucket."""
 
 
 def main(directory: str) -> int:
@@ -54,24 +51,26 @@ def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
         member.join()
         _train(config, folder, stop)
     except Preempted as error:
-        _finish(folder, State.PREEMPTED, f"stopped by {error} before training began")
+        folder.finish(State.PREEMPTED, f"stopped by {error} before training began", FailureKind.interrupted)
         return EXIT_PREEMPTED
     except BaseException as error:  # the folder must say why, whatever it was
         traceback.print_exc()
         if stop.came_before_training:
-            _finish(folder, State.PREEMPTED, "stopped before training began")
+            folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
             return EXIT_PREEMPTED
-        why = _reason(error, config.speed)
-        if not member.report_failure(why):
-            _finish(folder, State.FAILED, why)
+        kind = failure_kind_of(error)
+        why = _reason(error, kind, config.speed)
+        if not member.report_failure(why, kind):
+            folder.finish(State.FAILED, why, kind)
         return 1
     member.leave()
     if _rank() != 0:
         return 0
-    stopped = stop.reason is not None and folder.status().get("step", 0) < config.training.max_steps
-    state, reason = (State.PREEMPTED, stop.reason) if stopped else (State.COMPLETED, None)
-    _finish(folder, state, reason)
-    return EXIT_PREEMPTED if stopped else 0
+    if stop.kind is not None and folder.status().step < config.training.max_steps:
+        folder.finish(State.PREEMPTED, stop.reason, stop.kind)
+        return EXIT_PREEMPTED
+    folder.finish(State.COMPLETED)
+    return 0
 
 
 def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
@@ -132,26 +131,22 @@ def load_recipe(config: RunConfig, folder: RunFolder) -> nemo_run.Partial:
 
     model_directory = local_directory(config.model.source)
     architecture = read_architecture(read_model_config(model_directory), model_directory)
-    return build_recipe(config, architecture, folder, folder.status().get("resume_from"))
+    return build_recipe(config, architecture, folder, folder.status().resume_from)
 
 
-def _finish(folder: RunFolder, state: State, reason: str | None) -> None:
-    if folder.status().get("state") == State.RUNNING:  # the first word counts: other ranks fail because one did
-        folder.update_status(state=state, reason=reason, end=now())
-
-
-def _reason(error: BaseException, speed: SpeedConfig) -> str:
+def _reason(error: BaseException, kind: FailureKind, speed: SpeedConfig) -> str:
     text = " ".join(str(error).split()) or "no message"
     if found := MEGATRON_NOT_FINITE.search(text):
         return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if isinstance(error, UserError | SaveError):
+        return text[:500]
+    if kind is FailureKind.disk_full:
         return f"{text}: the disk is full. {NO_ROOM_ADVICE}"
     fix = ""
-    if type(error).__name__ == "OutOfMemoryError":
+    if kind is FailureKind.out_of_memory:
         fix = "; lower task.micro_batch_size or task.sequence_length"
         fix += "" if speed.recompute is When.always else ", or set speed.recompute=always"
-    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{name}{text[:500]}{fix}"
+    return f"{type(error).__name__}: {text[:500]}{fix}"
 
 
 def _rank() -> int:

@@ -67,7 +67,7 @@ def trial_folders(directory: Path) -> dict[str, RunFolder]:
 
 
 def states(directory: Path) -> dict[str, str]:
-    return {number: folder.status().get("state", "none") for number, folder in trial_folders(directory).items()}
+    return {number: str(folder.status().state or "none") for number, folder in trial_folders(directory).items()}
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -152,7 +152,7 @@ def test_a_writer_is_killed(which: str, runs: tuple[RunFolder, RunFolder], tmp_p
     folder = RunFolder(tmp_path / "run")
     action = kill_one if which == "the one" else kill_all
     assert train(folder, *LORA, fault=AtWriting(4, until=5, action=action)).returncode == 1
-    reason = folder.status()["reason"]
+    reason = str(folder.status().reason)
     assert "a process that wrote the checkpoint ended before it was through" in reason
     assert steps(folder) == [2]
     if which == "all":  # the other would go on alike
@@ -179,7 +179,7 @@ def test_what_fails_later_does_not_take_a_checkpoint_along(tmp_path: Path) -> No
     folder = RunFolder(tmp_path / "run")
     ended = train(folder, *LORA, fault=Both(AtWriting(4, until=4), fail_at_five))
     assert ended.returncode == 1
-    assert folder.status()["reason"].startswith("ValueError: the fifth")
+    assert str(folder.status().reason).startswith("ValueError: the fifth")
     assert steps(folder) == [4, 2]
 
 
@@ -226,9 +226,9 @@ def test_the_disk_of_one_rank_is_full(rank: int, tmp_path: Path, row: Row) -> No
     ended = train(folder, *LORA, "cluster.devices=2", fault=FullDiskOf(rank), ranks=2)
     assert ended.returncode == 1
     status = folder.status()
-    assert status["state"] == "FAILED"
-    assert "no room for a checkpoint in" in status["reason"], status["reason"]
-    assert "the disk is full" in status["reason"]
+    assert status.state == "FAILED"
+    assert "no room for a checkpoint in" in str(status.reason), status.reason
+    assert "the disk is full" in str(status.reason)
     assert steps(folder) == [2]
     row(
         "a full disk of one of two ranks",

@@ -18,6 +18,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import parse_status
 from qwen_cl.view import MetricsTail
 from tests.test_config import compose_run
 
@@ -33,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     folder = RunFolder(tmp_path)
     save_config(compose_run("cluster=slurm", "cluster.max_requeues=1"), folder.config)
-    folder.update_status(state="SUBMITTED", reason="stopped", end="then", step=4, job={"id": "7"})
+    folder.update_status(state="SUBMITTED", reason="stopped", end=T, step=4, job={"id": "7"})
     return folder
 
 
@@ -42,10 +43,10 @@ def test_at_its_start_a_run_is_running_and_its_ranks_know_where_to_meet(
 ) -> None:
     assert main("start", str(folder.directory)) == 0
     status = folder.status()
-    assert (status["state"], status["reason"], status["end"], status["step"]) == ("RUNNING", None, None, 4)
-    assert status["phase"] == "starting on n[3-4]"
-    job = status["job"]
-    assert (job["id"], job["nodes"], job["restarts"]) == ("7", "n[3-4]", 1)
+    assert (status.state, status.reason, status.end, status.step) == ("RUNNING", None, None, 4)
+    assert status.phase == "starting on n[3-4]"
+    job = status.job
+    assert (job.id, job.nodes, job.restarts) == ("7", "n[3-4]", 1)
 
 
 def test_workers_start_where_only_their_container_has_torch(folder: RunFolder) -> None:
@@ -70,13 +71,16 @@ def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
     first = {"start": "2026-01-01T00:00:00+00:00", "end": "2026-01-01T00:01:30+00:00"}
     folder.update_status(job={"id": "7", "seconds_before": 30.0, **first})
     main("start", str(folder.directory))
-    assert folder.status()["job"]["seconds_before"] == 120.0
-    assert folder.status()["job"]["end"] is None
+    assert folder.status().job.seconds_before == 120.0
+    assert folder.status().job.end is None
     main("start", str(folder.directory))  # the node went down meanwhile: nobody knows for how long it trained
-    assert folder.status()["job"]["seconds_before"] == 120.0
+    assert folder.status().job.seconds_before == 120.0
     folder.update_status(state="COMPLETED", model_source="x")
     assert main("end", str(folder.directory)) == 0
-    assert folder.status()["job"]["end"] >= folder.status()["job"]["start"]
+    job = folder.status().job
+    assert job.start is not None
+    assert job.end is not None
+    assert job.start <= job.end
     assert 120 <= seconds_of(folder.status()) < 180
 
 
@@ -89,7 +93,7 @@ def test_what_every_start_took_is_counted(folder: RunFolder) -> None:
     ],
 )
 def test_time_in_the_queue_costs_nothing(job: dict[str, Any], end: str, seconds: float) -> None:
-    assert seconds_of({"job": job, "end": end}) == seconds
+    assert seconds_of(parse_status({"job": job, "end": end})) == seconds
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_at_its_end_the_runs_own_word_counts(
 ) -> None:
     folder.update_status(**{"reason": None, **said})
     assert main("end", str(folder.directory), str(returncode)) == exit_code
-    assert (folder.status()["state"], folder.status()["reason"]) == (state, reason)
+    assert (folder.status().state, folder.status().reason) == (state, reason)
 
 
 def test_a_cancelled_run_does_not_go_back(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +123,7 @@ def test_a_cancelled_run_does_not_go_back(folder: RunFolder, monkeypatch: pytest
     (folder.directory / ".cancelled").touch()
     folder.update_status(state="PREEMPTED", reason="stopped on request")
     assert main("end", str(folder.directory), "75") == 75
-    assert folder.status()["state"] == "PREEMPTED"
+    assert folder.status().state == "PREEMPTED"
 
 
 def test_where_slurm_is_silent_a_run_stays_preempted_and_says_so(
@@ -130,8 +134,8 @@ def test_where_slurm_is_silent_a_run_stays_preempted_and_says_so(
     folder.update_status(state="PREEMPTED", reason="stopped on request")
     assert main("end", str(folder.directory), "75") == 75
     status = folder.status()
-    assert status["state"] == "PREEMPTED"
-    assert status["reason"].startswith("stopped on request; not back in the queue: Slurm does not answer: scontrol")
+    assert status.state == "PREEMPTED"
+    assert str(status.reason).startswith("stopped on request; not back in the queue: Slurm does not answer: scontrol")
 
 
 def test_metrics_that_are_cut_while_somebody_looks_are_read_again(folder: RunFolder) -> None:
@@ -168,7 +172,7 @@ def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
         look(str(tmp_path))
     RunFolder(tmp_path).update_status(state="RUNNING", job=None)  # submitted once, and gone on with here
     assert refresh(RunFolder(tmp_path)) is None
-    assert RunFolder(tmp_path).status()["state"] == "RUNNING"
+    assert RunFolder(tmp_path).status().state == "RUNNING"
     with pytest.raises(UserError, match=r"is a run of this machine"):
         look(str(tmp_path))
     with pytest.raises(UserError, match=r"^lr=1 would change nothing: all about the run is in its folder; remove it$"):

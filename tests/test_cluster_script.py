@@ -15,7 +15,8 @@ from qwen_cl.cluster.slurm import Job
 from qwen_cl.cluster.truth import settle
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from tests.conftest import ROOT, launch
 from tests.test_config import compose_run
 
@@ -163,7 +164,7 @@ def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
             Job("7", "CANCELLED", "BeginTime"),
             State.PREEMPTED,
             "job 7: CANCELLED, before it started",
-            None,
+            False,
         ),
         (
             State.SUBMITTED,
@@ -195,20 +196,20 @@ def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
             True,
         ),
         (State.RUNNING, None, State.FAILED, "job 7: forgotten, before the run could say how it ended", True),
-        (State.COMPLETED, Job("7", "FAILED", "NonZeroExitCode"), State.COMPLETED, "", None),
+        (State.COMPLETED, Job("7", "FAILED", "NonZeroExitCode"), State.COMPLETED, "", False),
     ],
 )
 def test_the_last_word_for_a_job_that_is_over(
-    state: State, job: Job | None, ended: State, reason: str, lost: bool | None, tmp_path: Path
+    state: State, job: Job | None, ended: State, reason: str, lost: bool, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.update_status(state=state, reason=None, job={"id": "7"})
     settle(folder, "6", Job("6", "FAILED", "None"))  # of another time
-    assert folder.status()["state"] == state
+    assert folder.status().state == state
     settle(folder, "7", job)
     status = folder.status()
-    assert (status["state"], status.get("worker_lost")) == (ended, lost)
-    assert (status["reason"] or "").startswith(reason)
+    assert (status.state, status.retriable) == (ended, lost)
+    assert (status.reason or "").startswith(reason)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 
 from qwen_cl.dashboard.identity import identify, sync_command
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import RunStatus, WandbRecord
 from qwen_cl.view import wandb_notice
 from tests.conftest import ROOT, Launched
 from tests.fault_table import Row
@@ -34,6 +35,7 @@ from omegaconf import OmegaConf
 from qwen_cl.config.store import register_schemas
 from qwen_cl.dashboard.start import dashboard_of
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import RunStatus, WandbRecord
 
 register_schemas()
 root, folder, fault, *overrides = sys.argv[1:]
@@ -60,7 +62,7 @@ def log(
     fault: str = "",
     largest_file: int | None = None,
     **environment: str,
-) -> dict[str, Any]:
+) -> WandbRecord:
     """Three records through W&B in a process of its own, which has to end well; what its status says of W&B."""
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
@@ -85,7 +87,7 @@ def log(
     written = b"".join(path.read_bytes() for path in directory.parent.rglob("*") if path.is_file())
     assert KEY.encode() not in written
     assert CANARY.encode() not in written
-    return dict(json.loads((directory / "status.json").read_text())["wandb"])
+    return RunFolder(directory).status().wandb
 
 
 def _limit_files(size: int) -> None:
@@ -109,7 +111,7 @@ def read_back(record: Path) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, WandbRecord]]:
     """Folder and status of runs whose W&B fails each in its way, all at once: most of it is waiting."""
     place = tmp_path_factory.mktemp("failures")
     slow = {"WANDB_INIT_TIMEOUT": "60"}  # of those that are to start
@@ -154,14 +156,14 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     ],
 )
 def test_a_server_that_does_not_start_the_run_leaves_it_offline(
-    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str, row: Row
+    failures: dict[str, tuple[Path, WandbRecord]], case: str, reason: str, row: Row
 ) -> None:
     """One record, the one the sync command names, with all that was logged in it."""
     folder, status = failures[case]
-    assert status["mode"] == "offline"
-    assert re.fullmatch(reason, status["reason"])
+    assert status.mode == "offline"
+    assert re.fullmatch(reason, str(status.reason))
     (record,) = (path for path in (folder / "wandb").glob("*run-*") if path.is_dir() and not path.is_symlink())
-    assert status["sync"] == f"wandb sync {record}"
+    assert status.sync == f"wandb sync {record}"
     assert losses_of(record) == [3.0, 1.0, 2.0]
     row("W&B unreachable, or refusing, when a run starts", "the run goes on and logs offline, and says so", "nothing")
 
@@ -176,44 +178,44 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     ],
 )
 def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
-    failures: dict[str, tuple[Path, dict[str, Any]]], case: str, reason: str, row: Row
+    failures: dict[str, tuple[Path, WandbRecord]], case: str, reason: str, row: Row
 ) -> None:
     _, status = failures[case]
-    assert status["mode"] == "online"
-    assert re.match(reason, status["reason"])
-    assert status["sync"] == f"wandb sync --include-online {status['directory']}"
-    notice = wandb_notice({"wandb": status})
-    assert notice == f"W&B: {status['reason']}, not all of it is there; later: {status['sync']}"
+    assert status.mode == "online"
+    assert re.match(reason, str(status.reason))
+    assert status.sync == f"wandb sync --include-online {status.directory}"
+    notice = wandb_notice(RunStatus(wandb=status))
+    assert notice == f"W&B: {status.reason}, not all of it is there; later: {status.sync}"
     if case in ("fails later", "withdrawn key"):  # the service lived, and all is on disk
-        assert losses_of(Path(status["directory"])) == [3.0, 1.0, 2.0]
+        assert losses_of(Path(str(status.directory))) == [3.0, 1.0, 2.0]
     row("W&B failing in mid-run", "the run goes on, and says how to upload the rest", "nothing")
 
 
-def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
     folder, status = failures["full disk"]
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]  # to a log of all runs
     assert max(path.stat().st_size for path in files) <= 2000
-    assert status["id"]
+    assert status.id
 
 
 def test_a_run_without_any_w_and_b_says_where_its_figures_are() -> None:
-    status = {"wandb": {"mode": "disabled", "reason": "OSError: No space left on device"}}
+    status = RunStatus(wandb=WandbRecord(mode="disabled", reason="OSError: No space left on device"))
     told = "W&B: OSError: No space left on device; nothing is logged there, everything is in metrics.jsonl"
     assert wandb_notice(status) == told
-    assert wandb_notice({"wandb": {"mode": "online", "reason": None, "url": "https://…"}}) is None
+    assert wandb_notice(RunStatus(wandb=WandbRecord(mode="online", url="https://…"))) is None
 
 
 def losses_of(record: Path) -> list[float]:
     return [line["history"]["item"]["train/loss"] for line in read_back(record)["history"]]
 
 
-def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, dict[str, Any]]]) -> None:
+def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
     """Named by what they differ in; the one command that uploads them names them all."""
     statuses = [failures[trial][1] for trial in TRIALS]
-    records = [Path(status["directory"]) for status in statuses]
+    records = [Path(str(status.directory)) for status in statuses]
     sweep = failures[TRIALS[0]][0].parent
     assert {record.parent for record in records} == {sweep / "wandb"}
-    assert len({status["id"] for status in statuses}) == 2
+    assert len({status.id for status in statuses}) == 2
     for record, name in zip(records, TRIALS):
         (run,) = [line["run"] for line in read_back(record)["run"]]
         assert (run["display_name"], run["run_group"], run["job_type"]) == (name, "20260101", "finetune")
@@ -225,10 +227,10 @@ def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, dict[s
     assert all(str(record) in shown.stdout + shown.stderr for record in records)
 
 
-def test_a_run_that_goes_on_keeps_its_id(failures: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path) -> None:
+def test_a_run_that_goes_on_keeps_its_id(failures: dict[str, tuple[Path, WandbRecord]], tmp_path: Path) -> None:
     folder, status = failures["not there"]
-    assert identify(compose_run(), RunFolder(folder)).id == status["id"]
-    assert identify(compose_run(), RunFolder(tmp_path)).id != status["id"]
+    assert identify(compose_run(), RunFolder(folder)).id == status.id
+    assert identify(compose_run(), RunFolder(tmp_path)).id != status.id
 
 
 def test_what_is_told_of_the_config() -> None:
@@ -246,12 +248,12 @@ def test_what_is_told_of_the_config() -> None:
 
 def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Launched) -> None:
     status = trained.folder.status()
-    records = read_back(Path(status["wandb"]["directory"]))
+    records = read_back(Path(str(status.wandb.directory)))
     (run,) = [line["run"] for line in records["run"]]
     facts = run["config"]["update"]["facts"]
-    assert facts["data_hash"] == status["data_hash"]
+    assert facts["data_sha256"] == status.data_sha256
     assert facts["versions"]["megatron-core"] == "0.15.3"
-    assert facts["git_commit"] == status["git_commit"]
+    assert facts["git_commit"] == status.git_commit
     assert run["config"]["update"]["peft"]["rank"] == 32
     assert run["tags"] == ["tiny", "lora", "demo"]
     assert (run["display_name"], run["job_type"]) == ("finetune-lora", "finetune")
@@ -262,7 +264,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
         figures = {name: value for name, value in line.items() if name not in ("step", "time")}
         assert {name: logged[line["step"]][name] for name in figures} == pytest.approx(figures)
     assert logged[0]["tokens"] == 0
-    table = Path(status["wandb"]["directory"]) / "files" / logged[40]["samples.path"]
+    table = Path(str(status.wandb.directory)) / "files" / logged[40]["samples.path"]
     asked = [json.loads(line) for line in trained.folder.samples.read_text().splitlines()]
     assert json.loads(table.read_text()) == {
         "columns": ["prompt", "expected", "step 0", "step 40"],
@@ -273,14 +275,14 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
     }
 
     artifacts = {line["artifact"]["name"]: line["artifact"] for line in records["artifact"]}
-    adapter = artifacts[f"adapter-{status['wandb']['id']}"]
+    adapter = artifacts[f"adapter-{status.wandb.id}"]
     assert adapter["type"] == "model"
     assert {entry["ref"] for entry in adapter["manifest"]["contents"]} == {
         path.as_uri() for path in trained.folder.adapter.iterdir()
     }
     origin = json.loads(adapter["metadata"])
-    assert origin["model_fingerprint"] == status["model_fingerprint"]
-    assert (origin["data_hash"], origin["step"]) == (status["data_hash"], 40)
+    assert origin["model_fingerprint"] == status.model_fingerprint
+    assert (origin["data_sha256"], origin["step"]) == (status.data_sha256, 40)
 
     defined = {line["metric"]["name"]: line["metric"] for line in records["metric"]}
     assert {name.split("/")[0] for name in defined} == {
@@ -300,12 +302,12 @@ def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool
     """And goes on under its own name where the server does not know how."""
     folder = RunFolder(tmp_path / "run")
     folder.directory.mkdir()
-    before = {"id": "abcde12345", "mode": "online", "url": "http://there/runs/abcde12345"}
+    before = WandbRecord(id="abcde12345", mode="online", url="http://there/runs/abcde12345")
     folder.update_status(step=20, resume_from="checkpoints/step=20", wandb=before)
     with wandb_server(can_rewind=can_rewind) as server:
         status = log(folder.directory, server=server.url, WANDB_INIT_TIMEOUT="60", WANDB_FINISH_TIMEOUT="30")
     assert [(asked["runName"], asked["metricName"], asked["metricValue"]) for asked in server.rewound] == [
         ("abcde12345", "_step", 20)
     ]
-    assert (status["id"], status["mode"], status["reason"]) == ("abcde12345", "online", None)
+    assert (status.id, status.mode, status.reason) == ("abcde12345", "online", None)
     assert {asked["name"] for asked in server.started} <= {"abcde12345"}

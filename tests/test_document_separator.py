@@ -23,7 +23,8 @@ from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.set_files import read_set_rows
 from qwen_cl.plan import make_plan
 from qwen_cl.resume import resume
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.trial import hash_config
 from tests.bos_tokenizers import KINDS, save_tokenizer
 from tests.building import tokenizer

@@ -74,7 +74,7 @@ def test_the_card_says_what_it_is(trained: Launched, run: Path, tmp_path: Path) 
         assert card.data.tags == ["qwen_cl", "lora"]
         for fact in (
             "my\\|base",
-            status["data_hash"],
+            status.data_sha256,
             "instructions.train.jsonl",
             "| optimizer steps | 40 |",
             "rank 32",

@@ -50,7 +50,7 @@ def goes_on(folder: RunFolder, whole: RunFolder) -> None:
     """To its end, and to the same one."""
     ended = train(folder, *LORA)
     assert ended.returncode == 0, ended.log[-3000:]
-    assert folder.status()["state"] == "COMPLETED"
+    assert folder.status().state == "COMPLETED"
     assert measured(folder) == measured(whole)
 
 
@@ -215,7 +215,7 @@ def test_asked_to_stop(moment: str, runs: tuple[RunFolder, RunFolder], tmp_path:
     assert train(folder, *LORA, fault=fault).returncode == 75
     status = folder.status()
     stopped_at = fault.step + (moment == "in saving")  # the step is over by then
-    assert (status["state"], status["reason"], status["step"]) == ("PREEMPTED", "stopped on request", stopped_at)
+    assert (status.state, status.reason, status.step) == ("PREEMPTED", "stopped on request", stopped_at)
     assert whole_checkpoints(folder.checkpoints)[0].step == stopped_at
     assert folder.adapter.is_dir()
     if moment == "in saving":  # the others would go on alike
@@ -230,18 +230,18 @@ def test_asked_to_stop(moment: str, runs: tuple[RunFolder, RunFolder], tmp_path:
 def test_out_of_time(tmp_path: Path, row: Row) -> None:
     folder = RunFolder(tmp_path / "run")
     assert train(folder, *LORA, "task.max_time=00:00:01", fault=AtRecord(2, None, sleep=1.5)).returncode == 75
-    assert (folder.status()["state"], folder.status()["reason"]) == ("PREEMPTED", "task.max_time is up")
+    assert (folder.status().state, folder.status().reason) == ("PREEMPTED", "task.max_time is up")
     (newest, *_) = whole_checkpoints(folder.checkpoints)
-    assert newest.step == folder.status()["step"] < 6
+    assert newest.step == folder.status().step < 6
     row("task.max_time is up", "saves after the step, PREEMPTED, exit code 75", "nothing")
 
 
 def test_a_loss_that_is_no_number(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
     folder = copy_of(runs[1], tmp_path / "run")
     assert train(folder, *LORA, "lr=1e30", "resume.allow=[lr]").returncode == 1
-    assert folder.status()["state"] == "FAILED"
-    assert folder.status()["reason"].startswith("FloatingPointError: ")
-    assert "lower lr" in folder.status()["reason"]
+    assert folder.status().state == "FAILED"
+    assert str(folder.status().reason).startswith("FloatingPointError: ")
+    assert "lower lr" in str(folder.status().reason)
     assert [checkpoint.step for checkpoint in whole_checkpoints(folder.checkpoints)] == [4, 2]
     for step in (2, 4):
         verify(folder.checkpoints / f"step={step}")
@@ -295,14 +295,14 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
         filling = disk / "filling"
         filling.write_bytes(bytes(shutil.disk_usage(disk).free - 4_000_000))
         assert train(folder, *LORA).returncode == 1
-        assert folder.status()["state"] == "FAILED"
-        assert "no room for a checkpoint in" in folder.status()["reason"]
-        assert "a checkpoint takes" in folder.status()["reason"]
+        assert folder.status().state == "FAILED"
+        assert "no room for a checkpoint in" in str(folder.status().reason)
+        assert "a checkpoint takes" in str(folder.status().reason)
         checks(folder)
         filling.unlink()
         ended = train(folder, *LORA, fault=FillDisk(filling))
         assert ended.returncode == 1
-        assert "the disk is full" in folder.status()["reason"], folder.status()["reason"]
+        assert "the disk is full" in str(folder.status().reason), folder.status().reason
         checks(folder)
         filling.unlink()
         goes_on(folder, runs[0])
@@ -314,7 +314,7 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
 
 
 def checks(folder: RunFolder) -> None:
-    assert "What was saved before is untouched; make room" in folder.status()["reason"]
+    assert "What was saved before is untouched; make room" in str(folder.status().reason)
     assert [checkpoint.step for checkpoint in whole_checkpoints(folder.checkpoints)] == [4, 2]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step=2", "step=4"]
 

@@ -158,7 +158,7 @@ def test_the_first_step_is_of_the_mixture(forgetting: Forgetting) -> None:
 def test_a_small_model_is_compared_with_transformers_unasked(forgetting: Forgetting) -> None:
     mixture = forgetting.mixture()
     starts = [mixture[index].ids[:128] for index in range(2)]
-    verified = forgetting.run.folder.status()["verified"]
+    verified = forgetting.run.folder.status().verified
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
     assert verified["transformers"] == pytest.approx(forgetting.reference.loss(starts), abs=1e-4)
 

@@ -17,7 +17,8 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from qwen_cl.source.distributed import DistributedWeights
 from tests import chance_probe
 from tests.conftest import ROOT, launch
@@ -57,17 +58,17 @@ def test_weights_that_know_nothing_are_refused_before_the_first_step(tmp_path: P
     returncode, folder = probe(tmp_path / "run", "model=local", f"model.source={model}")
     assert returncode == 1, folder.log.read_text()[-3000:]
     status = folder.status()
-    assert (status["state"], status["step"]) == ("FAILED", 0)
+    assert (status.state, status.step) == ("FAILED", 0)
     said = re.fullmatch(
         r"VerificationError: model\.verify: the loss before the first step is ([\d.]+) at best, and that of random "
         r"weights is about ([\d.]+) \(the logarithm of the vocabulary\): the weights of this model are not in it; if "
         r"they are meant to be random, write model\.verify=none",
-        status["reason"],
+        str(status.reason),
     )
-    assert said is not None, status["reason"]
+    assert said is not None, status.reason
     assert said[2] == f"{math.log(1536):.2f}"
     assert float(said[1]) > math.log(1536) - 0.5
-    assert "verified" not in status
+    assert status.verified == {}
     assert not list(folder.checkpoints.glob("*"))
 
 
@@ -76,13 +77,13 @@ def test_a_trained_model_passes_and_what_is_not_finite_is_not_saved(tmp_path: Pa
     returncode, folder = probe(tmp_path / "run", "model=tiny", *BAD)
     assert returncode == 1, folder.log.read_text()[-3000:]
     status = folder.status()
-    assert status["state"] == "FAILED"
+    assert status.state == "FAILED"
     said = re.fullmatch(
         r"FloatingPointError: training (?:loss|gradient norm) is (?:nan|inf) at step (\d+); lower lr or "
         r"task\.clip_grad, or raise task\.warmup_steps \(the newest checkpoint is from before\)",
-        status["reason"],
+        str(status.reason),
     )
-    assert said is not None, status["reason"]
+    assert said is not None, status.reason
     assert 1 < int(said[1]) < BAD_STEPS
     assert saved_steps(folder)[-1] == int(said[1]) - 1
     assert newest_is_finite(folder)
@@ -102,14 +103,14 @@ def test_a_run_that_is_not_to_be_compared_ends_at_a_step_that_is_no_number(
     done = launch(*SMOKE, *said, *BAD, directory=tmp_path / "run", warm=True)
     assert done.returncode == 1
     status = done.folder.status()
-    assert status["state"] == "FAILED"
-    assert "verified" not in status
+    assert status.state == "FAILED"
+    assert status.verified == {}
     reason = (
         rf"FloatingPointError: {what}; lower lr or task\.clip_grad, or raise task\.warmup_steps "
         r"\(the newest checkpoint is from before\)"
     )
-    assert re.fullmatch(reason, status["reason"])
-    assert f"FAILED: {status['reason']}\n" in done.stderr
+    assert re.fullmatch(reason, str(status.reason))
+    assert f"FAILED: {status.reason}\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert newest_is_finite(done.folder)
 

@@ -125,6 +125,6 @@ def test_a_run_keeps_its_commit_and_resumes_with_it(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     after = second.folder.status()
     assert OmegaConf.load(run / "config.yaml").data.path == f"hf://datasets/org/qa@{commit}#train"
-    assert after["data_commits"] == before["data_commits"] == {"data.path": commit}
-    assert after["data_hash"] == before["data_hash"]
-    assert (before["step"], after["step"]) == (1, 2)
+    assert after.data_commits == before.data_commits == {"data.path": commit}
+    assert after.data_sha256 == before.data_sha256
+    assert (before.step, after.step) == (1, 2)

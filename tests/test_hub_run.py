@@ -45,7 +45,7 @@ def test_a_run_from_the_hub_is_pinned_to_a_commit(tmp_path: Path) -> None:
         assert hub.requests == []
     assert done.returncode == 0, done.stderr + done.folder.log.read_text()[-3000:]
     pinned = f"hf://org/tiny@{commit}"
-    assert done.folder.status()["model_commit"] == commit
+    assert done.folder.status().model_commit == commit
     model = load_config(done.folder.config).model
     assert (model.source, model.cache) == (pinned, str(tmp_path / "models"))
     adapter = json.loads((done.folder.adapter / "adapter_config.json").read_text())

@@ -68,7 +68,7 @@ def test_first_losses_equal_transformers(shape: dict[str, Any], arguments: list[
     assert first["val/target/tokens"] == sum(example.num_labels for example in validation)
     assert first["val/target/loss"] == pytest.approx(_loss(reference, validation), abs=1e-4)
     step_1 = next(record for record in records if record["step"] == 1 and "train/loss" in record)
-    verified = done.folder.status()["verified"]
+    verified = done.folder.status().verified
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
     assert step_1["train/loss"] == pytest.approx(_loss(reference, seen), abs=1e-4)
 

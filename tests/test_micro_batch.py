@@ -101,15 +101,15 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
         with folder.lock():
             open_run(replace(started, config=config), folder)
         run_ranks(worker, folder.directory, full_from_step_three)
-        reasons.append(folder.status()["reason"])
+        reasons.append(folder.status().reason)
         judge(folder, interrupted=False)
 
     until_it_fits(started.config, folder, attempt)
     assert tried == [4, 2, 1]
     advice = "; lower task.micro_batch_size or task.sequence_length, or set speed.recompute=always"
     assert [str(reason).endswith(advice) for reason in reasons] == [True, True, False]
-    assert folder.status()["state"] == "COMPLETED"
-    assert [entry["step"] for entry in folder.status()["resumed"]] == [2, 2]
+    assert folder.status().state == "COMPLETED"
+    assert [entry["step"] for entry in folder.status().resumed] == [2, 2]
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)  # of two rows in a pass
     again = compose_run("task.micro_batch_size=auto", "task.global_batch_size=4")
     assert keep_micro_batch(again, folder).training.rows_per_pass == 1

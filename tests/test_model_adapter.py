@@ -111,7 +111,7 @@ def test_training_begins_at_the_loss_of_peft(layout: str, runs: dict[str, Launch
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     expected = _loss(reference, validation)
     assert abs(expected - _loss(plain, validation)) > 0.01, "the adapter changes nothing, so this test shows nothing"
-    found, verified = losses_of(runs[layout]), runs[layout].folder.status()["verified"]
+    found, verified = losses_of(runs[layout]), runs[layout].folder.status().verified
     assert found[0]["val/target/loss"] == pytest.approx(expected, abs=1e-4)
     assert found[1]["train/loss"] == pytest.approx(_loss(reference, [train[index] for index in range(4)]), abs=1e-4)
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
@@ -136,7 +136,7 @@ def test_what_a_run_leaves_is_base_and_both_adapters(
     card = (tmp_path / "merged/README.md").read_text()
     assert f"| earlier adapter, sha256 | {read_adapter(adapter).sha256} |" in card
     record = json.loads((folder.checkpoints / "step=2/weights/base_model.json").read_text())
-    assert record["adapter"] == folder.status()["model_adapter_sha256"] == read_adapter(adapter).sha256
+    assert record["adapter"] == folder.status().model_adapter_sha256 == read_adapter(adapter).sha256
 
 
 def test_a_third_stage_takes_the_adapter_of_the_second(runs: dict[str, Launched], base: Path, tmp_path: Path) -> None:

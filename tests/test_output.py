@@ -13,7 +13,8 @@ from qwen_cl.execute import execute
 from qwen_cl.opening import write_worker_inputs
 from qwen_cl.output import enduring_output
 from qwen_cl.plan import make_plan
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from tests.conftest import FEW, ROOT
 from tests.exporting import composed
 from tests.fault_table import Row
@@ -36,7 +37,7 @@ def test_a_run_outlives_whoever_read_its_output(tmp_path: Path, row: Row) -> Non
         assert str(folder.directory) in launcher.stdout.readline()
         launcher.stdout.close()
     status = folder.status()
-    assert (launcher.returncode, status["state"], status["step"]) == (0, "COMPLETED", 2), status
+    assert (launcher.returncode, status.state, status.step) == (0, "COMPLETED", 2), status
     row(
         "the reader of its output ends (as `head` does), and the disk of its errors is full",
         "trains on, COMPLETED",
@@ -74,4 +75,4 @@ def test_a_launcher_that_fails_says_so_in_the_folder(tmp_path: Path) -> None:
         execute(plan.config, folder, fails)
     assert watched == [1]
     status = folder.status()
-    assert (status["state"], status["reason"]) == (State.FAILED, "its launcher ended: ValueError: no such column")
+    assert (status.state, status.reason) == (State.FAILED, "its launcher ended: ValueError: no such column")

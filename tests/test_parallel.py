@@ -126,7 +126,7 @@ def test_a_layout_answers_what_one_process_answers(method: str, layout: str, dir
 
 @pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] in SPEED])
 def test_levers_are_in_place_where_they_are_said_to_change_nothing(method: str, layout: str, directory: Path) -> None:
-    levers = RunFolder(directory / f"{method}-{layout}").status()["levers"]
+    levers = RunFolder(directory / f"{method}-{layout}").status().speed_optimizations
     absent = {"linear_cross_entropy"} if layout == "pp2" else set()  # the first rank speaks, and has no output layer
     absent |= {"low_rank_products"} if method != "lora" else set()
     assert levers.keys() >= SPEED[layout].keys() - absent

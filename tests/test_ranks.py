@@ -19,7 +19,8 @@ from qwen_cl.execute import worker_environment
 from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
 from qwen_cl.ranks import Group
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from tests import faulty_rank
 from tests.conftest import FEW, ROOT
 from tests.exporting import composed
@@ -72,9 +73,9 @@ def run_group(directory: Path, faults: dict[int, str], *overrides: str, timeout_
 def test_the_rank_that_raised_is_the_reason(rank: int, tmp_path: Path, row: Row) -> None:
     folder = run_group(tmp_path, {rank: "raises"})
     status = folder.status()
-    assert status["state"] == "FAILED"
-    assert status["reason"] == f"rank {rank}: ValueError: the adapter of this rank is made of cheese"
-    assert status["worker_lost"] is False
+    assert status.state == "FAILED"
+    assert status.reason == f"rank {rank}: ValueError: the adapter of this rank is made of cheese"
+    assert status.retriable is False
     assert "gloo" in folder.log.read_text(errors="replace"), "the other rank failed of nothing, so this shows little"
     row("an error in one of two ranks", "FAILED with that rank's error as the reason", SINCE_THE_LAST)
 
@@ -87,8 +88,8 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_is(
 ) -> None:
     folder = run_group(tmp_path, {1: fault}, timeout_minutes=0.1)
     status = folder.status()
-    assert status["state"] == "FAILED"
-    assert status["reason"] == (f"rank 1 was hanging: no progress in 0.1 minutes (cluster.timeout_minutes){said}")
+    assert status.state == "FAILED"
+    assert status.reason == (f"rank 1 was hanging: no progress in 0.1 minutes (cluster.timeout_minutes){said}")
     asked = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("is at:")]
     assert asked == ["Rank 0", "Rank 1"]
     zero, strikes, _ = folder.log.read_text(encoding="utf-8", errors="replace").partition("in _strike")
@@ -104,9 +105,9 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_is(
 def test_ranks_asked_at_different_steps_stop_at_the_same(tmp_path: Path, row: Row) -> None:
     folder = run_group(tmp_path, {1: "SIGTERM"}, "task.max_steps=1000")
     status = folder.status()
-    assert (status["state"], status["reason"]) == ("PREEMPTED", "stopped on request")
+    assert (status.state, status.reason) == ("PREEMPTED", "stopped on request")
     assert [path.name for path in folder.checkpoints.iterdir()] == [f"step={faulty_rank.STEP}"]
-    assert status["step"] == faulty_rank.STEP
+    assert status.step == faulty_rank.STEP
     row("SIGTERM to one of two ranks", "both stop after the same step and save; PREEMPTED", "nothing")
 
 
@@ -115,8 +116,8 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         status = run_group(tmp_path, {}).status()
-    assert status["state"] == "FAILED"
-    assert status["reason"] == (
+    assert status.state == "FAILED"
+    assert status.reason == (
         f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
     )
     row("the port in use", "FAILED at once, the port named; without MASTER_PORT a free one is taken", "nothing")
@@ -129,7 +130,7 @@ def test_a_killed_rank_ends_the_command(tmp_path: Path, row: Row) -> None:
     process = subprocess.Popen(
         [*command, "task.max_steps=100000"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: folder.status().get("step", 0) >= 2 or process.poll() is not None)
+    wait_until(lambda: folder.status().step >= 2 or process.poll() is not None)
     family = psutil.Process(process.pid).children(recursive=True)
     victim = next(each for each in family if each.environ().get("RANK") == "1")
     victim.send_signal(signal.SIGKILL)
@@ -137,7 +138,7 @@ def test_a_killed_rank_ends_the_command(tmp_path: Path, row: Row) -> None:
     assert process.returncode == 1
     assert "FAILED: rank 1 was killed by SIGKILL\n" in stderr
     assert "Traceback" not in stderr
-    assert folder.status()["worker_lost"] is True
+    assert folder.status().retriable is True
     assert not any(each.is_running() for each in family)
     row("kill -9 of one of two ranks", "FAILED, the rank and the signal named; no process is left", SINCE_THE_LAST)
 

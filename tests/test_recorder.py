@@ -59,8 +59,8 @@ def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, 
     folder = RunFolder(tmp_path / "run")
     ended = train(folder, *overrides_of("lora"), "lr=1e30", "task.warmup_steps=0", fault=ReadLate())
     assert ended.returncode == 1
-    assert folder.status()["state"] == "FAILED"
-    assert "lower lr" in folder.status()["reason"]
+    assert folder.status().state == "FAILED"
+    assert "lower lr" in str(folder.status().reason)
     assert not list(folder.checkpoints.glob("*"))
 
 

@@ -245,7 +245,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_run_is_named(tmp_path: Path) -> None:
     folder = write_trial(tmp_path / "00", [], [])
     folder.status_file.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"00 cannot be read as a run: JSONDecodeError\('Expecting property name"):
+    with pytest.raises(UserError, match=r"00/status\.json is not JSON: Expecting property name"):
         make(f"task.sweep={tmp_path}")
     write_trial(tmp_path / "01", [], []).samples.write_text('{"step": 0}\n', encoding="utf-8")
     shutil.rmtree(folder.directory)

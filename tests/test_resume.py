@@ -50,12 +50,12 @@ def test_a_killed_run_loses_nothing(method: str, shared_directory: Path, tmp_pat
     assert list(losses(whole)) == [1, 2, 3, 4, 5, 6]
     assert list(losses(killed)) == [1, 2, 3, 4]
     assert abs(losses(whole)[4] - losses(whole)[1]) > 1, "training changed nothing, so this test shows nothing"
-    assert killed.status()["state"] == "RUNNING"  # nobody was left to say otherwise
+    assert killed.status().state == "RUNNING"  # nobody was left to say otherwise
     resumed = copy_of(killed, tmp_path / "resumed")
     assert train(resumed, *overrides_of(method)).returncode == 0
     status = resumed.status()
-    assert (status["state"], status["step"]) == ("COMPLETED", STEPS)
-    assert [(cut["step"], cut["state"]) for cut in status["resumed"]] == [(4, "RUNNING")]
+    assert (status.state, status.step) == ("COMPLETED", STEPS)
+    assert [(cut["step"], cut["state"]) for cut in status.resumed] == [(4, "RUNNING")]
     assert measured(resumed) == measured(whole)  # to the last bit
     assert sorted(path.name for path in resumed.checkpoints.iterdir()) == ["step=2", "step=4", "step=6"]
     if method != "none":
@@ -81,7 +81,7 @@ def test_killed_after_its_last_step_it_is_brought_to_its_end(lora: tuple[RunFold
     assert (folder.checkpoints / "step=6").is_dir()
     assert not folder.adapter.exists()
     assert train(folder, *LORA).returncode == 0
-    assert folder.status()["state"] == "COMPLETED"
+    assert folder.status().state == "COMPLETED"
     assert measured(folder) == measured(whole)
     ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (folder, whole))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
@@ -179,8 +179,8 @@ def test_the_worker_itself_refuses_another_base(lora: tuple[RunFolder, RunFolder
     config["model"]["source"] = str(other)
     folder.config.write_text(yaml.safe_dump(config))
     assert run_ranks(worker, folder.directory, None).returncode == 1
-    assert folder.status()["state"] == "FAILED"
-    assert f"was trained on {BASE}, and the recipe restores {other}" in folder.status()["reason"]
+    assert folder.status().state == "FAILED"
+    assert f"was trained on {BASE}, and the recipe restores {other}" in str(folder.status().reason)
 
 
 def test_a_batch_script_makes_the_same_choice(lora: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def test_a_batch_script_makes_the_same_choice(lora: tuple[RunFolder, RunFolder],
     done = choose()
     assert done.returncode == 0, done.stderr
     assert "checkpoints/step=4: weights/common.pt has 5 bytes of" in done.stdout
-    assert folder.status()["resume_from"] == str(folder.checkpoints / "step=2")
+    assert folder.status().resume_from == str(folder.checkpoints / "step=2")
     assert list(losses(folder)) == [1, 2]
     (folder.checkpoints / "step=2/weights/common.pt").unlink()
     done = choose()
     assert done.returncode == 2
     assert "no checkpoint in" in done.stderr
     assert "step=2: weights/common.pt is missing" in done.stderr
-    assert folder.status()["state"] == "FAILED"
+    assert folder.status().state == "FAILED"

@@ -23,13 +23,20 @@ from tests.fault_table import Row
 def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> None:
     assert trained.returncode == 0, trained.stderr
     status = trained.folder.status()
-    assert status["state"] == "COMPLETED"
-    assert status["step"] == 40
-    assert status["reason"] is None
-    assert status["start"] <= status["end"]
-    assert list(status["began"]) == ["starting", "importing NeMo", "starting W&B", "loading the model", "training"]
-    assert status["versions"]["megatron-core"] == "0.15.3"
-    assert re.fullmatch(r"[0-9a-f]{64}", status["data_hash"])
+    assert status.state == "COMPLETED"
+    assert status.step == 40
+    assert status.reason is None
+    assert status.seconds is not None
+    assert status.seconds >= 0
+    assert list(status.phase_started_at) == [
+        "starting",
+        "importing NeMo",
+        "starting W&B",
+        "loading the model",
+        "training",
+    ]
+    assert status.versions["megatron-core"] == "0.15.3"
+    assert re.fullmatch(r"[0-9a-f]{64}", str(status.data_sha256))
     records = [json.loads(line) for line in trained.folder.metrics_file.read_text().splitlines()]
     validation = {record["step"]: record["val/target/loss"] for record in records if "val/target/loss" in record}
     training = [record["train/loss"] for record in records if "train/loss" in record]
@@ -92,7 +99,7 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
         text=True,
     )
     deadline = time.monotonic() + 300
-    while folder.status().get("step", 0) < 2:
+    while folder.status().step < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, folder.log.read_text()
         time.sleep(0.2)
@@ -106,8 +113,8 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     status = folder.status()
-    assert status["state"] == "PREEMPTED"
-    assert f"step={status['step']}" in [path.name for path in folder.checkpoints.iterdir()]
+    assert status.state == "PREEMPTED"
+    assert f"step={status.step}" in [path.name for path in folder.checkpoints.iterdir()]
     assert "Traceback" not in stderr
 
 

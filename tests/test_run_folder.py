@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import RunFolder, State, remove_if_empty
+from qwen_cl.run_folder import RunFolder, remove_if_empty
+from qwen_cl.runs.status import RunStatus, State
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,7 @@ steps = []
 while not stop.exists():
     with open(status, encoding="utf-8") as stream:
         found = json.load(stream)
-    assert found["filling"] == str(found["step"] % 10) * 100_000, found["step"]
+    assert found["reason"] == str(found["step"] % 10) * 100_000, found["step"]
     steps.append(found["step"])
 assert steps == sorted(steps)
 print(len(set(steps)))
@@ -63,30 +64,30 @@ def child(code: str, *arguments: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
     folder, stop = RunFolder(tmp_path), tmp_path / "stop"
-    folder.update_status(step=0, filling="0" * 100_000)
+    folder.update_status(step=0, reason="0" * 100_000)
     with child(READER, folder.status_file, stop) as reader:
         for step in range(1, 300):
-            folder.update_status(step=step, filling=str(step % 10) * 100_000)
+            folder.update_status(step=step, reason=str(step % 10) * 100_000)
         stop.touch()
         output, errors = reader.communicate()
         assert reader.returncode == 0, errors
     assert int(output) > 10, "the reader saw too few updates to show anything"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json", "stop"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".status.lock", "status.json", "stop"]
 
 
 def test_updates_add_up(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.status() == {}
+    assert folder.status() == RunStatus()
     folder.update_status(state=State.RUNNING, phase="起動")
     folder.update_status(step=3, phase="training")
     folder.update_status(phase="training: 1 of 2")
     expected = {"state": "RUNNING", "phase": "training: 1 of 2", "step": 3}
     status = folder.status()
-    began = status.pop("began")
-    assert status == expected
+    assert (status.state, status.phase, status.step) == (State.RUNNING, "training: 1 of 2", 3)
+    began = status.phase_started_at
     assert list(began) == ["起動", "training"]
     assert began["起動"] <= began["training"]
-    assert json.loads(folder.status_file.read_text(encoding="utf-8")) == {**expected, "began": began}
+    assert json.loads(folder.status_file.read_text(encoding="utf-8")) == {**expected, "phase_started_at": began}
 
 
 def test_an_update_that_fails_leaves_the_status_before_it(tmp_path: Path) -> None:
@@ -94,7 +95,9 @@ def test_an_update_that_fails_leaves_the_status_before_it(tmp_path: Path) -> Non
     folder.update_status(step=1)
     with pytest.raises(TypeError):
         folder.update_status(step=2, device=object())
-    assert folder.status() == {"step": 1}
+    with pytest.raises(TypeError, match=r"status\.json has no field steps"):
+        folder.update_status(steps=2)
+    assert folder.status() == RunStatus(step=1)
 
 
 def test_a_folder_in_use_is_refused_until_its_holder_dies(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def wait_until(holds: Callable[[], Any], folder: RunFolder, launcher: subprocess
 
 
 def job(folder: RunFolder) -> str:
-    return str(folder.status()["job"]["id"])
+    return str(folder.status().job.id)
 
 
 def steps(folder: RunFolder) -> list[int]:
@@ -88,21 +88,21 @@ def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     arguments += [f"task.max_steps={last}", f"task.val_check_interval={last}"]
     arguments += ["cluster.setup='export GLOO_SOCKET_IFNAME=lo'"]
     process = start(f"hydra.run.dir={quoted(str(folder.directory))}", *arguments, **CANARIES, PATH=SEARCH)
-    wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
+    wait_until(lambda: folder.status().step >= 2, folder, process)
     slurm.signal_steps(job(folder), "USR1")  # what Slurm sends before the time is up (--signal)
-    wait_until(lambda: folder.status()["state"] == "SUBMITTED", folder, process)
-    stopped = folder.status()["step"]
+    wait_until(lambda: folder.status().state == "SUBMITTED", folder, process)
+    stopped = folder.status().step
     assert 2 <= stopped < last
-    assert folder.status()["reason"] == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
+    assert folder.status().reason == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].state == "PENDING", folder)
     subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now+3"], check=True)  # else 2 minutes
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stderr, folder.log.read_text()[-3000:])
     status = folder.status()
-    assert (status["state"], status["step"], status["job"]["restarts"]) == ("COMPLETED", last, 1)
-    assert status["job"]["nodes"] == "n[1-2]"
-    assert status["job"]["seconds_before"] > 0
-    assert [entry["step"] for entry in status["resumed"]] == [stopped]
+    assert (status.state, status.step, status.job.restarts) == ("COMPLETED", last, 1)
+    assert status.job.nodes == "n[1-2]"
+    assert status.job.seconds_before > 0
+    assert [entry["step"] for entry in status.resumed] == [stopped]
     assert steps(folder) == list(range(1, last + 1))
     assert f"submitted as job {job(folder)}. To follow it: python launch.py task=job" in stdout
     assert f"COMPLETED at step {last}" in stdout
@@ -121,7 +121,7 @@ def assert_no_secret(directory: Path, said: str) -> None:
 def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path / "run")
     follower = start(f"hydra.run.dir={folder.directory}", *SMALL, *SUBMIT, "cluster.options={begin: now+1hour}")
-    wait_until(lambda: folder.status().get("state") == "SUBMITTED", folder, follower)
+    wait_until(lambda: folder.status().state == "SUBMITTED", folder, follower)
     assert follower.stdout is not None
     said = ""
     while "PENDING" not in said:
@@ -143,8 +143,8 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
     with pytest.raises(UserError, match=r"run\.log is not there yet: the job has not started"):
         act(JobConfig(run=str(folder.directory), action=JobAction.logs), [])
     act(JobConfig(run=str(folder.directory), action=JobAction.cancel), [])
-    assert folder.status()["state"] == "PREEMPTED"
-    assert folder.status()["reason"] == f"job {job(folder)}: CANCELLED, before it started"
+    assert folder.status().state == "PREEMPTED"
+    assert folder.status().reason == f"job {job(folder)}: CANCELLED, before it started"
     with pytest.raises(UserError, match="is PREEMPTED already; nothing is left to cancel"):
         act(JobConfig(run=str(folder.directory), action=JobAction.cancel), [])
 
@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     """Two at a time, one on each node."""
     killed = submit(tmp_path / "killed", "cluster.options={nodelist: n1}")
     lost = submit(tmp_path / "lost", "cluster.options={nodelist: n2}", "cluster.max_requeues=0")
-    wait_until(lambda: lost.status()["state"] == "RUNNING", lost)
+    wait_until(lambda: lost.status().state == "RUNNING", lost)
     wait_until(lambda: worker(killed), killed)
     follower = start("task=job", f"task.run={lost.directory}", "task.action=follow")
     found = worker(killed)
@@ -163,8 +163,8 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     found.kill()
     wait_until(lambda: refresh(killed) is None, killed)
     status = killed.status()
-    assert (status["state"], status["reason"]) == ("FAILED", "a worker was killed by SIGKILL")
-    assert status["worker_lost"] is True
+    assert (status.state, status.reason) == ("FAILED", "a worker was killed by SIGKILL")
+    assert status.retriable is True
 
     cancelled = submit(tmp_path / "cancelled", "cluster.options={nodelist: n1}")
     for process in [*overseers(lost), *processes(lost)]:  # as when the node's power fails
@@ -174,14 +174,14 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     _, stderr = follower.communicate(timeout=60)
     assert follower.returncode == 1
     assert f"FAILED: job {job(lost)}: NODE_FAIL" in stderr
-    assert (lost.status()["state"], lost.status()["worker_lost"]) == ("FAILED", True)
+    assert (lost.status().state, lost.status().retriable) == ("FAILED", True)
     subprocess.run([*down[:3], "state=resume"], check=False)  # it may be back by itself
-    wait_until(lambda: cancelled.status()["phase"] == "importing NeMo", cancelled)
+    wait_until(lambda: cancelled.status().phase == "importing NeMo", cancelled)
     act(JobConfig(run=str(cancelled.directory), action=JobAction.cancel), [])
     assert f"job {job(cancelled)} saves a checkpoint and ends. Again to end it at once." in capsys.readouterr().out
     wait_until(lambda: refresh(cancelled) is None, cancelled)
-    assert cancelled.status()["state"] == "PREEMPTED"  # and not back in the queue
-    assert "before training began" in cancelled.status()["reason"]
+    assert cancelled.status().state == "PREEMPTED"  # and not back in the queue
+    assert "before training began" in str(cancelled.status().reason)
     act(JobConfig(run=str(killed.directory), action=JobAction.logs), [])
     assert capsys.readouterr().out == killed.log.read_text()
 
@@ -219,14 +219,14 @@ def test_a_rank_that_hangs_on_another_node_is_named(tmp_path: Path) -> None:
     process = start(
         f"hydra.run.dir={folder.directory}", *arguments, "cluster.setup='export GLOO_SOCKET_IFNAME=lo'", PATH=SEARCH
     )
-    wait_until(lambda: folder.status().get("step", 0) >= 2, folder, process)
+    wait_until(lambda: folder.status().step >= 2, folder, process)
     hanging = worker(folder, rank=1)
     assert hanging is not None
     hanging.send_signal(signal.SIGSTOP)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     reason = "rank 1 was hanging: no progress in 0.3 minutes (cluster.timeout_minutes), and no sign of life"
-    assert (folder.status()["state"], folder.status()["reason"]) == ("FAILED", reason)
+    assert (folder.status().state, folder.status().reason) == ("FAILED", reason)
     assert reason in stderr
     log = folder.log.read_text(errors="replace")
     assert len(re.findall(r"line \d+ in _run_module_as_main", log)) == 2  # where each is: the main thread's first frame
@@ -238,7 +238,7 @@ def test_a_node_without_the_compiler_that_a_lever_needs_says_so(tmp_path: Path) 
     process = start(f"hydra.run.dir={tmp_path / 'run'}", *SMALL, *SUBMIT, *asked, PATH=SEARCH)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
-    reason = str(RunFolder(tmp_path / "run").status()["reason"])
+    reason = str(RunFolder(tmp_path / "run").status().reason)
     assert reason.startswith(f"speed.compile=always: there is no C compiler on {platform.node()} (")
     assert reason.endswith("; load one in cluster.setup, or set speed.compile=never")
     assert reason in stderr

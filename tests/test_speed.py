@@ -49,8 +49,8 @@ def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> Non
 def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
     fast = launch(*ON_CPU, "speed.recompute=always", *RUN, directory=tmp_path / "run", warm=True)
     assert_alike(plain, fast)
-    assert plain.folder.status()["levers"] == {}
-    assert fast.folder.status()["levers"] == {
+    assert plain.folder.status().speed_optimizations == {}
+    assert fast.folder.status().speed_optimizations == {
         "rotary_tables": 1,
         "low_rank_products": 16,
         "linear_cross_entropy": 1,
@@ -82,7 +82,7 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     plain = launch(*arguments, "speed=plain", directory=tmp_path / "plain", warm=True)
     compiled = launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True)
     assert_alike(plain, compiled)
-    assert compiled.folder.status()["levers"]["compile"] == 4
+    assert compiled.folder.status().speed_optimizations["compile"] == 4
     split = ["cluster.devices=2", "cluster.tensor_parallel=2"]
     log_of_compiler = {"TORCH_LOGS": "recompiles"}
     parts = launch(
@@ -92,7 +92,7 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
         environment=log_of_compiler,
     )
     assert_alike(plain, parts, tolerance=1e-5)
-    assert parts.folder.status()["levers"] == compiled.folder.status()["levers"]
+    assert parts.folder.status().speed_optimizations == compiled.folder.status().speed_optimizations
     again = re.findall(r"- \d+/\d+: (.*)", parts.folder.log.read_text(encoding="utf-8"))
     assert again
     assert all("size mismatch" in reason or "requires_grad" in reason for reason in again), again

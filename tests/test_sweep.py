@@ -68,7 +68,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     check_results(directory, stdout)
     # The killed one, and those that the killed sweep left half-way, were started twice.
     attempts = {number: record_of(directory, number)["attempts"] for number in VALUES}
-    gone_on = {number: folder.status().get("resumed", []) for number, folder in trial_folders(directory).items()}
+    gone_on = {number: folder.status().resumed for number, folder in trial_folders(directory).items()}
     # One more for a trial whose launcher went before its run had a folder.
     assert all(1 + len(gone_on[number]) <= attempts[number] <= 2 + len(gone_on[number]) for number in VALUES)
     assert [cut["state"] for cut in gone_on[killed]] == ["FAILED"]
@@ -90,7 +90,7 @@ def finished(directory: Path) -> dict[str, tuple[bytes, bytes]]:
     return {
         number: (folder.status_file.read_bytes(), folder.metrics_file.read_bytes())
         for number, folder in trial_folders(directory).items()
-        if folder.status().get("state") == "COMPLETED"
+        if folder.status().state == "COMPLETED"
     }
 
 
@@ -143,7 +143,7 @@ def test_the_first_failure_stops_the_others_if_asked(tmp_path: Path) -> None:
     assert "FAILED: 1 waiting, 1 FAILED, 1 PREEMPTED" in stderr
     assert states(directory) == {"00": "PREEMPTED", "01": "FAILED"}
     stopped = trial_folders(directory)["00"].status()
-    assert stopped["reason"] == "stopped because 01-lr_1e30 failed (hydra.launcher.fail_fast)"
+    assert stopped.reason == "stopped because 01-lr_1e30 failed (hydra.launcher.fail_fast)"
     assert left_running(directory) == []
 
 
@@ -159,7 +159,7 @@ def test_ctrl_c_asks_every_trial_to_stop(tmp_path: Path) -> None:
     assert stdout.count("Stopping: every trial saves a checkpoint first. Again to kill them.") == 1
     assert "PREEMPTED: 1 waiting, 2 PREEMPTED; the same command with hydra.sweep.dir=" in stderr
     assert "Traceback" not in stderr
-    assert {folder.status()["reason"] for folder in trial_folders(directory).values()} == {"stopped on request"}
+    assert {folder.status().reason for folder in trial_folders(directory).values()} == {"stopped on request"}
     assert left_running(directory) == []
 
 
@@ -173,8 +173,8 @@ def test_a_search_stops_who_falls_behind_and_repeats_nothing(tmp_path: Path) -> 
     assert returncode == 0, stderr
     assert states(directory) == {"00": "COMPLETED", "01": "PREEMPTED"}
     pruned = trial_folders(directory)["01"].status()
-    assert pruned["reason"].startswith("pruned: its validation loss at step ")
-    assert pruned["step"] < 120
+    assert str(pruned.reason).startswith("pruned: its validation loss at step ")
+    assert pruned.step < 120
     storage = JournalStorage(JournalFileBackend(str(directory / "study.journal")))
     found = optuna.load_study(study_name="sweep", storage=storage).trials
     assert [(trial.params["peft.alpha"], trial.state.name) for trial in found] == [

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.store import register_schemas
 from qwen_cl.config.sweep import OptunaConfig
-from qwen_cl.run_folder import State, now
-from qwen_cl.sweep.outcome import PRUNED, Outcome
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State, now
+from qwen_cl.sweep.outcome import Outcome, StopCause
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.proposals import Proposals
 from qwen_cl.sweep.search import Space, open_study
@@ -51,7 +52,7 @@ def proposals(planner: Planner, directory: Path, *said: str, space: list[str] = 
 
 def start(trial: Trial) -> Trial:
     trial.begin(trial.record(), 0.0)
-    trial.folder.update_status(state=State.RUNNING, reason=None, start=now(), end=None, step=0)
+    trial.folder.mark_running(start=now(), step=0)
     return trial
 
 
@@ -61,9 +62,10 @@ def measure(trial: Trial, step: int, loss: float) -> None:
     )
 
 
-def finish(source: Proposals, trial: Trial, state: State, reason: str | None = None) -> None:
-    trial.folder.update_status(state=state, reason=reason, end=now())
-    source.ended(trial, Outcome(state, reason))
+def finish(source: Proposals, trial: Trial, state: State, cause: StopCause | None = None) -> None:
+    reason, kind = (None, None) if cause is None else (cause.reason, cause.kind)
+    trial.folder.finish(state, reason, kind)
+    source.ended(trial, Outcome(state, reason, kind))
 
 
 def next_of(source: Proposals) -> Trial:
@@ -82,8 +84,8 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
     trials = [start(next_of(first)) for _ in range(3)]
     measure(trials[0], 60, 2.5)
     finish(first, trials[0], State.COMPLETED)
-    finish(first, trials[1], State.FAILED, "OutOfMemoryError: …")
-    finish(first, trials[2], State.PREEMPTED, "stopped on request")
+    finish(first, trials[1], State.FAILED, StopCause("OutOfMemoryError: …", FailureKind.out_of_memory))
+    finish(first, trials[2], State.PREEMPTED, StopCause("stopped on request", FailureKind.interrupted))
     assert states(first) == ["COMPLETE", "FAIL", "RUNNING"]
     assert first.waiting() == 1
     assert first.study.best_value == 2.5
@@ -131,9 +133,10 @@ def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path)
     assert source.why_stop(good) is None
     assert source.why_stop(bad) is None
     measure(bad, 2, 4.0)
-    reason = source.why_stop(bad)
-    assert reason == f"{PRUNED}its validation loss at step 2 (4.0000) is not among the best 1 in 2"
-    finish(source, bad, State.PREEMPTED, reason)
+    why = "pruned: its validation loss at step 2 (4.0000) is not among the best 1 in 2"
+    cause = source.why_stop(bad)
+    assert cause == StopCause(why, FailureKind.pruned)
+    finish(source, bad, State.PREEMPTED, cause)
     assert states(source) == ["RUNNING", "PRUNED"]
     # Where a sweep goes on it stays as it is.
     later = proposals(planner, tmp_path / "sweep", "task.max_steps=40", n_trials=2, reduction_factor=2)

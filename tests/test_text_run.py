@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None
     assert "1 of 5 validation documents are in it too" in page
     assert page.count("\n--- ") == 10
     plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
-    assert text_run.run.folder.status()["data_hash"] == TextTarget.parse(plain).content
+    assert text_run.run.folder.status().data_sha256 == TextTarget.parse(plain).content
     assert text_run.config.replay == FileReplayConfig(share=0.4, sets={"generated": str(text_run.sampled)}, weights={})
 
 
@@ -228,7 +229,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
     said = StageConfig(name="text", start_from=None, overrides=[], teaches=[])
     stage = Stage(1, said, None, RunFolder(tmp_path / "stage"), [], config, make_plan(config))
     remember(stage)
-    stage.folder.update_status(**text_run.run.folder.status())
+    shutil.copyfile(text_run.run.folder.status_file, stage.folder.status_file)
     assert is_finished(stage)
     path.write_bytes(gzip.compress(b'{"text": "another"}\n', mtime=0))
     with pytest.raises(UserError, match="stage text was completed with something else: the content of its data; say"):

@@ -58,7 +58,7 @@ def test_a_run_starts_at_the_right_loss_and_its_verification_agrees(run: tuple[s
     right = right_values()[name]
     assert first["val/target/tokens"] == right["tokens"]
     assert first["val/target/loss"] == pytest.approx(right["validation"], abs=1e-4)
-    verified = done.folder.status()["verified"]
+    verified = done.folder.status().verified
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
 
 

@@ -13,7 +13,8 @@ from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.opening import write_worker_inputs
 from qwen_cl.plan import make_plan
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from tests import verify_probe
 from tests.conftest import ROOT
 from tests.models import save_random_model
@@ -34,12 +35,12 @@ def test_one_changed_row_of_one_weight_stops_the_run_before_its_first_step(tmp_p
     done = run_ranks(verify_probe.main, str(folder.directory))
     assert done.returncode == 1, done.log[-3000:]
     status = folder.status()
-    assert (status["state"], status["step"]) == ("FAILED", 0)
-    verified = status["verified"]
+    assert (status.state, status.step) == ("FAILED", 0)
+    verified = status.verified
     assert abs(verified["loss"] - verified["transformers"]) > 1e-3
     assert re.fullmatch(
         r"VerificationError: model\.verify: the loss of a probe batch is [\d.]+ and transformers has [\d.]+ for the "
         r"same files and tokens \(at most 0\.001 apart is allowed\); what would be trained is not this model",
-        status["reason"],
+        str(status.reason),
     )
     assert not list(folder.checkpoints.glob("*"))

@@ -157,7 +157,7 @@ def test_a_checkpoint_is_not_resumed_with_another_tokenizer(model: Path, tmp_pat
 
 def test_a_run_and_its_checkpoints_record_the_tokenizer(trained: Launched) -> None:
     expected = tokenizer_hash(DEMO_MODEL)
-    assert trained.folder.status()["tokenizer_hash"] == expected
+    assert trained.folder.status().tokenizer_hash == expected
     (checkpoint,) = trained.folder.checkpoints.iterdir()
     record = json.loads((checkpoint / "weights/base_model.json").read_text())
     assert record == {"source": str(DEMO_MODEL), "tokenizer_hash": expected}

@@ -20,7 +20,9 @@ from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.rules import quoted
 from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
 from qwen_cl.config.stages import ContinualConfig
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State, now
 from qwen_cl.view import console_for_tables, print_facts
 
 
@@ -42,15 +44,16 @@ def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str]
         done = _done(stages)
         if not folder.config.exists():
             save_config(config, folder.config)
-        folder.update_status(state=State.RUNNING, reason=None, start=now(), end=None, stages=_states(stages))
+        folder.mark_running(start=now(), stages=_states(stages))
         try:
             rows = _run(task, stages, done, folder)
         except (RunFailed, KeyboardInterrupt) as error:
             stopped = isinstance(error, RunPreempted | KeyboardInterrupt)
             state = State.PREEMPTED if stopped else State.FAILED
-            folder.update_status(state=state, reason=str(error), end=now(), stages=_states(stages))
+            kind = FailureKind.interrupted if stopped else _kind_of_failure(stages)
+            folder.finish(state, str(error), kind, stages=_states(stages))
             raise
-        folder.update_status(state=State.COMPLETED, end=now(), stages=_states(stages))
+        folder.finish(State.COMPLETED, stages=_states(stages))
     if task.sets:
         write_matrix(task, rows, directory, console_for_tables())
     write_comparison(stages, directory, console_for_tables())
@@ -111,13 +114,19 @@ def _export(stage: Stage, advice: str) -> None:
     launch(f"the export of {stage.name}", stage.folder.directory / "export", said, advice)
 
 
+def _kind_of_failure(stages: list[Stage]) -> FailureKind:
+    """Return that of the stage that failed."""
+    failed = (status for stage in stages if (status := stage.folder.status()).state is State.FAILED)
+    return next((status.failure_kind for status in failed if status.failure_kind), FailureKind.error)
+
+
 def _states(stages: list[Stage]) -> list[dict[str, Any]]:
     return [
         {
             "name": stage.name,
             "folder": stage.folder.directory.name,
             "start_from": None if stage.start is None else stage.start.name,
-            "state": stage.folder.status().get("state", "PENDING"),
+            "state": stage.folder.status().state or "PENDING",
         }
         for stage in stages
     ]

@@ -12,7 +12,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import leaves_to_compare, save_config, to_plain
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.run_folder import State
+from qwen_cl.runs.status import State
 
 RECORD = "stage.yaml"
 
@@ -24,7 +24,7 @@ def is_finished(stage: Stage) -> bool:
         UserError: completed with others; says which.
     """
     status = stage.folder.status()
-    if status.get("state") != State.COMPLETED:
+    if status.state is not State.COMPLETED:
         return False
     record = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(stage.folder.directory / RECORD)))
     then, now = leaves_to_compare(record), leaves_to_compare(to_plain(_settled(stage)))
@@ -33,7 +33,7 @@ def is_finished(stage: Stage) -> bool:
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
-    if status.get("data_hash") != stage.plan.content():
+    if status.data_sha256 != stage.plan.content():
         differing.append("the content of its data")
     if differing:
         raise UserError(
@@ -55,7 +55,7 @@ def move_aside(stage: Stage) -> None:
     Raises:
         UserError: it is still running.
     """
-    if isinstance(stage.config.resume, AutoResumeConfig) and stage.folder.status().get("state") != State.COMPLETED:
+    if isinstance(stage.config.resume, AutoResumeConfig) and stage.folder.status().state is not State.COMPLETED:
         return
     if aside := stage.folder.move_aside():
         print(f"what there was of stage {stage.name} is in {aside}")

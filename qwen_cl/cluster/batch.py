@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.truth import CANCELLED, seconds_of
@@ -13,32 +14,30 @@ from qwen_cl.config.errors import EXIT_PREEMPTED
 from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.continual.report import draw_report
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State, now
 from qwen_cl.view import read_metrics
 
-EXIT_OF = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
+EXIT_OF: dict[State | None, int] = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PREEMPTED}
 
 
 def start(folder: RunFolder) -> int:
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
-    job = {**status.get("job", {}), "nodes": nodes, "restarts": _restarts()}
-    before = seconds_of(status) if job.get("end") else job.get("seconds_before", 0.0)
-    job |= {"seconds_before": before, "start": now(), "end": None}
-    folder.update_status(
-        state=State.RUNNING, reason=None, phase=f"starting on {nodes}", end=None, worker_lost=None, job=job
-    )
+    before = seconds_of(status) if status.job.end else status.job.seconds_before
+    job = replace(status.job, nodes=nodes, restarts=_restarts(), seconds_before=before, start=now(), end=None)
+    folder.mark_running(phase=f"starting on {nodes}", job=job)
     return 0
 
 
 def end(folder: RunFolder, returncode: int) -> int:
     """``returncode`` is srun's. The job's is 0 only for a run that says itself that it is COMPLETED."""
-    if folder.status()["state"] == State.RUNNING:
-        _settle(folder, returncode)
-    folder.update_status(job={**folder.status()["job"], "end": now()})
+    _settle(folder, returncode)
+    folder.update_status(job=replace(folder.status().job, end=now()))
     if folder.metrics_file.exists():
-        title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status()['model_source']}"
+        title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status().model_source}"
         draw_report(read_metrics(folder), title, folder.report)
-    state = State(folder.status()["state"])
+    state = folder.status().state
     if state is State.PREEMPTED:
         _go_on_later(folder)
     return EXIT_OF.get(state, 1)
@@ -54,12 +53,12 @@ def _go_on_later(folder: RunFolder) -> None:
     try:
         if restarts >= limit or (folder.directory / CANCELLED).exists() or not slurm.may_requeue(number):
             return
-        again = f"{before['reason']} at step {before.get('step', 0)}; back in the queue, {restarts + 1} of {limit}"
+        again = f"{before.reason} at step {before.step}; back in the queue, {restarts + 1} of {limit}"
         folder.update_status(state=State.SUBMITTED, reason=again, phase="in the queue again", end=None)
         slurm.requeue(number)
     except slurm.SlurmSilent as error:
-        reason = f"{before['reason']}; not back in the queue: {error}"
-        folder.update_status(state=State.PREEMPTED, reason=reason, phase=before.get("phase"), end=now())
+        reason = f"{before.reason}; not back in the queue: {error}"
+        folder.update_status(state=State.PREEMPTED, reason=reason, phase=before.phase, end=now())
 
 
 def _max_requeues(folder: RunFolder) -> int:
@@ -76,11 +75,11 @@ def _settle(folder: RunFolder, returncode: int) -> None:
     """The last word for workers that ended without one."""
     number = returncode - 128
     if number in (signal.SIGTERM, signal.SIGUSR1):  # they were not listening yet
-        folder.update_status(state=State.PREEMPTED, reason="stopped before training began", end=now())
+        folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
         return
     killed = number in set(signal.Signals)
     how = f"a worker was killed by {signal.Signals(number).name}" if killed else f"the workers exited with {returncode}"
-    folder.update_status(state=State.FAILED, reason=how, end=now(), worker_lost=True)
+    folder.finish(State.FAILED, how, FailureKind.rank_lost, retriable=True)
 
 
 def main(action: str, directory: str, returncode: str = "0") -> int:

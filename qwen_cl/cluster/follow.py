@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from datetime import datetime
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ from qwen_cl.cluster.truth import refresh
 from qwen_cl.config.file import load_config
 from qwen_cl.config.override_text import printed_path
 from qwen_cl.execute import judge
-from qwen_cl.run_folder import OPEN, RunFolder
+from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import ProgressView, print_result, wandb_notice
 
 PLAIN = re.compile(r"[\w./-]+")
@@ -56,7 +55,7 @@ def _watch(folder: RunFolder, console: Console) -> None:
     with ProgressView(folder, load_config(folder.config).training.max_steps, console) as view:
         while True:
             view.update()
-            spoken = folder.status()["state"] not in OPEN
+            spoken = not folder.status().is_open
             queue.look(WHEN_SPOKEN if spoken else ASK_EVERY)
             if spoken and queue.is_over:
                 return
@@ -94,5 +93,6 @@ class _Queue:
 def _seconds(folder: RunFolder) -> float:
     """From the job's last start to its end."""
     status = folder.status()
-    start, end = (datetime.fromisoformat(text) for text in (status["job"]["start"], status["end"]))
-    return (end - start).total_seconds()
+    if status.job.start is None or status.end is None:
+        return 0.0
+    return (status.end - status.job.start).total_seconds()

@@ -42,8 +42,9 @@ def act(task: JobConfig, overrides: Sequence[str]) -> None:
 
 def _find(directory: str) -> RunFolder:
     folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
-    if not folder.status().get("job"):
-        what = "a run of this machine" if folder.status() else "not the folder of a run: it has no status.json"
+    status = folder.status()
+    if status.job.id is None:
+        what = "not the folder of a run: it has no status.json" if status.state is None else "a run of this machine"
         raise UserError(f"task.run ({folder.directory}) is {what}; task=job is for runs that were submitted")
     return folder
 
@@ -51,12 +52,12 @@ def _find(directory: str) -> RunFolder:
 def _print_status(folder: RunFolder, console: Console) -> None:
     job = refresh(folder)
     status = folder.status()
-    facts = [("state", f"{status['state']} at step {status.get('step', 0)}")]
-    if status.get("reason"):
-        facts.append(("reason", status["reason"]))
-    facts.append(("job", f"{status['job']['id']}: over" if job is None else str(job)[4:]))
-    if status["job"].get("nodes"):
-        facts.append(("nodes", f"{status['job']['nodes']}, since {status['job']['start']}"))
+    facts = [("state", f"{status.state} at step {status.step}")]
+    if status.reason:
+        facts.append(("reason", status.reason))
+    facts.append(("job", f"{status.job.id}: over" if job is None else str(job)[4:]))
+    if status.job.nodes:
+        facts.append(("nodes", f"{status.job.nodes}, since {status.job.start}"))
     print_facts([*facts, ("folder", str(folder.directory)), ("log", str(folder.log))], console)
 
 
@@ -72,8 +73,8 @@ def _print_logs(folder: RunFolder) -> None:
 def _cancel(folder: RunFolder, console: Console) -> None:
     job = refresh(folder)
     if job is None:
-        status = folder.status()
-        raise UserError(f"task.run ({folder.directory}) is {status['state']} already; nothing is left to cancel")
+        state = folder.status().state
+        raise UserError(f"task.run ({folder.directory}) is {state} already; nothing is left to cancel")
     console.print(_end(folder, job), highlight=False, soft_wrap=True, markup=False)
     refresh(folder)
 

@@ -16,13 +16,15 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 
-from qwen_cl.blame import BROKEN_BY_OTHERS, Fallen, root_cause
+from qwen_cl.blame import Fallen, root_cause
 from qwen_cl.cluster import slurm
 from qwen_cl.config.file import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.member import GROUP
 from qwen_cl.rendezvous import Watch, failures, free_port, meeting_variables, open_store, still_there
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State
 
 STACK_SECONDS = 3
 """Until the ranks of all nodes have written where they are."""
@@ -37,7 +39,8 @@ def main(directory: str, *command: str) -> int:
     try:
         address = os.environ.get("MASTER_ADDR") or slurm.address_of(os.environ["SLURMD_NODENAME"])
     except slurm.SlurmSilent as error:
-        _fail(folder, f"nobody says where the ranks are to meet: {error}", worker_lost=True)
+        why = f"nobody says where the ranks are to meet: {error}"
+        folder.finish(State.FAILED, why, FailureKind.rank_lost, retriable=True)
         return 1
     if find_spec("torch") is None:  # it is in the container alone
         print("No torch outside the container: a rank that hangs will not be named.", flush=True)
@@ -46,7 +49,7 @@ def main(directory: str, *command: str) -> int:
     try:
         store = open_store()
     except RuntimeError as error:
-        _fail(folder, " ".join(str(error).split()))
+        folder.finish(State.FAILED, " ".join(str(error).split()), FailureKind.invalid_input)
         return 1
     group = {GROUP: f"{address}:{store.port}"} if cluster.world_size > 1 else {}
     process = _start(command, {**meeting_variables(address, store.port), **group})
@@ -54,15 +57,15 @@ def main(directory: str, *command: str) -> int:
     watch = Watch(store, size, cluster.timeout_minutes)
     while (code := process.poll()) is None:
         if size > 1 and (left := still_there(store, size)) and (hanging := watch.look(left)) is not None:
-            _fail(folder, hanging, worker_lost=True)
+            folder.finish(State.FAILED, hanging, FailureKind.hung, retriable=True)
             _show_stacks()
             process.kill()  # Slurm ends what is left when the batch script does
             return 1
         time.sleep(0.5)
-    reported = [Fallen(rank, 0, reason, number) for rank, (number, reason) in failures(store, size).items()]
-    if any(code < 128 or not BROKEN_BY_OTHERS.search(each.reason or "") for each in reported):
-        reason, lost = root_cause(reported)
-        _fail(folder, reason, worker_lost=lost)
+    reported = failures(store, size)
+    if any(code < 128 or report.kind is not FailureKind.collective_failed for report in reported.values()):
+        cause = root_cause([Fallen(rank, 0, report) for rank, report in reported.items()])
+        folder.finish(State.FAILED, cause.reason, cause.kind, retriable=cause.retriable)
     return _code(code)
 
 
@@ -83,11 +86,6 @@ def _show_stacks() -> None:
         slurm.signal_steps(job, "USR2")
         slurm.signal_steps(job, "CONT")
         time.sleep(STACK_SECONDS)
-
-
-def _fail(folder: RunFolder, reason: str, **more: bool) -> None:
-    if folder.status().get("state") == State.RUNNING:
-        folder.update_status(state=State.FAILED, reason=reason, end=now(), **more)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from qwen_cl.cluster.script import SCRIPT, render_script, submitting_environment
 from qwen_cl.cluster.truth import CANCELLED
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.run_folder import RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import JobRecord, State, now
 
 
 def submit(
@@ -37,9 +38,8 @@ def submit(
         )
         for folder, own in zip(folders, numbers):
             (folder.directory / CANCELLED).unlink(missing_ok=True)
-            folder.update_status(
-                state=State.SUBMITTED, phase="in the queue", job={"cluster": "slurm", "id": own, "submitted": now()}
-            )
+            job = JobRecord(cluster="slurm", id=own, submitted=now())
+            folder.update_status(state=State.SUBMITTED, phase="in the queue", job=job)
     except BaseException:
         slurm.cancel(number)
         raise

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
-
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.slurm import Job
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import OPEN, RunFolder, State, now
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import RunStatus, State, now
 
-THEIR_OWN = ("CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")
-"""Ends of a job that come again, or were asked for: the run was not lost to an accident."""
+KINDS = {
+    "CANCELLED": FailureKind.interrupted,
+    "TIMEOUT": FailureKind.time_limit,
+    "DEADLINE": FailureKind.time_limit,
+    "OUT_OF_MEMORY": FailureKind.out_of_memory,
+}
+"""Ends of a job that come again, or were asked for; in any other the run was lost to an accident."""
 
 CANCELLED = ".cancelled"
 """In a run's folder once it was asked to end: it does not go back into the queue. A file of its own, because whoever
 asks must not write to the status of a run that is going."""
-
-
-def job_of(status: dict[str, Any]) -> str | None:
-    """Number of the job that a run was submitted in last; None for a run of this machine."""
-    number = (status.get("job") or {}).get("id")
-    return None if number is None else str(number)
 
 
 def refresh(folder: RunFolder) -> Job | None:
@@ -31,7 +29,7 @@ def refresh(folder: RunFolder) -> Job | None:
     Raises:
         SlurmSilent: Slurm does not answer; nothing was changed.
     """
-    number = job_of(folder.status())
+    number = folder.status().job.id
     if number is None:
         return None
     job = slurm.ask([number]).get(number)
@@ -41,30 +39,29 @@ def refresh(folder: RunFolder) -> Job | None:
     return job
 
 
-def seconds_of(status: dict[str, Any]) -> float:
+def seconds_of(status: RunStatus) -> float:
     """What all starts of a run's job took. One whose node went down ended when that was noticed; if another start
     followed, nobody knows how long it was."""
-    job = status["job"]
-    before = float(job.get("seconds_before", 0.0))
-    if not job.get("start"):
-        return before
-    end = job.get("end") or status.get("end") or now()
-    return before + (datetime.fromisoformat(end) - datetime.fromisoformat(job["start"])).total_seconds()
+    job = status.job
+    if not job.start:
+        return job.seconds_before
+    return job.seconds_before + ((job.end or status.end or now()) - job.start).total_seconds()
 
 
 def settle(folder: RunFolder, number: str, job: Job | None) -> None:
     """The last word for a run whose job is over; ``job`` is None where Slurm knows it no more."""
     status = folder.status()  # again: it may have spoken between our looking and Slurm's answer
-    if job_of(status) != number or status["state"] not in OPEN:
+    if status.job.id != number or not status.is_open:
         return
     state = "forgotten" if job is None else job.state
     how = f"job {number}: {state}" if job is None or state == "CANCELLED" else str(job)  # it was why it waited
-    if status["state"] == State.SUBMITTED and state == "CANCELLED":
-        folder.update_status(state=State.PREEMPTED, reason=f"{how}, before it started", end=now())
+    waited = status.state is State.SUBMITTED
+    if waited and state == "CANCELLED":
+        folder.finish(State.PREEMPTED, f"{how}, before it started", FailureKind.interrupted)
         return
-    when = "before the run started" if status["state"] == State.SUBMITTED else "before the run could say how it ended"
-    reason = f"{how}, {when}"
-    folder.update_status(state=State.FAILED, reason=reason, end=now(), worker_lost=state not in THEIR_OWN)
+    when = "before the run started" if waited else "before the run could say how it ended"
+    kind = KINDS.get(state, FailureKind.rank_lost)
+    folder.finish(State.FAILED, f"{how}, {when}", kind, retriable=state not in KINDS)
 
 
 def ask_to_end(folder: RunFolder, number: str) -> None:

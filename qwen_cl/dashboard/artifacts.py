@@ -9,7 +9,7 @@ from typing import Any
 from qwen_cl.config.schema import LogAdapter
 from qwen_cl.run_folder import RunFolder
 
-ORIGIN = ("model_source", "model_commit", "model_fingerprint", "model_adapter_sha256", "data_hash")
+ORIGIN = ("model_source", "model_commit", "model_fingerprint", "model_adapter_sha256", "data_sha256")
 """Of status.json: what the adapter was made of."""
 
 
@@ -20,8 +20,8 @@ def log_adapter(run: Any, folder: RunFolder, mode: LogAdapter) -> None:
     import wandb
 
     status = folder.status()
-    origin = {name: status[name] for name in ORIGIN if status.get(name)}
-    adapter = wandb.Artifact(f"adapter-{run.id}", "model", metadata={**origin, "step": status.get("step")})
+    origin = {name: value for name in ORIGIN if (value := getattr(status, name))}
+    adapter = wandb.Artifact(f"adapter-{run.id}", "model", metadata={**origin, "step": status.step})
     if mode is LogAdapter.upload:
         adapter.add_dir(str(folder.adapter), policy="immutable")  # or W&B copies it first
     else:
@@ -30,8 +30,8 @@ def log_adapter(run: Any, folder: RunFolder, mode: LogAdapter) -> None:
     if not run.offline:  # W&B takes no inputs offline; the metadata says the same
         source = _name(origin["model_source"].partition("@")[0])
         run.use_artifact(_described(source, "model", origin))
-        if "data_hash" in origin:  # random tokens have none
-            run.use_artifact(_described(f"data-{origin['data_hash'][:12]}", "dataset", origin))
+        if "data_sha256" in origin:  # random tokens have none
+            run.use_artifact(_described(f"data-{origin['data_sha256'][:12]}", "dataset", origin))
 
 
 def _described(name: str, kind: str, origin: dict[str, str]) -> Any:

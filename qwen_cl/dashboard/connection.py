@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,10 @@ class Dashboard:
         return None
 
     def _record_failure(self, reason: str) -> None:
-        status = self.folder.status().get("wandb", {})
-        include = "--include-online " if status.get("mode") == "online" else ""
-        sync = f"wandb sync {include}{shlex.quote(str(status.get('directory')))}"
-        self.folder.update_status(wandb={**status, "reason": reason, "sync": sync})
+        record = self.folder.status().wandb
+        include = "--include-online " if record.mode == "online" else ""
+        sync = f"wandb sync {include}{shlex.quote(str(record.directory))}"
+        self.folder.update_status(wandb=replace(record, reason=reason, sync=sync))
 
 
 def one_line(error: BaseException) -> str:

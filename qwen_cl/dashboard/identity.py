@@ -26,7 +26,7 @@ FACTS = (
     "model_fingerprint",
     "model_adapter",
     "model_adapter_sha256",
-    "data_hash",
+    "data_sha256",
     "tokenizer_hash",
     "trainable_parameters",
     "git_commit",
@@ -60,13 +60,13 @@ def identify(config: RunConfig, folder: RunFolder) -> Identity:
     sweep = Path(os.environ[SWEEP]) if os.environ.get(SWEEP) else None
     status = folder.status()
     return Identity(
-        id=status.get("wandb", {}).get("id") or secrets.token_hex(5),
-        rewind_to=status["step"] if status.get("resume_from") and status.get("wandb", {}).get("url") else None,
+        id=status.wandb.id or secrets.token_hex(5),
+        rewind_to=status.step if status.resume_from and status.wandb.url else None,
         name=os.environ.get(TRIAL_NAME, "")[:LONGEST_NAME] or config.name or f"{choices['task']}-{choices['peft']}",
         group=sweep.name[:LONGEST_NAME] if sweep else None,
         job_type=choices["task"],
         tags=_tags(config, choices),
-        config={**_shareable(plain), "facts": {name: status.get(name) for name in FACTS}},
+        config={**_shareable(plain), "facts": {name: getattr(status, name) for name in FACTS}},
         directory=sweep or folder.directory,
     )
 

@@ -17,6 +17,7 @@ from qwen_cl.config.schema import RunConfig, WandbMode
 from qwen_cl.dashboard.connection import Dashboard, finish_timeout, one_line
 from qwen_cl.dashboard.identity import Identity, identify
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import WandbRecord
 
 INIT_TIMEOUT = 30.0
 """Seconds to wait for a server that answers but does not start the run, before going on without it."""
@@ -41,7 +42,7 @@ def dashboard_of(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | N
 def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
     """Records mode, place and reason in the run's status, whatever comes of it."""
     if config.wandb.mode is WandbMode.disabled:
-        folder.update_status(wandb={"mode": WandbMode.disabled.value})
+        folder.update_status(wandb=WandbRecord(mode=WandbMode.disabled.value))
         return None
     without_fault_reports()
     identity = identify(config, folder)
@@ -50,12 +51,20 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
         mode = WandbMode.offline if started is None else WandbMode.online
         started = started or _init(config, identity, WandbMode.offline)
     except Exception as error:  # a full disk, a folder that cannot be written to, a service that does not start
-        folder.update_status(wandb={"mode": WandbMode.disabled.value, "reason": one_line(error), "id": identity.id})
+        record = WandbRecord(mode=WandbMode.disabled.value, reason=one_line(error), id=identity.id)
+        folder.update_status(wandb=record)
         return None
     place = Path(started.dir).parent
-    status = {"mode": mode.value, "reason": reason, "id": started.id, "directory": str(place)}
-    status |= {"sync": f"wandb sync {shlex.quote(str(place))}"} if mode is WandbMode.offline else {"url": started.url}
-    folder.update_status(wandb=status)
+    offline = mode is WandbMode.offline
+    record = WandbRecord(
+        mode=mode.value,
+        reason=reason,
+        id=started.id,
+        directory=str(place),
+        url=None if offline else started.url,
+        sync=f"wandb sync {shlex.quote(str(place))}" if offline else None,
+    )
+    folder.update_status(wandb=record)
     return Dashboard(started, folder)
 
 

@@ -18,7 +18,7 @@ from qwen_cl.data.chat_settings import today
 from qwen_cl.devices import alone, pick_device
 from qwen_cl.durable import replacing
 from qwen_cl.plan import check_weights
-from qwen_cl.run_folder import State
+from qwen_cl.runs.status import State
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.nemo_context import tokenizer_directory
@@ -104,8 +104,8 @@ def trained_subject(run: Run) -> Subject:
     base = find_base(run) if isinstance(run.config.peft, LoraConfig) else None
     small_files = run.folder.tokenizer
     config = read_model_config(small_files)
-    state = run.status.get("state")
-    note = "" if state == State.COMPLETED else f" of a run that is {state or 'without a status'}"
+    state = run.status.state
+    note = "" if state is State.COMPLETED else f" of a run that is {state or 'without a status'}"
     label = f"step {run.step}{note}, {run.folder.directory}, trained from {run.config.model.source}"
     if run.config.model.adapter is not None:
         label += f" with {run.config.model.adapter} merged in"

@@ -10,13 +10,13 @@ from typing import Any
 
 from qwen_cl.report.figures import pictures
 from qwen_cl.report.trials import Trial, differing, number
-from qwen_cl.run_folder import now
+from qwen_cl.runs.status import now
 
 FACTS = (
     "model_source",
     "model_commit",
     "model_adapter",
-    "data_hash",
+    "data_sha256",
     "git_commit",
     "device",
     "trainable_parameters",
@@ -75,7 +75,7 @@ def _verdict(trials: Sequence[Trial]) -> str | None:
     if len(trials) < 2:
         return None
     done = [trial for trial in trials if trial.completed]
-    cost = f"{sum(trial.seconds or 0 for trial in trials):,.0f} s of runs in all"
+    cost = f"{sum(trial.status.seconds or 0 for trial in trials):,.0f} s of runs in all"
     tally = f"{len(done)} of {len(trials)} completed, {cost}."
     if not done:
         return f"No trial completed with a validation loss; {tally}"
@@ -107,21 +107,21 @@ def _trial_table(trials: Sequence[Trial]) -> Table:
 def _trial_row(trial: Trial, keys: Iterable[str], sets: Iterable[str]) -> list[Cell]:
     settings = [trial.overrides.get(key) for key in keys]
     kept = {curve.name: curve.values[-1] for curve in trial.retention}
-    seconds = trial.seconds
+    seconds = trial.status.seconds
     return [
         Cell(trial.name),
-        Cell(trial.status.get("state", "UNKNOWN")),
+        Cell(trial.status.state or "UNKNOWN"),
         *(Cell(text or "", number(text), "word" if number(text) is None else "number") for text in settings),
-        Cell.of(trial.status.get("step"), "d"),
+        Cell.of(trial.status.step, "d"),
         Cell.of(trial.loss, ".4f"),
         Cell.of(trial.target.values[0] if trial.target else None, ".4f"),
         Cell.of(trial.forgotten, "+.4f"),
         *(Cell.of(kept.get(name), ".4f") for name in sets),
         Cell.of(trial.tokens_per_second, ",.0f"),
-        Cell.of(trial.status.get("peak_memory_gib"), ".2f"),
+        Cell.of(trial.status.peak_memory_gib, ".2f"),
         Cell.of(seconds, ",.0f"),
         Cell.of(None if seconds is None else seconds * trial.devices, ",.0f"),
-        Cell(trial.status.get("reason") or ""),
+        Cell(trial.status.reason or ""),
     ]
 
 
@@ -140,7 +140,7 @@ def _facts(trials: Sequence[Trial]) -> Table:
     for name in FACTS:
         values: dict[str, list[str]] = {}
         for trial in trials:
-            if (value := trial.status.get(name)) is not None:
+            if (value := getattr(trial.status, name)) not in (None, {}):
                 values.setdefault(_plain(value), []).append(trial.name)
         for text, names in values.items():
             whose = "all" if len(names) == len(trials) else ", ".join(names)

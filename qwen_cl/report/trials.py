@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import override_key
 from qwen_cl.continual.report import LOSS, Curve, read_curves
 from qwen_cl.data.named_sets import TARGET
-from qwen_cl.run_folder import CUT_OFF, RunFolder, State
+from qwen_cl.run_folder import CUT_OFF, RunFolder
+from qwen_cl.runs.status import RunStatus, State
 from qwen_cl.view import median_rate
 
 NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
@@ -36,7 +36,7 @@ class Sample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     name: str
-    status: dict[str, Any]
+    status: RunStatus
     overrides: dict[str, str]
     """As the user said them, by key or group."""
     training: list[tuple[int, float]]
@@ -51,7 +51,7 @@ class Trial:
 
     @property
     def completed(self) -> bool:
-        return self.status.get("state") == State.COMPLETED and self.target is not None
+        return self.status.state is State.COMPLETED and self.target is not None
 
     @property
     def loss(self) -> float | None:
@@ -62,14 +62,6 @@ class Trial:
     def forgotten(self) -> float | None:
         """How much the losses of the retention sets rose since step 0, on average; None where none was measured."""
         return statistics.fmean(curve.change for curve in self.retention) if self.retention else None
-
-    @property
-    def seconds(self) -> float | None:
-        """From start to end; None while it runs."""
-        start, end = self.status.get("start"), self.status.get("end")
-        if not start or not end:
-            return None
-        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
 def read_trials(sweep: Path) -> list[Trial]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qwen_cl.cluster.truth import job_of, refresh, seconds_of
+from qwen_cl.cluster.truth import refresh, seconds_of
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import State, remove_if_empty
+from qwen_cl.run_folder import remove_if_empty
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.outcome import is_settled, settle
 from qwen_cl.sweep.processes import wait_for_the_end_of
 from qwen_cl.sweep.trial import Trial, read_records
@@ -57,16 +57,16 @@ def settled(trials: Sequence[Trial]) -> list[Trial]:
     for trial in trials:
         trial.renew()
         status = trial.folder.status()
-        if job_of(status) is not None:
+        if status.job.id is not None:
             over = refresh(trial.folder) is None
             status = trial.folder.status()
             if over:
                 trial.count(seconds_of(status))
-        elif status.get("state") == State.RUNNING:
+        elif status.state is State.RUNNING:
             with trial.folder.lock():
                 settle(trial.folder, "the sweep was killed")
         if is_settled(status):
             done.append(trial)
-        if job_of(status) is None and (end := trial.folder.status().get("end")):
-            trial.end(datetime.fromisoformat(end).timestamp())
+        if status.job.id is None and (end := trial.folder.status().end):
+            trial.end(end.timestamp())
     return done

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.sweep.combinations import applicable, differing
 from qwen_cl.sweep.folder import claim, settled, wait_for_earlier_trials
-from qwen_cl.sweep.outcome import Outcome
+from qwen_cl.sweep.outcome import Outcome, StopCause
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.slots import make_slots
 from qwen_cl.sweep.starter import make_starter
@@ -69,7 +69,7 @@ class Listed:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         pass
 
-    def why_stop(self, trial: Trial) -> str | None:
+    def why_stop(self, trial: Trial) -> StopCause | None:
         return None
 
     def waiting(self) -> int:

@@ -18,7 +18,7 @@ from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.execute import run_variables
 from qwen_cl.opening import open_run, ready
 from qwen_cl.plan import Plan
-from qwen_cl.run_folder import State
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 
@@ -59,7 +59,7 @@ class TrialJob:
 
     @property
     def state(self) -> str:
-        return State.SUBMITTED.value if self.trial.folder.status()["state"] == State.SUBMITTED else State.RUNNING.value
+        return State.SUBMITTED.value if self.trial.folder.status().state is State.SUBMITTED else State.RUNNING.value
 
     def is_over(self) -> bool:
         self.queue.look()

@@ -13,9 +13,10 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.sweep import Objective, OptunaConfig
 from qwen_cl.continual.report import LOSS
 from qwen_cl.data.named_sets import TARGET
-from qwen_cl.run_folder import State
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.folder import settled
-from qwen_cl.sweep.outcome import PRUNED, Outcome
+from qwen_cl.sweep.outcome import Outcome, StopCause, outcome_of
 from qwen_cl.sweep.planning import Planner
 from qwen_cl.sweep.results import Result, read_result
 from qwen_cl.sweep.trial import Trial, identify
@@ -51,8 +52,7 @@ class Proposals:
                 continue
             if not settled([trial]):
                 return trial
-            status = trial.folder.status()
-            self.ended(trial, Outcome(State(status["state"]), status["reason"]))
+            self.ended(trial, outcome_of(trial.folder.status()))
         return None
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
@@ -64,7 +64,7 @@ class Proposals:
             elif outcome.state is not State.PREEMPTED:  # what was stopped is proposed again when the sweep goes on
                 self.study.tell(proposal, state=self.states.FAIL)
 
-    def why_stop(self, trial: Trial) -> str | None:
+    def why_stop(self, trial: Trial) -> StopCause | None:
         if self.options.reduction_factor is None:
             return None
         proposal = self._proposed[trial.name][0]
@@ -77,7 +77,8 @@ class Proposals:
                 proposal.report(loss, step)
             if proposal.should_prune():
                 best = f"1 in {self.options.reduction_factor}"
-                return f"{PRUNED}its validation loss at step {step} ({loss:.4f}) is not among the best {best}"
+                why = f"pruned: its validation loss at step {step} ({loss:.4f}) is not among the best {best}"
+                return StopCause(why, FailureKind.pruned)
         return None
 
     def waiting(self) -> int:

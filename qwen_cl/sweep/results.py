@@ -15,7 +15,8 @@ from rich.table import Table
 
 from qwen_cl.continual.report import LOSS, read_curves
 from qwen_cl.data.named_sets import TARGET
-from qwen_cl.run_folder import RunFolder, State
+from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
 from qwen_cl.view import median_rate, print_facts, read_metrics
 
@@ -71,16 +72,16 @@ def read_result(directory: Path) -> Result:
         **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
         seconds=record["seconds"],
         gpu_seconds=record["gpu_seconds"],
-        state=status.get("state", State.FAILED.value),
-        reason=status.get("reason", never),
-        step=status.get("step", 0),
+        state=(status.state or State.FAILED).value,
+        reason=never if status.state is None else status.reason,
+        step=status.step,
         val_loss=_finite(target.values[-1]) if target else None,
         first_val_loss=_finite(target.values[0]) if target else None,
         train_loss=_finite(training[-1]["train/loss"]) if training else None,
         retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
         forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
         tokens_per_second=median_rate(training),
-        peak_memory_gib=status.get("peak_memory_gib"),
+        peak_memory_gib=status.peak_memory_gib,
     )
 
 

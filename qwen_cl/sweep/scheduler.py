@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from qwen_cl.config.sweep import LauncherConfig
-from qwen_cl.run_folder import State
-from qwen_cl.sweep.outcome import Outcome, judge
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.status import State
+from qwen_cl.sweep.outcome import Outcome, StopCause, judge
 from qwen_cl.sweep.running import Running, Starter
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
@@ -27,7 +28,7 @@ class Source(Protocol):
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Once for each trial, when it is not tried again."""
 
-    def why_stop(self, trial: Trial) -> str | None:
+    def why_stop(self, trial: Trial) -> StopCause | None:
         """A few times a second for each that runs: a reason to ask it to stop early."""
 
     def waiting(self) -> int:
@@ -49,7 +50,7 @@ class Scheduler:
         """A name for each time that one was started again."""
         self._heeded = 0
         self._left = False
-        self._asked: dict[str, str] = {}
+        self._asked: dict[str, StopCause] = {}
         self._again: list[Trial] = []
 
     def run(self, watch: Callable[[], None]) -> None:
@@ -68,7 +69,7 @@ class Scheduler:
         """No more are started, and those that run are asked to save and end."""
         self.stopping = self.stopping or reason
         for process in self.running:
-            self._ask(process, reason)
+            self._ask(process, StopCause(reason, FailureKind.interrupted))
 
     def waiting(self) -> int:
         """How many were not started, or not again."""
@@ -80,8 +81,8 @@ class Scheduler:
         for process in [process for process in self.running if process.is_over()]:
             self._end(process)
         for process in self.running:
-            if process.trial.name not in self._asked and (reason := self.source.why_stop(process.trial)):
-                self._ask(process, reason)
+            if process.trial.name not in self._asked and (cause := self.source.why_stop(process.trial)):
+                self._ask(process, cause)
         batch = []
         while self.free and self.stopping is None and (trial := self._next()):
             batch.append((trial, self.free.pop(0)))
@@ -107,9 +108,9 @@ class Scheduler:
         if outcome.state is State.FAILED and self.config.fail_fast:
             self.stop(f"stopped because {name} failed (hydra.launcher.fail_fast)")
 
-    def _ask(self, process: Running, reason: str) -> None:
+    def _ask(self, process: Running, cause: StopCause) -> None:
         if process.trial.name not in self._asked:
-            self._asked[process.trial.name] = reason
+            self._asked[process.trial.name] = cause
             process.ask_to_stop()
 
     def _interrupt(self) -> None:

@@ -17,7 +17,7 @@ from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.output import enduring_output
 from qwen_cl.report.report import write_report
-from qwen_cl.run_folder import State, now
+from qwen_cl.runs.status import State, now
 from qwen_cl.sweep.results import print_results, read_results, write_results
 from qwen_cl.sweep.running import Starter
 from qwen_cl.sweep.scheduler import Scheduler, Source
@@ -57,16 +57,16 @@ def run_trials(
         console = console_for_tables()
         scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
         console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
-        started, start = time.monotonic(), now()
+        started, start = time.monotonic(), now().isoformat()
         try:
             with SweepView(console) as view:
                 for trial in (*done, *waiting):
-                    view.add(trial, trial.folder.status()["state"] if trial in done else None)
+                    view.add(trial, trial.folder.status().state if trial in done else None)
                 scheduler.run(lambda: view.update(scheduler))
         finally:
-            facts = {"start": start, "end": now(), "seconds": round(time.monotonic() - started, 3)}
+            facts = {"start": start, "end": now().isoformat(), "seconds": round(time.monotonic() - started, 3)}
             report(sweep.directory, facts, console)
-    _conclude(scheduler, [trial.folder.status()["state"] for trial in done], sweep.directory)
+    _conclude(scheduler, [str(trial.folder.status().state) for trial in done], sweep.directory)
 
 
 def report(directory: Path, facts: dict[str, Any], console: Console) -> None:

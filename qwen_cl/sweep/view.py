@@ -15,7 +15,7 @@ from rich.table import Table
 
 from qwen_cl.continual.report import LOSS
 from qwen_cl.data.named_sets import TARGET
-from qwen_cl.run_folder import State
+from qwen_cl.runs.status import State
 from qwen_cl.sweep.scheduler import Scheduler
 from qwen_cl.sweep.trial import Trial
 from qwen_cl.view import MetricsTail
@@ -60,7 +60,7 @@ class Line:
             if self.first_step is None and "train/loss" in record:
                 self.first_step = (record["time"], record["step"])
         status = self.trial.folder.status()
-        self.note = "" if "train/loss" in self.latest else status.get("phase", "starting")
+        self.note = "" if "train/loss" in self.latest else status.phase or "starting"
 
     @property
     def step(self) -> int:
@@ -105,7 +105,7 @@ class SweepView:
         line = self.lines[trial.name] = Line(trial)
         if state is not None:
             line.follow()
-            line.state, line.note = state, trial.folder.status().get("reason") or ""
+            line.state, line.note = state, trial.folder.status().reason or ""
 
     def update(self, scheduler: Scheduler) -> None:
         if scheduler.interrupted and not self._stopping:
