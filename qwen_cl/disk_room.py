@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
+from rich.filesize import decimal
 
 from qwen_cl.checkpoints.folder import size_of
 from qwen_cl.config.errors import NO_ROOM_ADVICE
@@ -39,9 +40,8 @@ def require_room(directory: Path, needed: int) -> None:
     """Raises NoRoomError where fewer bytes are free than ``needed``."""
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise NoRoomError(
-            errno.ENOSPC, f"a checkpoint takes {_amount(needed)} and {_amount(free)} are free", str(directory)
-        )
+        what = f"a checkpoint takes {decimal(needed, precision=2)} and {decimal(free, precision=2)} are free"
+        raise NoRoomError(errno.ENOSPC, what, str(directory))
 
 
 def told(error: BaseException, directory: Path) -> tuple[str, FailureKind]:
@@ -57,7 +57,3 @@ def told(error: BaseException, directory: Path) -> tuple[str, FailureKind]:
         return f"{type(error).__name__}: {text[:500]}", failure_kind_of(error)
     detail = error.strerror if isinstance(error, NoRoomError) else "the disk is full"
     return f"no room for a checkpoint in {directory}: {detail}. {NO_ROOM_ADVICE}", FailureKind.disk_full
-
-
-def _amount(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

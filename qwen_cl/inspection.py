@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, ModelConfig, PeftConfig, RunConfig
@@ -77,7 +78,7 @@ def _file_facts(model: ModelFiles, settings: ModelConfig) -> list[tuple[str, str
     tokenizer = load_tokenizer(str(tokenizer_directory(model.directory)))
     licence = model.manifest.license if model.manifest else licence_of(settings).get("license")
     return [
-        ("weights", f"{size / 1e9:,.2f} GB, {dtypes}" if size else dtypes),
+        ("weights", f"{decimal(size, precision=2)}, {dtypes}" if size else dtypes),
         ("tokenizer", f"{len(tokenizer):,} tokens, {'with' if tokenizer.chat_template else 'without'} a chat template"),
         ("licence", licence or "not said; look at the model's page or ask who gave you the files"),
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from rich.filesize import decimal
 
 from qwen_cl.config.errors import NOT_FINITE_ADVICE
 from qwen_cl.data.named_sets import TARGET
@@ -82,8 +83,7 @@ class RunRecorder(pl.Callback):
 
     def on_weights_read(self, done: int, total: int) -> None:
         """A few times a second while the model loads, on rank 0 (qwen_cl/source/nemo.py)."""
-        size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-        self.folder.update_status(phase=f"loading the model: {done / size:.1f} of {total / size:.1f} {unit}")
+        self.folder.update_status(phase=f"loading the model: {decimal(done)} of {decimal(total)}")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.reads_late = self.reads_late or torch.cuda.is_available()

@@ -9,6 +9,7 @@ from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
+from rich.filesize import decimal
 
 from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.cluster.follow import follow, later
@@ -174,7 +175,7 @@ def _checking(console: Console) -> Progress:
     def show(done: int, total: int) -> None:
         if total > SLOW_TO_READ and not said:
             said.append(total)
-            console.print(f"comparing a checkpoint of {total / 1e9:.1f} GB with its manifest …", highlight=False)
+            console.print(f"comparing a checkpoint of {decimal(total)} with its manifest …", highlight=False)
 
     return show
 

@@ -125,7 +125,7 @@ def test_a_disk_without_room(machine: Machine) -> None:
     commit = machine.hub.publish("org/tiny", model_files(5), "main")
     machine.hub.requests.clear()
     error = machine.resolve("hf://org/tiny", weights=True)["error"]
-    assert error.startswith(f"model.cache ({machine.home / 'hub'}): hf://org/tiny needs 1,000,000,000.0 GB more and ")
+    assert error.startswith(f"model.cache ({machine.home / 'hub'}): hf://org/tiny needs 1.0 EB more and ")
     assert error.endswith(" are free; free some, or name a directory on another disk")
     assert SHARD not in machine.hub.fetched()
     assert commit != machine.newest

@@ -136,7 +136,7 @@ def test_the_progress_of_loading_is_shown_and_a_pipe_has_one_line_of_it(tmp_path
         for done in (1e9, 3.14e9, 15.2e9):
             recorder.on_weights_read(int(done), int(15.2e9))
             view.update()
-    assert recorder.folder.status().phase == "loading the model: 15.2 of 15.2 GB"
+    assert recorder.folder.status().phase == "loading the model: 15.2 GB of 15.2 GB"
     assert out.getvalue() == "loading the model …\n"
     recorder.on_weights_read(2_500_000, 5_000_000)
-    assert recorder.folder.status().phase == "loading the model: 2.5 of 5.0 MB"
+    assert recorder.folder.status().phase == "loading the model: 2.5 MB of 5.0 MB"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -143,7 +144,7 @@ def build(texts: Path, output: Path) -> None:
     tokenizer.save_pretrained(output)
     model.save_pretrained(output)
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {size / 1e6:.2f} MB")
+    print(f"{output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {decimal(size, precision=2)}")
 
 
 def main() -> int:

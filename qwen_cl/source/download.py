@@ -7,14 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from qwen_cl.config.errors import UserError
 from qwen_cl.http_errors import reason_of, request_errors
 from qwen_cl.source.failures import refusal
 from qwen_cl.source.http_file import Interrupted, arrived_bytes, receive
 from qwen_cl.source.parallel import for_each
 from qwen_cl.source.snapshot import Snapshot
-
-UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
 def download(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None:
@@ -23,7 +23,7 @@ def download(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None
     _require_space(snapshot, wanted)
     if not sys.stderr.isatty():  # where it is, huggingface_hub draws bars
         files = f"{len(names)} file" + ("s" if len(names) > 1 else "")
-        print(f"Fetching {files} ({_in_words(wanted)}) of {snapshot.reference}", file=sys.stderr, flush=True)
+        print(f"Fetching {files} ({decimal(wanted)}) of {snapshot.reference}", file=sys.stderr, flush=True)
     for_each(lambda name: _fetch(snapshot, name, endpoint), names)
 
 
@@ -111,11 +111,6 @@ def _require_space(snapshot: Snapshot, wanted: int) -> None:
     free = shutil.disk_usage(next(path for path in (snapshot.cache, *snapshot.cache.parents) if path.exists())).free
     if wanted > free:
         raise UserError(
-            f"model.cache ({snapshot.cache}): {snapshot.reference} needs {_in_words(wanted)} more and "
-            f"{_in_words(free)} are free; free some, or name a directory on another disk"
+            f"model.cache ({snapshot.cache}): {snapshot.reference} needs {decimal(wanted)} more and "
+            f"{decimal(free)} are free; free some, or name a directory on another disk"
         )
-
-
-def _in_words(count: int) -> str:
-    unit, size = next((unit, size) for unit, size in UNITS.items() if count >= size or size == 1)
-    return f"{count / size:,.1f} {unit}" if size > 1 else f"{count} {unit}"

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from qwen_cl.config.errors import UserError
 from qwen_cl.source.manifest import DIGEST, OURS, Manifest, write_whole
 from qwen_cl.source.parallel import for_each
@@ -146,7 +148,7 @@ def damaged_files(snapshot: Snapshot, names: list[str]) -> list[str]:
     unknown = [name for name in names if not is_verified(snapshot, name)]
     total = sum((snapshot.directory / name).stat().st_size for name in unknown)
     if total > LONG and not sys.stderr.isatty():
-        print(f"Verifying {total / 1e9:.1f} GB of {snapshot.reference}, once", file=sys.stderr, flush=True)
+        print(f"Verifying {decimal(total)} of {snapshot.reference}, once", file=sys.stderr, flush=True)
     damaged = []
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, delay=1, disable=None, leave=False) as bar:
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from qwen_cl.config.errors import UserError
 from qwen_cl.durable import flush
 
@@ -56,11 +58,5 @@ def require_room(key: str, directory: Path, size: int) -> None:
     if size > free:
         remains = ", ".join(path.name for path in left_behind(directory))
         hint = f" (an export that was killed left {remains})" if remains else ""
-        raise UserError(
-            f"{key} ({directory}) needs {_amount(size)} and {_amount(free)} are free there{hint}; make room, or choose "
-            "another folder"
-        )
-
-
-def _amount(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+        amounts = f"needs {decimal(size, precision=2)} and {decimal(free, precision=2)} are free there"
+        raise UserError(f"{key} ({directory}) {amounts}{hint}; make room, or choose another folder")
