@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -11,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qwen_cl.files.hashing import hash_file
+
 MANIFEST = "manifest.json"
 """In the checkpoint's folder, written last."""
-BLOCK = 2**20
 READERS = 8
 Progress = Callable[[int, int], None]
 """Called with the bytes that were read and all there are."""
@@ -48,7 +48,7 @@ def hash_files(directory: Path, names: Iterable[str], progress: Callable[[int], 
     """sha256 of each, several at a time; ``progress`` is called with the size of each block that was read."""
     names = list(names)
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(directory / name, progress), names)))
+        return dict(zip(names, pool.map(lambda name: hash_file(directory / name, on_read=progress), names)))
 
 
 def file_names(directory: Path) -> list[str]:
@@ -106,13 +106,3 @@ def _check_size(path: Path, name: str, file: SavedFile) -> None:
         raise DamagedCheckpointError(f"{name} is missing")
     if path.stat().st_size != file.size:
         raise DamagedCheckpointError(f"{name} has {path.stat().st_size} bytes of {file.size}")
-
-
-def _sha256(path: Path, progress: Callable[[int], None] | None) -> str:
-    digest, block = hashlib.sha256(), bytearray(BLOCK)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            digest.update(memoryview(block)[:count])
-            if progress is not None:
-                progress(count)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.fields import KEY, missing_field, name_rows
 from qwen_cl.data.hub_copy import copy_of, pin_dataset
+from qwen_cl.files.hashing import hash_file
 
 VALIDATION_SPLIT = "validation"
 """Of a dataset on the Hub, where data.validation_path names none."""
@@ -143,10 +144,8 @@ def content_hash(files: RowFiles) -> str:
         names = [file.path for file in find_files(path, key, PLACES)]
         if len(names) > 1:
             digest.update(hash_files(names).encode())
-            continue
-        with names[0].open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        else:
+            hash_file(names[0], digest)
     return digest.hexdigest()
 
 

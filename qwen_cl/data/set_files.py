@@ -19,6 +19,7 @@ from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.fields import has_conversation, missing_field
 from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.data.rows import Row, Text, conversations
+from qwen_cl.files.hashing import hash_file
 
 PLACES = "or hf://datasets/ORG/NAME"
 
@@ -77,13 +78,7 @@ def set_hash(path: str, key: str) -> str:
         UserError: they are not there.
     """
     paths = [file.path for file in find_files(local_path(path, key), key, PLACES)]
-    if len(paths) > 1:
-        return hash_files(paths)
-    digest = hashlib.sha256()
-    with paths[0].open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_files(paths) if len(paths) > 1 else hash_file(paths[0])
 
 
 def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Mapping[str, Any] | None = None) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.files.hashing import hash_file
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import expected_shapes
 from qwen_cl.source.nemo_context import is_nemo_checkpoint, tokenizer_directory
@@ -126,11 +127,7 @@ def read_adapter(directory: Path) -> BaseAdapter:
 @cache
 def _hash(directory: Path, stamps: tuple[int, ...]) -> str:
     """Of both files; once a process for files that nobody has written to since ``stamps``."""
-    digest = hashlib.sha256((directory / ADAPTER_CONFIG).read_bytes())
-    with (directory / WEIGHTS).open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(directory / WEIGHTS, hashlib.sha256((directory / ADAPTER_CONFIG).read_bytes()))
 
 
 def _require_adapter(directory: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.files.hashing import hash_file
 from qwen_cl.source.manifest import DIGEST, OURS, Manifest, write_whole
 from qwen_cl.source.parallel import for_each
 from qwen_cl.source.tensor_files import ADAPTER_CONFIG, INDEX, SINGLE, indexed_files, no_weights, weights_entry
@@ -35,7 +36,6 @@ FILES = (
 )
 """What training reads beside the weights. Nothing here is code, whatever the repository holds."""
 TOKENIZERS: tuple[set[str], ...] = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
-CHUNK = 4 * 2**20
 LONG = 2**30
 """Bytes whose hashing takes long enough to be announced where no bar can be drawn."""
 
@@ -180,13 +180,9 @@ def _hash(path: Path, like: str, bar: Any) -> str:
     """As git-lfs or git would, whichever ``like`` is."""
     content = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                content.update(chunk)
-                bar.update(len(chunk))
+        return hash_file(path, content, bar.update)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; see to its permissions and its disk") from error
-    return content.hexdigest()
 
 
 def _stamp(path: Path) -> str:

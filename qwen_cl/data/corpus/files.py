@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.files.hashing import hash_file
 
 
 class Format(str, Enum):
@@ -34,7 +35,6 @@ FORMATS = {
     ".tsv": Format.tsv,
     ".parquet": Format.parquet,
 }
-BLOCK = 2**22
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".txt, .jsonl, .ndjson, .json, .csv or .tsv, each also .gz or .zst; .parquet"
 MAGIC = {
@@ -117,10 +117,8 @@ def hash_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            with path.open("rb") as stream:
-                digest.update(f"{os.fstat(stream.fileno()).st_size}\n".encode())
-                while block := stream.read(BLOCK):
-                    digest.update(block)
+            digest.update(f"{path.stat().st_size}\n".encode())
+            hash_file(path, digest)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Files and folders on disk: whole or not there, and known by their hash."""
