@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.load import SHAPES
 from qwen_cl.config.schema import TARGET_MODULES, LoraConfig
-from qwen_cl.flops import adapter_parameters, peak_flops, training_flops
+from qwen_cl.flops import peak_flops, training_flops
+from qwen_cl.models.adapter_methods import adapter_parameters
 from qwen_cl.source.architecture import read_architecture
 
 DEMO = Path(__file__).resolve().parents[1] / "qwen_cl/demo/model"

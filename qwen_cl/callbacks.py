@@ -14,8 +14,9 @@ from megatron.core.utils import get_model_config
 from qwen_cl.data.stop_tokens import end_of_turn_tokens
 from qwen_cl.megatron.first_adapters import draw_from
 from qwen_cl.megatron.steps import mask_padded_vocabulary
+from qwen_cl.models.adapter_methods import Adapter
 from qwen_cl.run_folder import RunFolder
-from qwen_cl.source.adapter import AdapterShape, save_adapter
+from qwen_cl.source.adapter import save_adapter
 
 
 class Seed(pl.Callback):
@@ -70,22 +71,17 @@ class SaveAdapter(pl.Callback):
         directory: str,
         source: str,
         base_adapter: str | None,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        target_modules: list[str],
-        dora: bool,
+        adapter: Adapter,
         on_answers: bool,
     ) -> None:
         self.directory = Path(directory)
-        self.source, self.base_adapter = source, base_adapter
+        self.source, self.base_adapter, self.adapter = source, base_adapter, adapter
         self.on_answers = on_answers
         """The run learns answers of conversations, and so how they end."""
-        self.shape = AdapterShape(rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
             model = trainer.strategy.megatron_parallel
             stops = end_of_turn_tokens(trainer.datamodule.tokenizer.tokenizer) if self.on_answers else []
             small_files = RunFolder(self.directory.parent).model_files
-            save_adapter(model, self.shape, self.source, self.directory, small_files, stops, self.base_adapter)
+            save_adapter(model, self.adapter, self.source, self.directory, small_files, stops, self.base_adapter)

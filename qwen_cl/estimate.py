@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from qwen_cl.config.schema import ClusterConfig, PeftConfig, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
-from qwen_cl.flops import adapter_parameters
 from qwen_cl.levers import LOSS_CHUNK_BYTES
+from qwen_cl.models.adapter_methods import adapter_parameters
 from qwen_cl.source.architecture import Architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 

@@ -12,12 +12,13 @@ from rich.console import Console
 from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
-from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig, RunConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import ExportConfig, ExportDtype, ExportFormat
 from qwen_cl.data.chat_settings import write_template_of_run
 from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.stop_tokens import end_of_turn_tokens, learns_answers
+from qwen_cl.models.adapter_methods import adapter_of, describe_method
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.status import State
 from qwen_cl.source.card import CardFacts, licence_of, model_card
@@ -69,7 +70,7 @@ def _output(task: ExportConfig, folder: RunFolder) -> Path:
 
 def _base(task: ExportConfig, run: Run) -> Path | None:
     """The base model's directory; None where none of its weights is needed."""
-    is_full = not isinstance(run.config.peft, LoraConfig)
+    is_full = adapter_of(run.config.peft) is None
     if task.format is ExportFormat.adapter and is_full:
         raise UserError("task.format=adapter: this run trained every weight and has none; write task.format=merged")
     if task.format is ExportFormat.adapter or (is_full and task.dtype is not ExportDtype.auto):
@@ -121,7 +122,7 @@ def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
     return CardFacts(
         source=run.config.model.source,
         fingerprint=run.status.model_fingerprint,
-        method=_method(run.config.peft),
+        method=describe_method(run.config.peft),
         data=", ".join(names) or "random tokens",
         data_hash=run.status.data_sha256,
         learning_rate=run.config.lr,
@@ -131,10 +132,3 @@ def _card_facts(task: ExportConfig, run: Run) -> CardFacts:
         base_adapter_sha256=run.status.model_adapter_sha256,
         is_adapter=task.format is ExportFormat.adapter,
     )
-
-
-def _method(peft: PeftConfig) -> str:
-    if not isinstance(peft, LoraConfig):
-        return "full fine-tuning"
-    name = "DoRA" if isinstance(peft, DoraConfig) else "LoRA"
-    return f"{name}, rank {peft.rank}, alpha {peft.alpha:g}, on {', '.join(peft.target_modules)}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_cl.config.schema import LoraConfig, PeftConfig
 from qwen_cl.source.architecture import Architecture
 
 PEAK = {"H200": 989.4e12, "H100 NVL": 835.5e12, "H100 PCIe": 756.5e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12}
@@ -29,7 +28,7 @@ class TrainingFlops:
 
 
 def training_flops(architecture: Architecture, adapter: int | None) -> TrainingFlops:
-    """``adapter`` is what :func:`adapter_parameters` says: None where every weight is trained.
+    """``adapter`` is the number of its parameters: None where every weight is trained.
 
     A product with a matrix takes two operations per weight and token, its gradient for the input as many, and that for
     the weight as many again. Looking a token up in the embedding takes none.
@@ -46,18 +45,3 @@ def training_flops(architecture: Architecture, adapter: int | None) -> TrainingF
 def peak_flops(device: str) -> float | None:
     """None for a device whose data sheet is not known here."""
     return next((peak for name, peak in PEAK.items() if name in device), None)
-
-
-def adapter_parameters(peft: PeftConfig, architecture: Architecture) -> int | None:
-    """Trainable parameters of the adapters; None where every weight is trained."""
-    if not isinstance(peft, LoraConfig):
-        return None
-    query = architecture.query_size
-    shapes = {  # inputs and outputs of Megatron's fused layers
-        "linear_qkv": (architecture.hidden_size, query + 2 * architecture.key_value_size),
-        "linear_proj": (query, architecture.hidden_size),
-        "linear_fc1": (architecture.hidden_size, 2 * architecture.ffn_hidden_size),
-        "linear_fc2": (architecture.ffn_hidden_size, architecture.hidden_size),
-    }
-    per_layer = sum(peft.rank * sum(shapes[name]) for name in peft.target_modules)
-    return architecture.num_layers * per_layer

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from qwen_cl.config.schema import ClusterConfig, DoraConfig, LoraConfig, ModelConfig, PeftConfig, RunConfig
+from qwen_cl.config.schema import ClusterConfig, ModelConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import InspectConfig
 from qwen_cl.data.examples import load_tokenizer
 from qwen_cl.devices import Device, alone, pick_device
 from qwen_cl.estimate import Batch, estimate_memory
 from qwen_cl.layout import pipeline_parallel_sizes, tensor_parallel_sizes
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.plan import check_weights
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import find_adapter
@@ -29,7 +30,6 @@ from qwen_cl.source.tensor_files import DTYPES, SHARD, SINGLE, weight_files
 from qwen_cl.view import adapter_facts, print_facts
 
 GIB = 2**30
-METHODS = {LoraConfig: "LoRA", DoraConfig: "DoRA"}
 SIZES = (1, 2, 4, 8)
 """Parallel sizes worth showing: what hosts of GPUs come in."""
 
@@ -144,7 +144,8 @@ def _layout_table(config: RunConfig, batch: Batch, device: Device, architecture:
 
 
 def _name(peft: PeftConfig) -> str:
-    return f"{METHODS[type(peft)]} r{peft.rank}" if isinstance(peft, LoraConfig) else "no adapter"
+    adapter = adapter_of(peft)
+    return "no adapter" if adapter is None else f"{adapter.entry.title} r{adapter.rank}"
 
 
 def _memory(architecture: Architecture, batch: Batch, peft: PeftConfig, cluster: ClusterConfig, device: Device) -> str:

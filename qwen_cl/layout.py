@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import ClusterConfig, LoraConfig, PeftConfig
+from qwen_cl.config.schema import ClusterConfig, PeftConfig
 from qwen_cl.data.batches import PADDING_MULTIPLE
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.source.architecture import Architecture
 
 SHOWN = 12
@@ -26,9 +27,10 @@ def check_layout(cluster: ClusterConfig, peft: PeftConfig, architecture: Archite
             f"({architecture.num_layers}); this model allows {_joined(pipeline_parallel_sizes(architecture))}. "
             + _layouts(cluster, architecture)
         )
-    if isinstance(peft, LoraConfig) and peft.rank % tensor_parallel:
+    adapter = adapter_of(peft)
+    if adapter is not None and adapter.rank % tensor_parallel:
         raise UserError(
-            f"peft.rank ({peft.rank}) must be a multiple of cluster.tensor_parallel ({tensor_parallel}), over which "
+            f"peft.rank ({adapter.rank}) must be a multiple of cluster.tensor_parallel ({tensor_parallel}), over which "
             "the adapter is split too; change either"
         )
     _check_rows(cluster)

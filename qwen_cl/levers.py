@@ -11,9 +11,10 @@ from typing import Any
 
 from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import Accelerator, DoraConfig, LocalConfig, LoraConfig, Precision, RunConfig
+from qwen_cl.config.schema import Accelerator, LocalConfig, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.tasks import FinetuneConfig
+from qwen_cl.models.adapter_methods import adapter_of
 
 LOSS_CHUNK_BYTES = 3 * 2**29
 """linear_cross_entropy: of the logits of one chunk, in their own type; 5,000 tokens of Qwen2.5 in bf16, whose products
@@ -49,11 +50,12 @@ def settle_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
 
 def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
     """Why this run cannot use the lever; None where it can."""
-    cluster, peft = config.cluster, config.peft
-    if name == "low_rank_products" and (not isinstance(peft, LoraConfig) or isinstance(peft, DoraConfig)):
+    cluster, adapter = config.cluster, adapter_of(config.peft)
+    dropout = 0.0 if adapter is None else adapter.dropout
+    if name == "low_rank_products" and (adapter is None or not adapter.entry.fused):
         return "there is no LoRA in this run (peft=lora)"
-    if name == "low_rank_products" and isinstance(peft, LoraConfig) and peft.dropout > 0:
-        return f"with peft.dropout ({peft.dropout}) adapter and layer have different inputs"
+    if name == "low_rank_products" and dropout > 0:
+        return f"with peft.dropout ({dropout}) adapter and layer have different inputs"
     if isinstance(cluster, LocalConfig) and _wants_compiler(name, kind) and not _has_compiler(kind):
         return NO_COMPILER.format("this machine")
     if name == "compile" and (obstacle := _compile_obstacle(config, kind)):
@@ -66,8 +68,8 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "it records passes through the whole model, of which each process has a part in this layout of cluster"
     if name in ("compile", "cuda_graphs") and _packed(config) and cluster.precision is Precision.fp32:
         return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
-    if name == "cuda_graphs" and isinstance(peft, LoraConfig) and peft.dropout > 0:
-        return f"recorded passes do not draw from the run's seed, and peft.dropout is {peft.dropout}"
+    if name == "cuda_graphs" and dropout > 0:
+        return f"recorded passes do not draw from the run's seed, and peft.dropout is {dropout}"
     return None
 
 

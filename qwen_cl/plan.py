@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verify
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import DoraConfig, RunConfig
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.data.chat_settings import with_template_date
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, prepare_target, settle_separator, text_content
@@ -19,6 +19,7 @@ from qwen_cl.data.rows import RowFiles, content_hash, pin_rows, row_files
 from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.micro_batch import is_automatic, settle_for_device
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.plan_data import (
     ReadData,
     data_hash,
@@ -185,10 +186,11 @@ def _adapter(config: RunConfig, model: ModelFiles, architecture: Architecture) -
     adapter = find_adapter(config.model.adapter, model.directory, architecture)
     if adapter is None:
         return None
-    if isinstance(config.peft, DoraConfig):
+    trained = adapter_of(config.peft)
+    if trained is not None and trained.entry.not_on_adapter is not None:
         raise UserError(
-            "peft=dora with model.adapter is not supported: its magnitudes would be of the merged weights, which no "
-            "adapter of the base can say. Write peft=lora, or export the first run merged and name that as model.source"
+            f"peft={trained.method} with model.adapter is not supported: {trained.entry.not_on_adapter}. Write "
+            "peft=lora, or export the first run merged and name that as model.source"
         )
     if other := other_base(adapter, model.source):
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import nemo_run as run
@@ -17,7 +18,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnn
 
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
-from qwen_cl.config.schema import DoraConfig, LoraConfig, Precision, RunConfig
+from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
 from qwen_cl.data.chat_settings import chat_settings
 from qwen_cl.data.rows import row_files
@@ -25,6 +26,7 @@ from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
 from qwen_cl.devices import cpu_cores
 from qwen_cl.levers import has_static_shapes
 from qwen_cl.megatron.model import build_model
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.saving import StepCheckpoint
 from qwen_cl.source.architecture import Architecture
@@ -223,14 +225,7 @@ def _schedule(config: RunConfig) -> run.Config:
 
 
 def _peft(config: RunConfig) -> run.Config | None:
-    peft = config.peft
-    if not isinstance(peft, LoraConfig):
+    adapter = adapter_of(config.peft)
+    if adapter is None:
         return None
-    return run.Config(
-        llm.peft.DoRA if isinstance(peft, DoraConfig) else llm.peft.LoRA,
-        target_modules=list(peft.target_modules),
-        dim=peft.rank,
-        alpha=peft.alpha,
-        dropout=peft.dropout,
-        dropout_position="pre",  # where PEFT has it
-    )
+    return run.Config(resolve_name(adapter.entry.transform), **adapter.transform_arguments())

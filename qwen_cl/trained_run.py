@@ -13,8 +13,9 @@ from qwen_cl.checkpoints.folder import whole_checkpoints
 from qwen_cl.checkpoints.manifest import DamagedCheckpointError, verify
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import read_run_config
-from qwen_cl.config.schema import DoraConfig, LoraConfig, ModelConfig, RunConfig
+from qwen_cl.config.schema import ModelConfig, RunConfig
 from qwen_cl.config.tasks import TrainingConfig
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.status import RunStatus
 from qwen_cl.source.architecture import Architecture
@@ -140,20 +141,11 @@ def import_quietly() -> None:
 
 def open_trained(run: Run, base: Path | None) -> Trained:
     import_quietly()
-    from qwen_cl.source.adapter import AdapterShape
     from qwen_cl.source.architecture import read_architecture
     from qwen_cl.source.distributed import DistributedWeights
     from qwen_cl.source.merged import Trained
 
-    peft, adapter = run.config.peft, None
-    if isinstance(peft, LoraConfig):
-        adapter = AdapterShape(
-            rank=peft.rank,
-            alpha=peft.alpha,
-            dropout=peft.dropout,
-            target_modules=list(peft.target_modules),
-            dora=isinstance(peft, DoraConfig),
-        )
+    adapter = adapter_of(run.config.peft)
     architecture = read_architecture(read_model_config(run.folder.tokenizer), run.folder.tokenizer)
     return Trained(
         weights=DistributedWeights(run.weights),

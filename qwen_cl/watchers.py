@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import nemo_run as run
 
 from qwen_cl.callbacks import MaskPaddedVocabulary, SaveAdapter, Seed
 from qwen_cl.config.data import MockDataConfig
-from qwen_cl.config.schema import DoraConfig, LoraConfig, RunConfig, VerifyMode
+from qwen_cl.config.schema import RunConfig, VerifyMode
 from qwen_cl.continuing import ConcludeAnyway, ScheduleFromConfig
 from qwen_cl.data.stop_tokens import learns_answers
-from qwen_cl.flops import adapter_parameters, training_flops
+from qwen_cl.flops import training_flops
+from qwen_cl.models.adapter_methods import Adapter, adapter_of, adapter_parameters
 from qwen_cl.progress import TellProgress
 from qwen_cl.recorder import RunRecorder
 from qwen_cl.samples import RecordSamples
@@ -51,8 +53,8 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
 
 
 def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
-    peft = config.peft
-    if not isinstance(peft, LoraConfig):
+    adapter = adapter_of(config.peft)
+    if adapter is None:
         return []
     return [
         run.Config(
@@ -60,11 +62,7 @@ def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
             directory=str(output_dir / "adapter"),
             source=config.model.source,
             base_adapter=config.model.adapter,
-            rank=peft.rank,
-            alpha=peft.alpha,
-            dropout=peft.dropout,
-            target_modules=list(peft.target_modules),
-            dora=isinstance(peft, DoraConfig),
+            adapter=run.Config(Adapter, **asdict(adapter)),
             on_answers=learns_answers(config),
         )
     ]

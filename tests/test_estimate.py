@@ -17,7 +17,8 @@ from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.speed import When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.estimate import MemoryEstimate, batch_of, estimate_memory
-from qwen_cl.flops import adapter_parameters, training_flops
+from qwen_cl.flops import training_flops
+from qwen_cl.models.adapter_methods import adapter_parameters
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.families import count_parameters, expected_shapes, layer_shapes
 
@@ -95,16 +96,18 @@ def test_the_smallest_qwen_has_its_published_size() -> None:
     assert parameters({**QWEN_05B, "tie_word_embeddings": False}) == TOTAL_05B + 151936 * 896
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_adapters_count_both_factors_of_every_target(method: str) -> None:
+def test_adapters_count_every_tensor_of_every_target() -> None:
     shape = architecture(QWEN_05B)
     # Inputs and outputs of qkv, proj, fc1 (gate and up), fc2.
     qkv, proj, fc1, fc2 = 896 + 1152, 896 + 896, 896 + 2 * 4864, 4864 + 896
-    peft = run_config(f"peft={method}", "peft.rank=32").peft
-    assert adapter_parameters(peft, shape) == 24 * 32 * (qkv + proj + fc1 + fc2) == 15_532_032
-    peft = run_config(f"peft={method}", "peft.rank=8", "peft.target_modules=[linear_qkv,linear_fc2]").peft
-    assert adapter_parameters(peft, shape) == 24 * 8 * (qkv + fc2)
-    assert estimate(f"peft={method}", "peft.rank=32").trainable_parameters == 15_532_032
+    assert adapter_parameters(run_config("peft.rank=32").peft, shape) == 24 * 32 * (qkv + proj + fc1 + fc2)
+    assert estimate("peft.rank=32").trainable_parameters == 15_532_032
+    of_two = ("peft.rank=8", "peft.target_modules=[linear_qkv,linear_fc2]")
+    assert adapter_parameters(run_config(*of_two).peft, shape) == 24 * 8 * (qkv + fc2)
+    # DoRA has a magnitude of each output besides.
+    outputs = 24 * (1152 + 896 + 2 * 4864 + 896)
+    assert estimate("peft=dora", "peft.rank=32").trainable_parameters == 15_532_032 + outputs == 15_836_160
+    assert adapter_parameters(run_config("peft=dora", *of_two).peft, shape) == 24 * (8 * (qkv + fc2) + 1152 + 896)
 
 
 def test_full_training_has_no_adapters() -> None:

@@ -18,8 +18,9 @@ from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.file import save_config
 from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.rules import quoted
-from qwen_cl.config.schema import LoraConfig, Precision, RunConfig
+from qwen_cl.config.schema import Precision, RunConfig
 from qwen_cl.config.stages import ContinualConfig
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import State, now
@@ -80,7 +81,7 @@ def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: 
         print(f"stage {stage.number} of {len(stages)}: {stage.name}{there}", flush=True)
         if stage not in done:
             _train(stage, advice, lambda: folder.update_status(stages=_states(stages)))
-        if isinstance(stage.config.peft, LoraConfig) and any(later.start is stage for later in stages):
+        if adapter_of(stage.config.peft) is not None and any(later.start is stage for later in stages):
             _export(stage, advice)
         if task.sets:
             rows.append(measure(task, stages[0], stage, stage.folder.directory, advice))

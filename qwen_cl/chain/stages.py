@@ -14,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
 from qwen_cl.config.rules import override_key, quoted
-from qwen_cl.config.schema import LocalConfig, LoraConfig, RunConfig
+from qwen_cl.config.schema import LocalConfig, RunConfig
 from qwen_cl.config.stages import MODEL, ContinualConfig, StageConfig
 from qwen_cl.config.tasks import TrainingConfig
 from qwen_cl.data.chat_settings import kept_template_date
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.plan import Plan, make_plan
 from qwen_cl.run_folder import RunFolder
 
@@ -45,7 +46,7 @@ class Stage:
     @property
     def result(self) -> Path:
         """The directory a later stage starts from: an adapter's run is exported for it, else the checkpoint will do."""
-        if isinstance(self.config.peft, LoraConfig):
+        if adapter_of(self.config.peft) is not None:
             return self.folder.directory / MERGED
         return self.folder.checkpoints / f"step={self.config.training.max_steps}"
 

@@ -12,11 +12,12 @@ from qwen_cl.config.answers import AnswersConfig
 from qwen_cl.config.data import ChatDataConfig, DataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.rules import refuse_ignored
-from qwen_cl.config.schema import LoraConfig, ModelConfig, RunConfig
+from qwen_cl.config.schema import ModelConfig, RunConfig
 from qwen_cl.data.chat_settings import KEYS as CHAT_KEYS
 from qwen_cl.data.chat_settings import today
 from qwen_cl.devices import alone, pick_device
 from qwen_cl.durable import replacing
+from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.plan import check_weights
 from qwen_cl.runs.status import State
 from qwen_cl.source.architecture import Architecture, read_architecture
@@ -101,7 +102,7 @@ def find_model(model: ModelConfig, data: DataConfig) -> Subject:
 
 def trained_subject(run: Run) -> Subject:
     """What a run made of its base."""
-    base = find_base(run) if isinstance(run.config.peft, LoraConfig) else None
+    base = None if adapter_of(run.config.peft) is None else find_base(run)
     small_files = run.folder.tokenizer
     config = read_model_config(small_files)
     state = run.status.state

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from safetensors import safe_open
 
+from qwen_cl.models.adapter_methods import lora_update
 from qwen_cl.source.base_adapter import BaseAdapter, Factors
 from qwen_cl.source.tensor_files import Location
 
@@ -23,12 +24,6 @@ class Tensors(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str, *slices: slice) -> torch.Tensor: ...
-
-
-def lora_update(up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
-    """What LoRA adds to a weight (arXiv 2106.09685), in fp32; nothing where it is zero, to the bit."""
-    update = up.float() @ down.float() * scale
-    return update.masked_fill_(update == 0, -0.0)  # added to -0.0, 0.0 would flip its sign
 
 
 class AdaptedTensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
+from qwen_cl.models.adapter_methods import ADAPTER, Adapter, AdapterTensor
 from qwen_cl.source.adapted import read_factors
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import PREFIX, BaseAdapter, find_adapter
@@ -21,22 +22,10 @@ from qwen_cl.source.reference import HUB_REFERENCE, local_directory, read_model_
 from qwen_cl.source.shards import layer_of, local_shards, pieces_of
 from qwen_cl.source.whole_folder import appearing
 
-ADAPTER = ".adapter."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterShape:
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: list[str]
-    """Megatron's names."""
-    dora: bool
-
 
 def save_adapter(
     model: Any,
-    shape: AdapterShape,
+    adapter: Adapter,
     source: str,
     directory: Path,
     small_files: Path,
@@ -59,11 +48,13 @@ def save_adapter(
     base = local_directory(source)
     architecture = read_architecture(read_model_config(base), base)
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    parts = {tensor.nemo: tensor for tensor in adapter.entry.tensors}
     tensors: dict[str, torch.Tensor] = {}
     for (key, layer), full in _assemble(part for rank in gathered for part in rank).items():
-        tensors.update(peft_tensors(key, layer, full, architecture, tensor_parallel))
+        module, _, part = key.partition(ADAPTER)
+        tensors |= peft_tensors(parts[part], module, layer, full, architecture, tensor_parallel)
     merged = find_adapter(base_adapter, base, architecture)
-    write_adapter(*joined(tensors, shape, merged), source, directory, small_files, stops)
+    write_adapter(*joined(tensors, adapter, merged), source, directory, small_files, stops)
 
 
 def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
@@ -76,40 +67,34 @@ def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
 
 
 def peft_tensors(
-    key: str, layer: int, full: torch.Tensor, architecture: Architecture, tensor_parallel: int
+    tensor: AdapterTensor,
+    module: str,
+    layer: int,
+    full: torch.Tensor,
+    architecture: Architecture,
+    tensor_parallel: int,
 ) -> dict[str, torch.Tensor]:
-    """One of Megatron's fused tensors as PEFT's: the modules of a fused layer share A and split B by rows.
-
-    ``tensor_parallel`` is that of the run: DoRA's magnitudes are stored as they lay on each rank, that rank's gate
-    rows, then its up rows.
-    """
-    module, _, part = key.partition(ADAPTER)
+    """One of the tensors of a fused layer's adapter as PEFT's: its modules share what has no rows of the layer, and
+    split the rest by rows. ``tensor_parallel`` is that of the run (see ``AdapterTensor.by_rank``)."""
     rule = rule_for(f"{module}.weight", architecture)
     names = [name.removesuffix(".weight") for name in tensor_shapes(rule, layer, architecture)]
-    if part == "linear_in.weight":
-        pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
-        suffix = "lora_A.weight"
-    elif part == "linear_out.weight":
-        pieces = pieces_of(rule, full, architecture)
-        suffix = "lora_B.weight"
-    else:
-        pieces = pieces_of(rule, full, architecture, by_rank=tensor_parallel)
-        suffix = "lora_magnitude_vector"
-    return {f"base_model.model.{name}.{suffix}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
+    pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
+    if "rows" in tensor.shape:
+        pieces = pieces_of(rule, full, architecture, by_rank=tensor_parallel if tensor.by_rank else 1)
+    return {f"{PREFIX}{name}.{tensor.peft}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
 
 
 def joined(
-    tensors: dict[str, torch.Tensor], shape: AdapterShape, first: BaseAdapter | None
-) -> tuple[dict[str, torch.Tensor], AdapterShape]:
+    tensors: dict[str, torch.Tensor], adapter: Adapter, first: BaseAdapter | None
+) -> tuple[dict[str, torch.Tensor], Adapter]:
     """One adapter of the plain base that does what ``first``, merged into it, and ``tensors`` do together.
 
     The ranks of the two lie beside each other, the scales are in B, and a module that only one of them changes is
     filled up with zeros to the same rank.
     """
     if first is None:
-        return tensors, shape
-    assert not shape.dora  # refused: its magnitudes are of the merged weights
-    scale = shape.alpha / shape.rank
+        return tensors, adapter
+    assert adapter.entry.not_on_adapter is None  # refused
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, factors in first.factors.items():
         down, up = read_factors(factors)
@@ -117,7 +102,7 @@ def joined(
     for name in tensors:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
-            pair = tensors[name].float(), tensors[f"{module}.lora_B.weight"].float() * scale
+            pair = tensors[name].float(), tensors[f"{module}.lora_B.weight"].float() * adapter.scale
             parts.setdefault(module, []).append(pair)
     rank = max(sum(len(down) for down, _ in pairs) for pairs in parts.values())
     result = {}
@@ -126,12 +111,12 @@ def joined(
         more = rank - len(down)
         result[f"{module}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, more))
         result[f"{module}.lora_B.weight"] = torch.nn.functional.pad(up, (0, more)).contiguous()
-    return result, replace(shape, rank=rank, alpha=float(rank))
+    return result, replace(adapter, method="lora", rank=rank, alpha=float(rank))
 
 
 def write_adapter(
     tensors: dict[str, torch.Tensor],
-    shape: AdapterShape,
+    adapter: Adapter,
     source: str,
     directory: Path,
     small_files: Path,
@@ -144,11 +129,8 @@ def write_adapter(
 
     match = HUB_REFERENCE.fullmatch(source)
     config = LoraConfig(
-        r=shape.rank,
-        lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
+        **adapter.peft_arguments(),
         target_modules=sorted({name.split(".")[-3 if name.endswith(".weight") else -2] for name in tensors}),
-        use_dora=shape.dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=match["repo"] if match else source,
         revision=match["revision"] if match else None,

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.source.adapted import lora_update
-from qwen_cl.source.adapter import ADAPTER, AdapterShape, peft_tensors
+from qwen_cl.models.adapter_methods import ADAPTER, Adapter
+from qwen_cl.source.adapter import peft_tensors
 from qwen_cl.source.architecture import Architecture
-from qwen_cl.source.base_adapter import BaseAdapter
+from qwen_cl.source.base_adapter import PREFIX, BaseAdapter
 from qwen_cl.source.distributed import DistributedWeights
 from qwen_cl.source.families import (
     LAYER_PREFIX,
@@ -22,15 +22,12 @@ from qwen_cl.source.families import (
     expected_shapes,
     fused_shape,
     layer_rules,
-    rule_for,
     tensor_sources,
     top_level_rules,
 )
 from qwen_cl.source.nemo_tensors import open_tensors
 from qwen_cl.source.shards import pieces_of
 
-FACTORS, MAGNITUDE = ("linear_in.weight", "linear_out.weight"), "weight_magnitude"
-"""The parts of an adapter, as NeMo calls A, B and what DoRA adds."""
 VOCABULARIES = {key for key, rule in (TOP_LEVEL | OUTPUT_LAYER).items() if isinstance(rule, Vocabulary)}
 
 
@@ -46,11 +43,11 @@ class Trained:
     small_files: Path
     """Config, tokenizer and chat template, as their author wrote them."""
     architecture: Architecture
-    adapter: AdapterShape | None
+    adapter: Adapter | None
     base_adapter: BaseAdapter | None
     """Merged into the base before the run began; None too where no weight of the base is in the result."""
     tensor_parallel: int
-    """Of the run: see ``peft_tensors``."""
+    """Of the run: see ``AdapterTensor.by_rank``."""
 
 
 class TrainedAdapter:
@@ -63,24 +60,24 @@ class TrainedAdapter:
     def __init__(self, trained: Trained) -> None:
         assert trained.adapter is not None
         self._trained = trained
-        self._parts = (*FACTORS, MAGNITUDE) if trained.adapter.dora else FACTORS
+        self._adapter = trained.adapter
         self._keys = _stored_keys(trained.weights)
-        self.modules = [
-            key.removesuffix(".weight")
-            for key in (LAYER_PREFIX + name for name in layer_rules(trained.architecture))
-            if key.removesuffix(".weight").rpartition(".")[2] in trained.adapter.target_modules
-            and key.endswith(".weight")
-        ]
+        self.modules = list(trained.adapter.modules(trained.architecture))
         self._check()
 
     def layer(self, module: str, layer: int) -> dict[str, torch.Tensor]:
         """One of Megatron's linear layers (:attr:`modules`), by PEFT's names of its parts."""
-        tensors: dict[str, torch.Tensor] = {}
-        for part in self._parts:
-            key = f"{module}{ADAPTER}{part}"
-            full = self._trained.weights.read(self._keys[key], layer)
-            tensors |= peft_tensors(key, layer, full, self._trained.architecture, self._trained.tensor_parallel)
+        trained, tensors = self._trained, dict[str, torch.Tensor]()
+        for tensor in self._adapter.entry.tensors:
+            full = trained.weights.read(self._keys[f"{module}{ADAPTER}{tensor.nemo}"], layer)
+            tensors |= peft_tensors(tensor, module, layer, full, trained.architecture, trained.tensor_parallel)
         return tensors
+
+    def merge(self, weight: torch.Tensor, name: str, layer: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weight of that name, in fp32, with what ``layer`` has for it (see :meth:`layer`)."""
+        entry, module = self._adapter.entry, f"{PREFIX}{name.removesuffix('.weight')}"
+        own = {tensor.peft: layer[f"{module}.{tensor.peft}"] for tensor in entry.tensors}
+        return entry.merge(weight, own, self._adapter.scale)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         layers = range(self._trained.architecture.num_layers)
@@ -92,18 +89,9 @@ class TrainedAdapter:
         }
 
     def _check(self) -> None:
-        assert self._trained.adapter is not None
         architecture = self._trained.architecture
-        rank, layers = self._trained.adapter.rank, architecture.num_layers
-        expected: dict[str, tuple[int, ...]] = {}
-        for module in self.modules:
-            rows, *columns = fused_shape(rule_for(f"{module}.weight", architecture), 0, architecture)
-            shapes = {
-                FACTORS[0]: (layers, rank, *columns),
-                FACTORS[1]: (layers, rows, rank),
-                MAGNITUDE: (layers, rows),
-            }
-            expected |= {f"{module}{ADAPTER}{part}": shapes[part] for part in self._parts}
+        shapes = self._adapter.tensor_shapes(architecture)
+        expected = {key: (architecture.num_layers, *shape) for key, shape in shapes.items()}
         _check_stored(self._trained.weights, expected, self._keys)
         held = {key for key in self._keys if key.startswith(LAYER_PREFIX) and ADAPTER in key}
         if more := sorted(held - expected.keys()):
@@ -170,18 +158,7 @@ class MergedModel:
             return weight
         if self._layer is None or self._layer[0] != (module, layer):
             self._layer = (module, layer), self._adapter.layer(module, layer)
-        return self._merge(weight.float(), f"base_model.model.{name.removesuffix('.weight')}", self._layer[1])
-
-    def _merge(self, weight: torch.Tensor, prefix: str, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
-        """In fp32: LoRA, and DoRA's rows rescaled to their magnitude (arXiv 2402.09353)."""
-        assert self.trained.adapter is not None
-        scale = self.trained.adapter.alpha / self.trained.adapter.rank
-        up, down = (adapter[f"{prefix}.lora_{factor}.weight"] for factor in "BA")
-        merged = weight + lora_update(up, down, scale)
-        magnitude = adapter.get(f"{prefix}.lora_magnitude_vector")
-        if magnitude is None:
-            return merged
-        return merged * (magnitude.float() / merged.norm(dim=1)).unsqueeze(1)
+        return self._adapter.merge(weight.float(), name, self._layer[1])
 
     def _from_checkpoint(self, name: str) -> torch.Tensor:
         key, layer, rule, position = self._sources[name]
