@@ -11,6 +11,7 @@ from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers that ``layer_types`` of a config.json may name."""
+DEFAULT_TOKENIZER = "LlamaTokenizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,10 @@ class Family:
     family; None where NeMo has none of it."""
     nemo_window: bool = False
     """NeMo's config has a window of its own (``window_size``)."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """transformers' class of tokenizer files that name none (its tokenization_auto.py)."""
+    tokenizer_always: bool = False
+    """transformers 5 takes that class whatever the files name (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
     qkv_bias: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
@@ -83,6 +88,8 @@ FAMILIES = {
             nemo_model="Qwen2Model",
             nemo_config="Qwen2Config",
             nemo_checkpoints=r"qwen2\.Qwen25?Config\w*",
+            tokenizer="Qwen2Tokenizer",
+            tokenizer_always=True,
             qkv_bias=True,
             sliding_window=QWEN_WINDOW,
         ),
@@ -93,6 +100,7 @@ FAMILIES = {
             nemo_model="Qwen3Model",
             nemo_config="Qwen3Config",
             nemo_checkpoints=r"qwen3\.Qwen3Config\w*",
+            tokenizer="Qwen2Tokenizer",
             qk_norm=True,
             head_dim=128,
             sliding_window=QWEN_WINDOW,

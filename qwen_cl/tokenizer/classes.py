@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.models.families import DEFAULT_TOKENIZER, FAMILIES
 from qwen_cl.tokenizer.files import BACKEND, CONFIG
 
 PLAIN = "PreTrainedTokenizerFast"
@@ -19,8 +20,6 @@ AS_WRITTEN = (
     "MistralCommonTokenizer",
 )
 """Classes that add nothing to what tokenizer.json says."""
-OF_MODEL_TYPE = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
-"""Class where the files name none (transformers' tokenization_auto.py); LlamaTokenizer for every other family here."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -35,10 +34,11 @@ def is_of_5(config: dict[str, Any]) -> bool:
 
 def class_name(config: dict[str, Any], model: dict[str, Any], by_5: bool, directory: Path) -> str:
     """Without Fast, except in the name of the plain one."""
-    family = str(model.get("model_type"))
-    if by_5 and family == "qwen2":
-        return "Qwen2Tokenizer"
-    name = config.get("tokenizer_class") or model.get("tokenizer_class") or OF_MODEL_TYPE.get(family, "LlamaTokenizer")
+    family = FAMILIES.get(str(model.get("model_type")))
+    if by_5 and family is not None and family.tokenizer_always:
+        return family.tokenizer
+    default = DEFAULT_TOKENIZER if family is None else family.tokenizer
+    name = config.get("tokenizer_class") or model.get("tokenizer_class") or default
     if name in AS_WRITTEN:
         return str(name)
     if not isinstance(name, str) or _class(name) is None:
