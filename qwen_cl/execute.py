@@ -16,19 +16,20 @@ from typing import Any
 
 from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.override_text import printed_path
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.schema import Accelerator, ClusterConfig, RunConfig
+from qwen_cl.launch.signals import STOP_SIGNALS, handle_signals
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import State
+from qwen_cl.source.reference import is_hub_reference
 from qwen_cl.source.settings import HubSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 STOP_GRACE = 120
 """Seconds a run has to save and end once it is asked to stop; then it is killed."""
 SAME_STOP = 0.5
 """Seconds in which more signals are the same wish: Linux sends one for each thread of a parent that is killed."""
 PR_SET_PDEATHSIG = 1
-ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
@@ -73,6 +74,16 @@ def run_variables(config: RunConfig) -> dict[str, str]:
     if config.cluster.accelerator is Accelerator.cpu:
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
+
+
+def paths_to_mount(config: RunConfig, directory: Path) -> list[Path]:
+    """Return what a container needs of this machine: the code, the models, and the run's own folder."""
+    paths = [ROOT, Path(run_variables(config)["HF_HUB_CACHE"]), directory]
+    if not is_hub_reference(config.model.source):
+        paths.append(Path(config.model.source.removeprefix("nemo://")))
+    if config.model.adapter is not None:
+        paths.append(Path(config.model.adapter))
+    return list(dict.fromkeys(paths))
 
 
 def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
@@ -134,14 +145,12 @@ def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]
         process.send_signal(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
 
-    previous = {number: signal.signal(number, forward) for number in ASK_TO_STOP}
-    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: _signal_group(process))
-    try:
-        yield asked
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    kill = handle_signals(lambda number, frame: _signal_group(process), [signal.SIGALRM])
+    with kill, handle_signals(forward, (*STOP_SIGNALS, signal.SIGUSR1)):
+        try:
+            yield asked
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

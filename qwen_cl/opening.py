@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
+from qwen_cl.config.paths import ROOT
 from qwen_cl.data.chat_settings import write_template
 from qwen_cl.data.corpus.target import save_target
 from qwen_cl.data.report_text import report_page
 from qwen_cl.data.rows import dataset_commits
 from qwen_cl.estimate import batch_of, estimate_memory
-from qwen_cl.execute import ROOT
 from qwen_cl.plan import Plan, fetch_weights, with_text
 from qwen_cl.resume import Resumption, resume
 from qwen_cl.run_folder import RunFolder, git_commit, versions

@@ -19,6 +19,7 @@ from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.config.file import load_config, save_config
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.speed import When
 from qwen_cl.config.tasks import FinetuneConfig
@@ -26,7 +27,7 @@ from qwen_cl.data.chat_settings import chat_facts
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.report_text import summary
 from qwen_cl.estimate import batch_of, estimate_memory
-from qwen_cl.execute import ROOT, worker_environment
+from qwen_cl.execute import worker_environment
 from qwen_cl.levers import has_static_shapes
 from qwen_cl.plan import Plan
 from qwen_cl.run_folder import RunFolder

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qwen_cl.config.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunFailed, RunPreempted
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.rules import quoted
-from qwen_cl.execute import ROOT, die_with_parent
+from qwen_cl.execute import die_with_parent
+from qwen_cl.launch.signals import forward_signals
 
 STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 """What a launch ends with that was asked to stop; before it listens, the signal itself ends it."""
@@ -29,22 +29,9 @@ def launch(what: str, directory: Path, overrides: Sequence[str], advice: str) ->
     sys.stdout.flush()
     # A session of its own: a Ctrl-C would reach it twice, from the terminal and from us, and twice kills it.
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
-    with _passing_on_signals(process):
+    with forward_signals(process):
         returncode = process.wait()
     if returncode in STOPPED:
         raise RunPreempted(f"PREEMPTED in {what}; {advice}", interrupted=returncode != EXIT_PREEMPTED)
     if returncode:
         raise RunFailed(f"FAILED in {what}; {advice}")
-
-
-@contextmanager
-def _passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    def pass_on(number: int, frame: Any) -> None:
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

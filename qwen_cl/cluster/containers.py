@@ -10,16 +10,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from qwen_cl.config.clusters import ContainerConfig, DockerConfig, KubernetesConfig, SkypilotConfig
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.schema import Accelerator, RunConfig
-from qwen_cl.execute import ROOT, run_variables
+from qwen_cl.execute import paths_to_mount, run_variables
 from qwen_cl.run_folder import RunFolder
-from qwen_cl.source.reference import is_hub_reference
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
 """Environment variables that only their owner may read: named here, never with a value."""
@@ -43,15 +42,10 @@ def render_container(config: RunConfig, folder: RunFolder, overrides: Sequence[s
 
 def _docker(cluster: DockerConfig, config: RunConfig, folder: RunFolder, overrides: Sequence[str]) -> str:
     cache = run_variables(config)["HF_HUB_CACHE"]
-    needed = [ROOT, folder.directory, Path(cache)]
-    if not is_hub_reference(config.model.source):
-        needed.append(Path(config.model.source.removeprefix("nemo://")))
-    if config.model.adapter is not None:
-        needed.append(Path(config.model.adapter))
     words = ["docker", "run", "--rm", "--init", "--ipc=host"]
     if cluster.accelerator is Accelerator.gpu:
         words.append(f"--gpus={cluster.devices}")
-    words += [f"--volume={path}:{path}" for path in dict.fromkeys(needed)]
+    words += [f"--volume={path}:{path}" for path in paths_to_mount(config, folder.directory)]
     words += [f"--volume={mount}" for mount in cluster.mounts]
     words += [f"--env=HF_HUB_CACHE={cache}", *(f"--env={name}" for name in KEYS), f"--workdir={ROOT}"]
     return shlex.join([*words, cluster.image, *_command(cluster, str(folder.directory), overrides)])

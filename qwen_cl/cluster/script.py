@@ -17,11 +17,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from qwen_cl.config.clusters import SlurmConfig
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.schema import Accelerator, RunConfig
 from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
-from qwen_cl.execute import ROOT, inherited_environment, run_variables
+from qwen_cl.execute import inherited_environment, paths_to_mount, run_variables
 from qwen_cl.run_folder import RunFolder
-from qwen_cl.source.reference import is_hub_reference
 
 SCRIPT = "job.sh"
 """In the folder of a run: what was submitted. A sweep's has one for each job or array, by its number."""
@@ -96,12 +96,7 @@ def _srun(cluster: SlurmConfig, config: RunConfig, output: Path) -> list[str]:
     options = ["--export=ALL", "--kill-on-bad-exit=1"]
     if cluster.container_image is None:
         return options
-    needed = [ROOT, Path(run_variables(config)["HF_HUB_CACHE"]), output]
-    if not is_hub_reference(config.model.source):
-        needed.append(Path(config.model.source.removeprefix("nemo://")))
-    if config.model.adapter is not None:
-        needed.append(Path(config.model.adapter))
-    mounts = [*dict.fromkeys(f"{path}:{path}" for path in needed), *cluster.container_mounts]
+    mounts = [*(f"{path}:{path}" for path in paths_to_mount(config, output)), *cluster.container_mounts]
     return [
         *options,
         f"--container-image={shlex.quote(cluster.container_image)}",

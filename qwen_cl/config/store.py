@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, speed, stages, sweep, tasks
-
-PACKAGE = Path(__file__).resolve().parents[1]
+from qwen_cl.config.paths import PACKAGE
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"model_schema": schema.ModelConfig},

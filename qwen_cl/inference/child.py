@@ -14,6 +14,7 @@ from qwen_cl.config.errors import RunFailed, UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.execute import die_with_parent, kill_group, worker_environment
+from qwen_cl.launch.signals import handle_signals
 
 MISTAKE = "mistake.json"
 
@@ -25,9 +26,9 @@ def run_child(config: RunConfig, what: str) -> None:
         UserError, RunFailed: what the child raised, as its own; RunFailed too where it died.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; the child is gone.
     """
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory() as directory:
+    as_interrupt = handle_signals(signal.default_int_handler, [signal.SIGTERM])
+    with as_interrupt, tempfile.TemporaryDirectory() as directory:
         save_config(config, Path(directory) / "config.yaml")
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "qwen_cl.inference.worker", directory],
@@ -40,7 +41,6 @@ def run_child(config: RunConfig, what: str) -> None:
             process.wait()
         finally:
             kill_group(process)
-            signal.signal(signal.SIGTERM, previous)
         if process.returncode:
             _raise_again(Path(directory) / MISTAKE, what, process.returncode)
 

@@ -16,9 +16,10 @@ import psutil
 
 from qwen_cl.config.data import ChatDataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.paths import ROOT
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
-from qwen_cl.execute import ROOT, STOP_GRACE, die_with_parent
+from qwen_cl.execute import STOP_GRACE, die_with_parent
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial

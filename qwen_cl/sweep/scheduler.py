@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from qwen_cl.config.sweep import LauncherConfig
+from qwen_cl.launch.signals import handle_signals
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.outcome import Outcome, StopCause, judge
@@ -55,7 +54,7 @@ class Scheduler:
 
     def run(self, watch: Callable[[], None]) -> None:
         """To the end. ``watch`` is called several times a second."""
-        with _handling_signals(self._interrupt):
+        with handle_signals(self._interrupt):
             try:
                 while self._advance():
                     watch()
@@ -113,7 +112,7 @@ class Scheduler:
             self._asked[process.trial.name] = cause
             process.ask_to_stop()
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, number: int, frame: Any) -> None:
         self.interrupted += 1
 
     def _heed_interrupts(self) -> None:
@@ -132,16 +131,3 @@ class Scheduler:
                     process.ask_to_stop()
                 elif self._heeded > 2:
                     process.kill()
-
-
-@contextmanager
-def _handling_signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    def handle(number: int, frame: Any) -> None:
-        interrupt()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from qwen_cl.config.data import DocumentSeparator
 from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.paths import ROOT
 from qwen_cl.data.corpus.cache import FORMAT_VERSION, Corpus, cache_directory, read_entry
 from qwen_cl.data.corpus.documents import TextSource, read_files
 from qwen_cl.data.corpus.files import Format, find_files, hash_files, stamps
@@ -30,7 +31,6 @@ from qwen_cl.data.raw_text import document_delimiters
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[3]
 BUILDER = "qwen_cl.tokenise"
 STOP_GRACE = 30
 """Seconds the builder has to clear up once it is asked to stop."""
