@@ -9,6 +9,8 @@ import torch
 from nemo.lightning.pytorch.callbacks import ModelTransform
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
+from qwen_cl.patches.registry import replace
+
 
 class ScheduleFromConfig(pl.Callback):
     """A run that goes on keeps its place in the schedule and takes the schedule itself from its config: with
@@ -40,8 +42,7 @@ class ConcludeAnyway(pl.Callback):
     end of training: the samples, the adapter."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loop = trainer.fit_loop
-        loop.__class__ = type("FitLoop", (type(loop),), {"skip": False})
+        replace(trainer.fit_loop, "skip", False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from qwen_cl.checkpoints.manifest import MANIFEST, DamagedCheckpointError, verify
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.schema import Accelerator, LocalConfig, RunConfig
 from qwen_cl.data.chat_settings import with_template_date
 from qwen_cl.data.corpus.report import describe_corpus
 from qwen_cl.data.corpus.target import TextTarget, prepare_target, settle_separator, text_content
@@ -20,6 +20,7 @@ from qwen_cl.devices import Device, pick_device
 from qwen_cl.layout import check_layout
 from qwen_cl.micro_batch import is_automatic, settle_for_device
 from qwen_cl.models.adapter_methods import adapter_of
+from qwen_cl.patches.registry import check_installed
 from qwen_cl.plan_data import (
     ReadData,
     data_hash,
@@ -105,6 +106,8 @@ def make_plan(config: RunConfig, once: Once | None = None, made_on: str | None =
     once = once or Once()
     said = config
     device = once(lambda: pick_device(said.cluster), "device", said.cluster)
+    if isinstance(said.cluster, LocalConfig):  # another machine has its own packages, which its ranks check
+        check_installed(cpu=device.kind is Accelerator.cpu)
     settings = HubSettings.of(config.model)
     model = once(lambda: resolve(said.model.source, settings, weights=False), "model", said.model)
     architecture = read_architecture(model.config, model.directory)

@@ -18,6 +18,7 @@ from qwen_cl.data.named_sets import TARGET
 from qwen_cl.flops import TrainingFlops, peak_flops
 from qwen_cl.megatron.evaluation import sum_losses
 from qwen_cl.megatron.steps import TokenWeightedLoss
+from qwen_cl.patches.registry import replace
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.step_clock import StepClock
 from qwen_cl.stop import StopRequest
@@ -87,8 +88,8 @@ class RunRecorder(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.reads_late = self.reads_late or torch.cuda.is_available()
-        pl_module._training_loss_reduction = TokenWeightedLoss()
-        pl_module.log = self._keep  # Lightning would wait for the GPU with each value, for a progress bar there is not
+        replace(pl_module, "_training_loss_reduction", TokenWeightedLoss())
+        replace(pl_module, "log", self._keep)  # Lightning would wait for the GPU with each value, for a progress bar
 
     def _keep(self, name: str, value: Any, **options: Any) -> None:
         if name in (LOSS, GRADIENT):

@@ -11,22 +11,21 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.collections.llm.peft import dora, lora, utils
 
+from qwen_cl.patches.registry import replace
+
+_stock_weight_norm = dora.DoRALinear._get_weight_norm
+_stock_init_weight_magnitude = dora.ParallelLinearDoRAAdapter.init_weight_magnitude
+
 
 def install() -> None:
-    """Idempotent."""
     if not HAVE_TE:
         # megatron-core's Transformer Engine module fills itself with mocks when the real one is missing, so NeMo
         # takes it for present and looks into the mocks.
-        lora.te = types.SimpleNamespace(Linear=type("NoTransformerEngine", (), {}))
-        utils.HAVE_TE = False
-    dora.DoRALinear.forward = _dora_forward
-    if not hasattr(dora.DoRALinear, "_norm_of_held_columns"):
-        dora.DoRALinear._norm_of_held_columns = dora.DoRALinear._get_weight_norm
-        dora.DoRALinear._get_weight_norm = _norm_of_whole_rows
-        dora.ParallelLinearDoRAAdapter._plain_init_weight_magnitude = (
-            dora.ParallelLinearDoRAAdapter.init_weight_magnitude
-        )
-        dora.ParallelLinearDoRAAdapter.init_weight_magnitude = _init_weight_magnitude
+        replace(lora, "te", types.SimpleNamespace(Linear=type("NoTransformerEngine", (), {})))
+        replace(utils, "HAVE_TE", False)
+    replace(dora.DoRALinear, "forward", _dora_forward)
+    replace(dora.DoRALinear, "_get_weight_norm", _norm_of_whole_rows)
+    replace(dora.ParallelLinearDoRAAdapter, "init_weight_magnitude", _init_weight_magnitude)
 
 
 def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -48,7 +47,7 @@ def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor,
 def _norm_of_whole_rows(self: dora.DoRALinear) -> torch.Tensor:
     """NeMo 2.7 takes the norm of the columns this rank holds. Under tensor parallelism the two layers that are split
     that way (linear_proj, linear_fc2) then train another function on each rank, and a checkpoint keeps the first's."""
-    norm: torch.Tensor = self._norm_of_held_columns()
+    norm: torch.Tensor = _stock_weight_norm(self)  # of the columns held here
     if not self.adapter.input_is_parallel or parallel_state.get_tensor_model_parallel_world_size() == 1:
         return norm
     squares = norm.float().square()
@@ -60,7 +59,7 @@ def _init_weight_magnitude(self: dora.ParallelLinearDoRAAdapter, value: torch.Te
     """NeMo 2.7 does not say how magnitudes are spread. Those of split outputs then count in the gradient's norm on one
     rank alone, and under sequence parallelism, where a rank sees a part of what linear_proj and linear_fc2 put out,
     nobody sums the parts of the others' gradients."""
-    self._plain_init_weight_magnitude(value)
+    _stock_init_weight_magnitude(self, value)
     if self.input_is_parallel:
         self.weight_magnitude.sequence_parallel = self.config.sequence_parallel
     else:

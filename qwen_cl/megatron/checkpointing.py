@@ -14,23 +14,28 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from qwen_cl.megatron import optimizer_state
 from qwen_cl.megatron.writers import hold_what_is_staged
+from qwen_cl.patches.registry import replace
+
+_stock_state_dict = DistributedOptimizer.state_dict
+_stock_load_state_dict = DistributedOptimizer.load_state_dict
+_stock_set_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def install(*, cpu: bool) -> None:
-    """Idempotent.
+    """Replace what saves and loads a checkpoint's optimizer.
 
     Megatron spawns a manager for what its writers report, which imports torch again: three seconds of a laptop's first
     checkpoint.
     """
     hold_what_is_staged()
     optimizer_state.install()
-    filesystem_async._get_write_results_queue = Report  # one for each save of each rank
-    if not distrib_optimizer.HAVE_APEX_OR_TE and not hasattr(DistributedOptimizer, "_resumes_torch_adam"):
+    replace(filesystem_async, "_get_write_results_queue", Report)  # one for each save of each rank
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
         _resume_torch_adam()
     if cpu:
         from nemo.lightning.io import pl
 
-        pl._fix_tensors_device = lambda checkpoint: checkpoint  # NeMo moves what it loaded to the GPU it is on
+        replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)  # NeMo moves it to the GPU it is on
 
 
 class Report:
@@ -63,26 +68,26 @@ def _resume_torch_adam() -> None:
     It asks a new optimizer for the step of a state that is not made yet; when it loads, it looks for a step beside the
     moments, where it saved none; and it gives every parameter the same tensor, which Adam then counts up once for each.
     """
-    stock_state, stock_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
+    replace(DistributedOptimizer, "state_dict", _state_dict)
+    replace(DistributedOptimizer, "load_state_dict", _load_state_dict)
+    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", _set_tensors)
 
-    def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
-        if not self.optimizer.state:
-            self.init_state_fn(self.optimizer, self.config)
-            for state in self.optimizer.state.values():
-                state["step"] = torch.zeros(())
-        return stock_state(self)
 
-    def set_tensors(self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[parameter]
-        main = self.optimizer.param_groups[group]["params"][order]
-        stock_set(self, parameter, {"step": self.optimizer.state[main]["step"], **tensors})
+def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+    if not self.optimizer.state:
+        self.init_state_fn(self.optimizer, self.config)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.zeros(())
+    return _stock_state_dict(self)
 
-    def load_state_dict(self: DistributedOptimizer, state: dict[str, Any]) -> None:
-        stock_load(self, state)
-        for parameter_state in self.optimizer.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
 
-    DistributedOptimizer._resumes_torch_adam = True
-    DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict = state_dict, load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_tensors
+def _load_state_dict(self: DistributedOptimizer, state: dict[str, Any]) -> None:
+    _stock_load_state_dict(self, state)
+    for parameter_state in self.optimizer.state.values():
+        parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _set_tensors(self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    group, order = self.model_param_group_index_map[parameter]
+    main = self.optimizer.param_groups[group]["params"][order]
+    _stock_set_tensors(self, parameter, {"step": self.optimizer.state[main]["step"], **tensors})

@@ -7,11 +7,10 @@ share one compiled graph, because they differ in their weights alone.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, utils
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
@@ -19,8 +18,7 @@ from torch._dynamo import config as compiler
 
 from qwen_cl.megatron import fusible
 from qwen_cl.megatron.tensor_parallel import is_split
-
-GROUP_GETTER = "get_tensor_model_parallel_group_if_none"
+from qwen_cl.patches.registry import replace, replace_everywhere
 
 
 def compile_layers(model: torch.nn.Module) -> int:
@@ -51,15 +49,12 @@ def _leave_out_products(layer: TransformerLayer) -> None:
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and id(module) not in adapted
     ]
     for module in products:
-        module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
+        replace(module, "forward", torch.compiler.disable(module.forward))  # type: ignore[no-untyped-call]
 
 
 def _silence_group_getter() -> None:
-    """megatron/core/utils.py warns of a deprecation on each call, and a warning cannot be a part of a graph. Modules
-    have imported the function by its name."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and hasattr(module, GROUP_GETTER):
-            setattr(module, GROUP_GETTER, _group_or_default)
+    """megatron/core/utils.py warns of a deprecation on each call, and a warning cannot be a part of a graph."""
+    replace_everywhere(utils, "get_tensor_model_parallel_group_if_none", _group_or_default)
 
 
 def _group_or_default(tp_group: Any, is_expert: bool = False, check_initialized: bool = True) -> Any:

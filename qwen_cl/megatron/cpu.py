@@ -15,6 +15,8 @@ import torch
 from torch._dynamo import config as compiler
 from torch.overrides import TorchFunctionMode
 
+from qwen_cl.patches.registry import replace
+
 CPU = torch.device("cpu")
 
 
@@ -63,12 +65,10 @@ def install() -> None:
         "Stream": _Stream,
         "current_stream": lambda *args: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
-        "LongTensor": torch.LongTensor,
-        "FloatTensor": torch.FloatTensor,
     }
     for name, meaning in meanings.items():
-        setattr(torch.cuda, name, meaning)
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+        replace(torch.cuda, name, meaning)
+    replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     # Megatron compiles its small fusions at their first call: on a CPU that takes seconds and a C++ compiler, and gains
     # nothing.
     compiler.disable = True
@@ -101,8 +101,8 @@ def _replace_rng_tracker() -> None:
                 torch.set_rng_state(default)
 
     random.initialize_rng_tracker()
-    random._CUDA_RNG_STATE_TRACKER = CpuRngStatesTracker()
-    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    replace(random, "_CUDA_RNG_STATE_TRACKER", CpuRngStatesTracker())
+    replace(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
 
 
 def without_function_mode() -> contextlib.AbstractContextManager[None]:

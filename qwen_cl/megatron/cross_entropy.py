@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from qwen_cl.levers import LOSS_CHUNK_BYTES
 from qwen_cl.megatron.steps import NOT_COUNTED
 from qwen_cl.megatron.tensor_parallel import whole_input
+from qwen_cl.patches.registry import replace
 
 
 def install(model: torch.nn.Module, compiled: bool) -> int:
@@ -27,7 +28,7 @@ def install(model: torch.nn.Module, compiled: bool) -> int:
     parts = [module for module in model.modules() if isinstance(module, GPTModel) and module.post_process]
     parts = [part for part in parts if not part.mtp_process and not _is_changed(part.output_layer)]
     for part in parts:
-        part._postprocess = MethodType(_postprocess(part._postprocess, compiled), part)
+        replace(part, "_postprocess", MethodType(_postprocess(part._postprocess, compiled), part))
     return len(parts)
 
 

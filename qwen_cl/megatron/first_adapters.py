@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 
+from qwen_cl.patches.registry import replace
 from qwen_cl.source.shards import layer_of, local_shards
 
 DRAWN = ".adapter.linear_in.weight"
 """linear_out begins with zeros, and DoRA's magnitudes follow from the frozen weights."""
 
 _seeds: list[int] = []
+_stock_set_params_to_save = PEFT.set_params_to_save
 
 
 def draw_from(seed: int) -> None:
@@ -26,16 +28,14 @@ def draw_from(seed: int) -> None:
 
 
 def install() -> None:
-    """Idempotent. Adapters are drawn when NeMo has just made them, before a checkpoint's are read over them."""
-    if not hasattr(PEFT, "_plain_set_params_to_save"):
-        PEFT._plain_set_params_to_save = PEFT.set_params_to_save
-        PEFT.set_params_to_save = _draw_and_set
+    """Draw adapters when NeMo has just made them, before a checkpoint's are read over them."""
+    replace(PEFT, "set_params_to_save", _draw_and_set)
 
 
 def _draw_and_set(self: PEFT, trainer: Any) -> None:
     if _seeds and getattr(self, "lora_A_init_method", None) == "xavier":
         draw(trainer.strategy.megatron_parallel, _seeds[0])
-    self._plain_set_params_to_save(trainer)
+    _stock_set_params_to_save(self, trainer)
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from megatron.core.transformer import mlp
 from megatron.core.transformer.attention import SelfAttention
 from torch.nn.functional import silu
 
+from qwen_cl.patches.registry import replace
+
 PARTS, ALIGNED = 5, 64
 """Of each half of a gradient; Inductor writes more than 8 parts of a tensor where they belong."""
 
@@ -22,10 +24,10 @@ def install(model: torch.nn.Module) -> None:
     module: Any
     for module in model.modules():
         if type(module) is SelfAttention:
-            module.get_query_key_value_tensors = MethodType(_query_key_value, module)
+            replace(module, "get_query_key_value_tensors", MethodType(_query_key_value, module))
         elif type(module) is mlp.MLP and _is_swiglu(module.config):
             module.config.bias_activation_fusion = True  # Megatron then calls:
-            mlp.bias_swiglu_impl = _swiglu
+            replace(mlp, "bias_swiglu_impl", _swiglu)
 
 
 def _is_swiglu(config: Any) -> bool:

@@ -22,6 +22,8 @@ from megatron.core.pipeline_parallel.utils import get_pp_last_rank
 from megatron.core.utils import get_data_parallel_group_if_dtensor, get_model_config
 from torch.nn.utils import get_total_norm
 
+from qwen_cl.patches.registry import replace
+
 _stock_norm, _stock_clip = clip_grads.get_grad_norm_fp32, clip_grads.clip_grad_by_total_norm_fp32
 
 
@@ -34,11 +36,11 @@ def install(model: Any) -> int:
     config = get_model_config(model[0])
     config.finalize_model_grads_func = partial(_finalize, config.finalize_model_grads_func)
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
-        clip_grads.l2_norm_impl = _l2_norm
-        optimizer.get_grad_norm_fp32 = _norm
+        replace(clip_grads, "l2_norm_impl", _l2_norm)
+        replace(optimizer, "get_grad_norm_fp32", _norm)
     if clip_grads.multi_tensor_scale_impl.__module__ == "megatron.core.utils":
-        clip_grads.multi_tensor_scale_impl = _scale
-        optimizer.clip_grad_by_total_norm_fp32 = _clip
+        replace(clip_grads, "multi_tensor_scale_impl", _scale)
+        replace(optimizer, "clip_grad_by_total_norm_fp32", _clip)
     return (clip_grads.l2_norm_impl is _l2_norm) + (clip_grads.multi_tensor_scale_impl is _scale)
 
 

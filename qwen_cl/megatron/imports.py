@@ -9,6 +9,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from qwen_cl.patches.registry import replace
+
 
 def import_megatron() -> None:
     """Before anything else of Megatron or NeMo is imported; idempotent."""
@@ -23,7 +25,7 @@ def _restore_product() -> None:
     import numpy
 
     if not hasattr(numpy, "product"):
-        numpy.product = numpy.prod  # type: ignore[attr-defined]
+        replace(numpy, "product", numpy.prod)
 
 
 def _skip_inference_library() -> None:
@@ -38,13 +40,13 @@ def _skip_inference_library() -> None:
         raise ImportError("not compiled: training does not use it")
 
     stock = cpp_extension.load_inline
-    cpp_extension.load_inline = refuse
+    replace(cpp_extension, "load_inline", refuse)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import megatron.core.inference.unified_memory  # noqa: F401
     finally:
-        cpp_extension.load_inline = stock
+        replace(cpp_extension, "load_inline", stock)
 
 
 def _skip_lepton() -> None:

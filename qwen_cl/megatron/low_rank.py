@@ -20,6 +20,7 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch.nn.functional import linear
 
 from qwen_cl.megatron.tensor_parallel import is_split, whole_input
+from qwen_cl.patches.registry import replace
 
 ALIGNED = 8
 """Columns of bf16 that fill 16 bytes, which fast kernels for products ask of every row."""
@@ -31,7 +32,7 @@ def join_products(model: torch.nn.Module) -> int:
     for module in joined:
         by_rows = isinstance(module.to_wrap, ColumnParallelLinear)
         of_a_part = _forward_of_rows if by_rows else _forward_of_columns
-        module.forward = MethodType(of_a_part if is_split() else _forward, module)
+        replace(module, "forward", MethodType(of_a_part if is_split() else _forward, module))
     return len(joined)
 
 

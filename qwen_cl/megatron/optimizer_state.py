@@ -20,13 +20,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from qwen_cl.patches import registry
+
 STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 def install() -> None:
-    """Idempotent."""
-    optimizer: Any = DistributedOptimizer
-    optimizer.sharded_param_state_fully_reshardable = _sharded_state
+    registry.replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
+from qwen_cl.patches.registry import replace
+
 
 def install(model: torch.nn.Module) -> int:
     """In every layer; returns how many."""
     layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)
+        replace(layer, "forward", MethodType(_forward, layer))
     return len(layers)
 
 

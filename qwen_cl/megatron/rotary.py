@@ -14,6 +14,8 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import attention
 
+from qwen_cl.patches.registry import replace
+
 
 def install(model: torch.nn.Module) -> int:
     """In every part of the model that has the plain rotary embedding; returns how many."""
@@ -21,10 +23,10 @@ def install(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, GPTModel) and _is_plain(module):
             embedding = module.rotary_pos_emb
-            embedding.forward = MethodType(_tables(embedding.forward), embedding)
+            replace(embedding, "forward", MethodType(_tables(embedding.forward), embedding))
             found += 1
     if found:
-        attention.apply_rotary_pos_emb = _apply
+        replace(attention, "apply_rotary_pos_emb", _apply)
     return found
 
 

@@ -15,6 +15,8 @@ import psutil
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from qwen_cl.patches.registry import replace
+
 LOST_AFTER = 10.0
 """Seconds. The process that waits for the others takes the result of one that is through at once."""
 ASK_EVERY = 0.05
@@ -24,19 +26,17 @@ LOST = "results_queue should not be empty"
 
 _staged: list[Any] = []
 """What is being written, of the one checkpoint that may be."""
+_stock_preload = FileSystemWriterAsync.preload_tensors
 
 
 def hold_what_is_staged() -> None:
-    """Idempotent."""
-    stock = FileSystemWriterAsync.preload_tensors
-    if stock.__module__ == __name__:
-        return
+    """Keep it until the writers are through."""
+    replace(FileSystemWriterAsync, "preload_tensors", staticmethod(_preload))
 
-    def preload(write_buckets: Any, non_blocking: bool = True) -> Any:
-        _staged[:] = [stock(write_buckets, non_blocking)]
-        return _staged[0]
 
-    FileSystemWriterAsync.preload_tensors = staticmethod(preload)
+def _preload(write_buckets: Any, non_blocking: bool = True) -> Any:
+    _staged[:] = [_stock_preload(write_buckets, non_blocking)]
+    return _staged[0]
 
 
 class Writers:

@@ -25,6 +25,7 @@ from nemo.lightning.pytorch.strategies import MegatronStrategy
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.lightning.resume import AdapterPath, AutoResume
 
+from qwen_cl.patches.registry import replace
 from qwen_cl.source.architecture import Architecture, read_architecture
 from qwen_cl.source.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.source.base_record import record_base, require_same_base
@@ -43,6 +44,11 @@ from qwen_cl.source.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 FILLED = "filled_in_place"
 """Marks what ``load_checkpoint`` returns when the weights are in the model already."""
+_stock_setup = AutoResume.setup
+_stock_load_checkpoint = MegatronStrategy.load_checkpoint
+_stock_load_model_state_dict = MegatronStrategy.load_model_state_dict
+_stock_save_checkpoint = MegatronStrategy.save_checkpoint
+_stock_load_adapter = WrappedAdapterIO.load_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -54,45 +60,38 @@ class AdaptedRestoreConfig(RestoreConfig):
 
 
 def install() -> None:
-    """Idempotent."""
-    if getattr(AutoResume, "_reads_hugging_face", False):
-        return
-    AutoResume._reads_hugging_face = True
-    _replace_setup()
-    _replace_load()
-    _replace_save()
+    replace(AutoResume, "setup", _setup)
+    replace(MegatronStrategy, "load_checkpoint", _load_checkpoint)
+    replace(MegatronStrategy, "load_model_state_dict", _load_model_state_dict)
+    replace(MegatronStrategy, "save_checkpoint", _save_checkpoint)
+    replace(WrappedAdapterIO, "load_checkpoint", _load_adapter)
 
 
 def in_hugging_face_layout(path: str | Path) -> bool:
     return is_hub_reference(str(path)) or (Path(path) / "config.json").is_file()
 
 
-def _replace_setup() -> None:
-    stock = AutoResume.setup
-
-    def setup(self: AutoResume, trainer: Any, model: Any = None) -> None:
-        restore = self.restore_config
-        if restore is None or not in_hugging_face_layout(restore.path):
-            stock(self, trainer, model)
-            return
-        files, architecture = _fetch(restore.path)
-        if model is not None:
-            check_model_config(model.config, architecture, files.source, prefix="model.config")
-        restore.path = files.source
-        adapter = restore.adapter if isinstance(restore, AdaptedRestoreConfig) else None
-        trainer.strategy.base_model_source, trainer.strategy.base_model_adapter = files.source, adapter
-        checkpoint = _weights_of(self.get_trainer_ckpt_path(model))
-        if checkpoint is None:
-            trainer.strategy.restore_config = restore
-        else:
-            require_same_base(Path(checkpoint), files.source, adapter)
-            trainer.ckpt_path = checkpoint
-            trainer.checkpoint_callback.last_model_path = checkpoint
-        if restore.load_artifacts and model is not None and model.tokenizer is None:
-            model.tokenizer = load_tokenizer(files.source)
-            model.__io__.tokenizer = model.tokenizer.__io__
-
-    AutoResume.setup = setup
+def _setup(self: AutoResume, trainer: Any, model: Any = None) -> None:
+    restore = self.restore_config
+    if restore is None or not in_hugging_face_layout(restore.path):
+        _stock_setup(self, trainer, model)
+        return
+    files, architecture = _fetch(restore.path)
+    if model is not None:
+        check_model_config(model.config, architecture, files.source, prefix="model.config")
+    restore.path = files.source
+    adapter = restore.adapter if isinstance(restore, AdaptedRestoreConfig) else None
+    trainer.strategy.base_model_source, trainer.strategy.base_model_adapter = files.source, adapter
+    checkpoint = _weights_of(self.get_trainer_ckpt_path(model))
+    if checkpoint is None:
+        trainer.strategy.restore_config = restore
+    else:
+        require_same_base(Path(checkpoint), files.source, adapter)
+        trainer.ckpt_path = checkpoint
+        trainer.checkpoint_callback.last_model_path = checkpoint
+    if restore.load_artifacts and model is not None and model.tokenizer is None:
+        model.tokenizer = load_tokenizer(files.source)
+        model.__io__.tokenizer = model.tokenizer.__io__
 
 
 def _weights_of(checkpoint: Any) -> Any:
@@ -111,35 +110,29 @@ def _fetch(path: str) -> tuple[ModelFiles, Architecture]:
     return files, architecture
 
 
-def _replace_load() -> None:
-    stock_load, stock_load_model = MegatronStrategy.load_checkpoint, MegatronStrategy.load_model_state_dict
-    stock_adapter_load = WrappedAdapterIO.load_checkpoint
+def _load_checkpoint(
+    self: MegatronStrategy, checkpoint_path: str | Path, selective_restore: bool = False
+) -> dict[str, Any]:
+    source = _reference(getattr(checkpoint_path, "base_model_path", None) or checkpoint_path)
+    if not (in_hugging_face_layout(source) or _gives_weights(self, source, selective_restore)):
+        return _stock_load_checkpoint(self, checkpoint_path, selective_restore)
+    load_weights(self, source)
+    trained = _trainer_state(_adapter_io(self), checkpoint_path) if _is_adapter(checkpoint_path) else {}
+    return {**trained, FILLED: True}
 
-    def load_checkpoint(
-        self: MegatronStrategy, checkpoint_path: str | Path, selective_restore: bool = False
-    ) -> dict[str, Any]:
-        source = _reference(getattr(checkpoint_path, "base_model_path", None) or checkpoint_path)
-        if not (in_hugging_face_layout(source) or _gives_weights(self, source, selective_restore)):
-            return stock_load(self, checkpoint_path, selective_restore)
-        load_weights(self, source)
-        trained = _trainer_state(_adapter_io(self), checkpoint_path) if _is_adapter(checkpoint_path) else {}
-        return {**trained, FILLED: True}
 
-    def load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        if FILLED not in checkpoint:
-            stock_load_model(self, checkpoint, strict)
-            return
-        for optimizer in self.optimizers:
-            optimizer.reload_model_params()  # the fp32 masters were made before the weights came
+def _load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    if FILLED not in checkpoint:
+        _stock_load_model_state_dict(self, checkpoint, strict)
+        return
+    for optimizer in self.optimizers:
+        optimizer.reload_model_params()  # the fp32 masters were made before the weights came
 
-    def load_adapter(self: WrappedAdapterIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        loaded = stock_adapter_load(self, path, *args, **kwargs)
-        self.model_ckpt_path = _reference(self.model_ckpt_path)  # what it writes into the next checkpoint
-        return loaded
 
-    MegatronStrategy.load_checkpoint = load_checkpoint
-    MegatronStrategy.load_model_state_dict = load_model_state_dict
-    WrappedAdapterIO.load_checkpoint = load_adapter
+def _load_adapter(self: WrappedAdapterIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    loaded = _stock_load_adapter(self, path, *args, **kwargs)
+    self.model_ckpt_path = _reference(self.model_ckpt_path)  # what it writes into the next checkpoint
+    return loaded
 
 
 def _is_adapter(path: str | Path) -> bool:
@@ -236,16 +229,11 @@ def _require_one_source(source: str) -> None:
         raise RuntimeError(f"ranks resolved different commits, {sorted(set(sources))}; name one: hf://ORG/NAME@COMMIT")
 
 
-def _replace_save() -> None:
-    stock = MegatronStrategy.save_checkpoint
-
-    def save_checkpoint(
-        self: MegatronStrategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
-        stock(self, checkpoint, filepath, storage_options)
-        source = getattr(self, "base_model_source", None)
-        if source is not None and self.is_global_zero:
-            adapter = getattr(self, "base_model_adapter", None)
-            record_base(ckpt_to_weights_subdir(filepath, is_saving=True), source, adapter)
-
-    MegatronStrategy.save_checkpoint = save_checkpoint
+def _save_checkpoint(
+    self: MegatronStrategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+) -> None:
+    _stock_save_checkpoint(self, checkpoint, filepath, storage_options)
+    source = getattr(self, "base_model_source", None)
+    if source is not None and self.is_global_zero:
+        adapter = getattr(self, "base_model_adapter", None)
+        record_base(ckpt_to_weights_subdir(filepath, is_saving=True), source, adapter)

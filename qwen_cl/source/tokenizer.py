@@ -13,6 +13,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.lightning import io
 from nemo.lightning.io.artifact import DirOrStringArtifact
 
+from qwen_cl.patches.registry import replace
 from qwen_cl.source.normalized import write_normalized_files
 from qwen_cl.source.reference import resolve
 from qwen_cl.tokenizer.normalized import load_as_written
@@ -44,4 +45,4 @@ class _AsWritten:
 # what it would have done to this class the first checkpoint fails: it cannot be written into its context.
 if not hasattr(AutoTokenizer, "__io_artifacts__"):
     io.track_io(AutoTokenizer, artifacts=[DirOrStringArtifact("pretrained_model_name", required=False)])
-auto_tokenizer.AUTOTOKENIZER = _AsWritten
+replace(auto_tokenizer, "AUTOTOKENIZER", _AsWritten)

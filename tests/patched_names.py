@@ -1,0 +1,34 @@
+"""What of ours this process has put into modules and classes of other packages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+
+def patched_names() -> list[str]:
+    return sorted({f"{owner}{name}" for owner, names in _owners() for name, value in names.items() if _is_ours(value)})
+
+
+def _owners() -> Iterator[tuple[str, dict[str, Any]]]:
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__name__", "")
+        if name.partition(".")[0] in ("", "qwen_cl", "tests", "__main__", "__mp_main__"):
+            continue
+        yield f"{name}:", dict(vars(module))
+        for value in list(vars(module).values()):
+            if issubclass(type(value), type) and value.__module__ == name:
+                yield f"{name}:{value.__qualname__}.", dict(vars(value))
+
+
+def _is_ours(value: Any) -> bool:
+    """Asks nothing of the value itself: some are stand-ins that raise."""
+    kind = type(value)
+    if issubclass(kind, staticmethod | classmethod | MethodType):
+        value = value.__func__
+    elif issubclass(kind, property):
+        value = value.fget
+    ours = value if issubclass(type(value), FunctionType | type) else type(value)
+    return str(ours.__module__).partition(".")[0] == "qwen_cl"
