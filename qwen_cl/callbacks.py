@@ -17,9 +17,10 @@ from qwen_cl.megatron.steps import mask_padded_vocabulary
 from qwen_cl.models.adapter_methods import Adapter
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.source.adapter import save_adapter
+from qwen_cl.training.callbacks.base import RunCallback
 
 
-class Seed(pl.Callback):
+class Seed(RunCallback):
     """What comes after the weights, adapters and dropout, is drawn from the run's seed; NeMo's own is fixed at 1234.
 
     And from the step, so that a run that goes on draws what it would have drawn, with no generator's state to keep.
@@ -27,16 +28,18 @@ class Seed(pl.Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._draws: bool | None = None
+        self._draws = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         draw_from(self.seed)
         pl.seed_everything(self.seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), verbose=False)
         tensor_parallel.model_parallel_cuda_manual_seed(self.seed)
 
+    def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._draws = _draws(trainer.strategy.megatron_parallel)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if self._draws is None:
-            self._draws = _draws(trainer.strategy.megatron_parallel)
+        super().on_train_batch_start(trainer, pl_module, batch, index)
         if not self._draws:
             return
         key = (self.seed, trainer.global_step, parallel_state.get_data_parallel_rank())

@@ -6,26 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from nemo.lightning.pytorch.callbacks import ModelTransform
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from qwen_cl.patches.registry import replace
+from qwen_cl.training.callbacks.base import RunCallback
 
 
-class ScheduleFromConfig(pl.Callback):
+class ScheduleFromConfig(RunCallback):
     """A run that goes on keeps its place in the schedule and takes the schedule itself from its config: with
     ``resume.allow`` the learning rate, or the number of steps, may be another one. Its checkpoint has all of the old
     one, in the scheduler's state and in the optimizer's."""
 
-    def __init__(self) -> None:
-        self._done = False
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Not before: with an adapter, NeMo has just loaded both."""
-        if self._done:
-            return
-        self._done = True
-        module = next(callback for callback in trainer.callbacks if isinstance(callback, MegatronOptimizerModule))
+    def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module: Any = pl_module.optim
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             groups = scheduler.optimizer.param_groups
@@ -37,7 +29,7 @@ class ScheduleFromConfig(pl.Callback):
                 group["lr"] = rate
 
 
-class ConcludeAnyway(pl.Callback):
+class ConcludeAnyway(RunCallback):
     """A run that was killed after its last step was saved has no step left. Lightning would leave out what comes at the
     end of training: the samples, the adapter."""
 
@@ -45,8 +37,5 @@ class ConcludeAnyway(pl.Callback):
         replace(trainer.fit_loop, "skip", False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps:
-            return
-        for callback in trainer.callbacks:
-            if isinstance(callback, ModelTransform):  # NeMo makes the adapters when the first epoch begins
-                callback.on_train_epoch_start(trainer, pl_module)
+        if trainer.global_step >= trainer.max_steps and self.context.adapter is not None:
+            self.context.adapter.on_train_epoch_start(trainer, pl_module)  # the first epoch, which would make it

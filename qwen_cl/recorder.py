@@ -7,7 +7,7 @@ import resource
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,10 +21,7 @@ from qwen_cl.megatron.steps import TokenWeightedLoss
 from qwen_cl.patches.registry import replace
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.step_clock import StepClock
-from qwen_cl.stop import StopRequest
-
-if TYPE_CHECKING:
-    from qwen_cl.dashboard.connection import Dashboard
+from qwen_cl.training.callbacks.base import RunCallback, RunContext
 
 LOSS, GRADIENT = "reduced_train_loss", "grad_norm"
 """NeMo's names of what it logs and is recorded here."""
@@ -44,7 +41,7 @@ class _Step:
     read: torch.cuda.Event | None
 
 
-class RunRecorder(pl.Callback):
+class RunRecorder(RunCallback):
     """Writes metrics.jsonl, the dashboard and the run's progress; validates before the first step.
 
     Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
@@ -60,8 +57,6 @@ class RunRecorder(pl.Callback):
         self.flops = TrainingFlops(flops_per_token, flops_per_pair)
         self.log_interval = log_interval
         self.val_check_interval = val_check_interval
-        self.stop: StopRequest | None = None
-        self.dashboard: Dashboard | None = None
         self.tokens = 0
         self.pairs = 0
         self.clock = StepClock()
@@ -82,12 +77,17 @@ class RunRecorder(pl.Callback):
         measured, loss = self._measured
         return loss if measured == step else None
 
+    def bind(self, context: RunContext) -> None:
+        super().bind(context)
+        context.recorder = self
+
     def on_weights_read(self, done: int, total: int) -> None:
-        """A few times a second while the model loads, on rank 0 (qwen_cl/source/nemo.py)."""
+        """Say how far it is, a few times a second while the model loads, on rank 0."""
         self.folder.update_status(phase=f"loading the model: {decimal(done)} of {decimal(total)}")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.reads_late = self.reads_late or torch.cuda.is_available()
+        trainer.strategy.on_weights_read = self.on_weights_read  # qwen_cl/source/nemo.py
         replace(pl_module, "_training_loss_reduction", TokenWeightedLoss())
         replace(pl_module, "log", self._keep)  # Lightning would wait for the GPU with each value, for a progress bar
 
@@ -96,15 +96,17 @@ class RunRecorder(pl.Callback):
             self._logged[name] = torch.as_tensor(value).detach()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.stop is not None:
-            self.stop.begin_training()
+        if self.context.stop is not None:
+            self.context.stop.begin_training()
+        self._since = (self.clock.start(), self.tokens, self.pairs)
+
+    def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluate(trainer)
+        # What other callbacks did before is no training either.
         self._since = (self.clock.start(), self.tokens, self.pairs)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
-            self._evaluate(trainer)
-            # What other callbacks did before is no training either.
-            self._since = (self.clock.start(), self.tokens, self.pairs)
+        super().on_train_batch_start(trainer, pl_module, batch, index)
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
 
     def on_train_batch_end(
@@ -122,7 +124,7 @@ class RunRecorder(pl.Callback):
             self.settle(trainer)
         if validates:
             self._evaluate(trainer)
-        if self.stop is not None and self.stop.agreed():
+        if self.context.stop is not None and self.context.stop.agreed():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,8 +206,8 @@ class RunRecorder(pl.Callback):
             return
         self.folder.append_metrics({"step": step, "time": time.time() + at - time.monotonic(), **record})
         self.folder.update_status(step=step, phase="training")
-        if self.dashboard is not None:
-            self.dashboard.log({"tokens": tokens, **record}, step)
+        if self.context.dashboard is not None:
+            self.context.dashboard.log({"tokens": tokens, **record}, step)
 
 
 def peak_memory_gib() -> float:

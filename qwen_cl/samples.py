@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -14,9 +14,7 @@ from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.stop_tokens import end_of_turn_tokens
 from qwen_cl.megatron.sampling import can_sample, continue_greedily
 from qwen_cl.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from qwen_cl.dashboard.connection import Dashboard
+from qwen_cl.training.callbacks.base import RunCallback
 
 TEXT_PROMPT = 32
 """Tokens of a raw text that are given; the model goes on from there."""
@@ -29,26 +27,24 @@ class Question:
     stops: frozenset[int]
 
 
-class RecordSamples(pl.Callback):
+class RecordSamples(RunCallback):
     """The first prompts of the target's validation set, answered greedily at step 0 and when training ends."""
 
     def __init__(self, output_dir: str, prompts: int, new_tokens: int) -> None:
         self.folder = RunFolder(output_dir)
         self.prompts = prompts
         self.new_tokens = new_tokens
-        self.dashboard: Dashboard | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if trainer.global_step == 0 and index == 0:  # not before: with an adapter, NeMo has just moved the model
-            if not can_sample():
-                print("no samples: they need whole rows on a rank (cluster.context_parallel 1)")
-            self._take(trainer)
+    def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not can_sample():
+            print("no samples: they need whole rows on a rank (cluster.context_parallel 1)")
+        self._take(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
             self._take(trainer)
-        if self.dashboard is not None and self.folder.samples.exists():
-            self.dashboard.log_table("samples", *self._table(), trainer.global_step)
+        if self.context.dashboard is not None and self.folder.samples.exists():
+            self.context.dashboard.log_table("samples", *self._table(), trainer.global_step)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Of the file, which also has what was answered before the run was cut off."""

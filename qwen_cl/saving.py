@@ -28,8 +28,8 @@ from qwen_cl.checkpoints.folder import clear_leftovers, partial_path, prune, pub
 from qwen_cl.checkpoints.manifest import Manifest, SavedFile, file_names, hash_files, write_manifest
 from qwen_cl.disk_room import expected_size, require_room, told
 from qwen_cl.megatron.writers import Writers
-from qwen_cl.recorder import RunRecorder
 from qwen_cl.runs.failure import FailureKind, SaveError
+from qwen_cl.training.callbacks.base import Bound
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Unfinished:
     """None while Megatron's writers are at work."""
 
 
-class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
+class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
     """Every so many steps, and at the end of training whatever ended it; with the optimizer's state each time, so that
     all of them can be gone on from.
 
@@ -130,7 +130,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         if step in (self._saved_step, 0):
             return
         self.finish(trainer, wait=True)  # the one before: never two at a time
-        if (recorder := _recorder(trainer)) is not None:
+        if (recorder := self.context.recorder) is not None:
             recorder.settle(trainer)  # raises where the step is not finite: the last good checkpoint stays the newest
         partial = partial_path(self.directory, step)
         self._together(trainer, partial, lambda: self._begin(trainer))
@@ -224,7 +224,3 @@ def _everywhere(trainer: pl.Trainer, done: bool) -> bool:
 def _hash_own(partial: Path, rank: int, ranks: int) -> dict[str, str]:
     """Each rank hashes its share."""
     return hash_files(partial, file_names(partial)[rank::ranks])
-
-
-def _recorder(trainer: pl.Trainer) -> RunRecorder | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, RunRecorder)), None)

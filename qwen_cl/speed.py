@@ -13,9 +13,10 @@ from qwen_cl.megatron import accumulation, cross_entropy, gradients, low_rank, r
 from qwen_cl.megatron.compilation import compile_layers
 from qwen_cl.megatron.graphs import RecordedSchedule
 from qwen_cl.run_folder import RunFolder
+from qwen_cl.training.callbacks.base import RunCallback
 
 
-class Accelerate(pl.Callback):
+class Accelerate(RunCallback):
     """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without. status.json says under
     ``speed_optimizations`` what is in place, and on how many things."""
 
@@ -43,14 +44,9 @@ class Accelerate(pl.Callback):
         self.rotary_tables = rotary_tables
         self.fused_adam = fused_adam
         self.foreach_gradients = foreach_gradients
-        self._begun = False
         self._schedule: RecordedSchedule | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Not before: with an adapter, NeMo has just changed the model, and made or loaded the optimizer's state."""
-        if self._begun:
-            return
-        self._begun = True
+    def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = trainer.strategy.megatron_parallel
         done = {}
         if self.rotary_tables:

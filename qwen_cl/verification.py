@@ -22,6 +22,7 @@ from qwen_cl.source.architecture import read_architecture
 from qwen_cl.source.normalized import normalized_config, transformers_config
 from qwen_cl.source.reference import local_directory, read_model_config
 from qwen_cl.source.tensor_files import INDEX, SINGLE, weight_files
+from qwen_cl.training.callbacks.base import RunCallback
 
 logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_TOKENS = 2, 128
@@ -35,7 +36,7 @@ class VerificationError(RuntimeError):
     """Megatron's model is another function than transformers'."""
 
 
-class VerifyLogits(pl.Callback):
+class VerifyLogits(RunCallback):
     """Compares the loss of a few rows before the first step; an adapter is there already, and adds nothing yet.
 
     A resumed run is not compared: what it trained is in its weights.
@@ -46,9 +47,7 @@ class VerifyLogits(pl.Callback):
         self.precision = precision
         self.folder = RunFolder(output_dir)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if trainer.global_step > 0 or index > 0:
-            return
+    def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         examples = _probe_examples(trainer.datamodule.train_dataset)
         total, tokens = sum_losses(trainer.strategy.megatron_parallel, examples, len(examples))
         loss = total / tokens
@@ -67,15 +66,13 @@ class VerifyLogits(pl.Callback):
             )
 
 
-class RefuseChance(pl.Callback):
+class RefuseChance(RunCallback):
     """Stops a run whose first losses are those of random weights, on the training text and on every set it measures."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        if trainer.global_step > 0 or index > 0:
-            return
+    def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, chance = trainer.datamodule, math.log(self.vocab_size)
         probes = [
             _probe_examples(data.train_dataset),

@@ -79,21 +79,14 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     require_compiler(config)
     gc.disable()  # a tenth of the time NeMo takes to import
     prepare(config)
-    import fiddle
-
-    from qwen_cl.recorder import RunRecorder, peak_memory_gib
+    from qwen_cl.recorder import peak_memory_gib
+    from qwen_cl.training.callbacks.base import RunContext, build_bound
 
     recipe = load_recipe(config, folder)
     gc.freeze()
     gc.enable()
-    task = fiddle.build(recipe)
-    trainer = task.keywords["trainer"]
-    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
-    recorder.stop = stop
     with _dashboard(config, folder) as dashboard:
-        for callback in trainer.callbacks:
-            if hasattr(callback, "dashboard"):
-                callback.dashboard = dashboard
+        task = build_bound(recipe, RunContext(stop=stop, dashboard=dashboard))
         task()
         if dashboard is not None:
             dashboard.log_adapter(config.wandb.log_adapter)

@@ -54,8 +54,9 @@ def _of_one_group(store: Any, number: int) -> Any:
 
 
 def _train(training: Training, store: Any) -> None:
-    import fiddle
     import lightning.pytorch as pl
+
+    from qwen_cl.training.callbacks.base import RunContext, build_bound
 
     class Probe(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
@@ -68,7 +69,7 @@ def _train(training: Training, store: Any) -> None:
     if not training.saves:
         recipe.log.ckpt = None
         recipe.trainer.enable_checkpointing = False
-    task = fiddle.build(recipe)
+    task = build_bound(recipe, RunContext())
     task.keywords["trainer"].strategy.store = store
     task.keywords["trainer"].callbacks.insert(0, Probe())
     task()

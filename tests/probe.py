@@ -21,10 +21,11 @@ def main(directory: Path) -> None:
     folder = RunFolder(directory)
     config = load_config(folder.config)
     prepare(config)
-    import fiddle
     import lightning.pytorch as pl
     import torch
     from safetensors.torch import save_file
+
+    from qwen_cl.training.callbacks.base import RunContext, build_bound
 
     class Probe(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -45,7 +46,7 @@ def main(directory: Path) -> None:
             if logits is not None:
                 save_file({"ids": ids, "logits": logits.contiguous()}, str(directory / "probe.safetensors"))
 
-    task = fiddle.build(load_recipe(config, folder))
+    task = build_bound(load_recipe(config, folder), RunContext())
     task.keywords["trainer"].callbacks.insert(0, Probe())
     task()
 

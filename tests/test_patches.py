@@ -67,7 +67,9 @@ def test_nothing_is_set_in_another_package_but_through_the_registry(file: Path) 
         for alias in node.names
         if (getattr(node, "module", None) or alias.name).partition(".")[0] not in {"qwen_cl", *sys.stdlib_module_names}
     }
-    targets = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    targets: list[ast.expr] = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    ]
     targets += [
         node.args[0]
         for node in ast.walk(tree)

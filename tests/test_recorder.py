@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qwen_cl.run_folder import RunFolder
+from tests.conftest import ROOT
 from tests.cut_off import AtRecord, losses, measured, overrides_of, train, whole_and_killed
 from tests.ranks import run_ranks
 
@@ -102,3 +103,23 @@ def test_clipping_on_the_device_is_megatrons(tmp_path: Path) -> None:
         assert found["own"] == pytest.approx(found["norm"], rel=1e-6)
         assert found["apart"] < 1e-6
     assert small["apart"] == 0
+
+
+def note_progress(folder: RunFolder) -> None:
+    from qwen_cl.recorder import RunRecorder
+
+    def note(self: Any, done: int, total: int) -> None:
+        with (folder.directory / "read").open("a") as stream:
+            stream.write(f"{done} {total}\n")
+
+    patched: Any = RunRecorder
+    patched.on_weights_read = note
+
+
+def test_reading_the_weights_shows_its_progress(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert train(folder, *overrides_of("none"), "task.max_steps=1", fault=note_progress).returncode == 0
+    done, total = (folder.directory / "read").read_text().splitlines()[-1].split()
+    assert done == total
+    file = (ROOT / "qwen_cl/demo/model/model.safetensors").read_bytes()
+    assert int(total) == len(file) - 8 - int.from_bytes(file[:8], "little")  # all but its header

@@ -95,10 +95,10 @@ def require_known_code(patch: Patch) -> None:
     """Raises UserError where the package is installed and has other code."""
     if _folders(patch.code) and fingerprint(patch.code) != patch.fingerprint:
         package, versions = package_of(patch)
+        name, code = patch.name.replace(":", "."), patch.code.replace(":", ".")
         raise UserError(
-            f"{package} {metadata.version(package)} is not supported: its {patch.code.replace(':', '.')} is not that of "
-            f"{package}{versions}, for which qwen_cl replaces {patch.name.replace(':', '.')}; run "
-            f"pip install --force-reinstall --no-deps '{package}{versions}'"
+            f"{package} {metadata.version(package)} is not supported: its {code} is not that of {package}{versions}, "
+            f"for which qwen_cl replaces {name}; run pip install --force-reinstall --no-deps '{package}{versions}'"
         )
 
 

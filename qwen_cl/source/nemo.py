@@ -209,16 +209,8 @@ def _base_adapter(strategy: MegatronStrategy, directory: Path, architecture: Arc
 
 
 def _progress(strategy: MegatronStrategy) -> Progress | None:
-    """Rank 0 tells the callbacks that care, by ``on_weights_read(done, total)``, in bytes it has to read itself."""
-    if torch.distributed.get_rank() != 0:
-        return None
-    listeners = [callback for callback in strategy.trainer.callbacks if hasattr(callback, "on_weights_read")]
-
-    def tell(done: int, total: int) -> None:
-        for listener in listeners:
-            listener.on_weights_read(done, total)
-
-    return tell
+    """Rank 0 tells whoever has asked for it, in bytes it has to read itself."""
+    return getattr(strategy, "on_weights_read", None) if torch.distributed.get_rank() == 0 else None
 
 
 def _require_one_source(source: str) -> None:
