@@ -1,4 +1,4 @@
-"""What of ours this process has put into modules and classes of other packages."""
+"""What of ours this process has put into modules and classes of other packages; leptonai is ours as a whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def patched_names() -> list[str]:
 def _owners() -> Iterator[tuple[str, dict[str, Any]]]:
     for module in list(sys.modules.values()):
         name = getattr(module, "__name__", "")
-        if name.partition(".")[0] in ("", "qwen_cl", "tests", "__main__", "__mp_main__"):
+        if name.partition(".")[0] in ("", "qwen_cl", "tests", "__main__", "__mp_main__", "leptonai"):
             continue
         yield f"{name}:", dict(vars(module))
         for value in list(vars(module).values()):
@@ -30,5 +30,8 @@ def _is_ours(value: Any) -> bool:
         value = value.__func__
     elif issubclass(kind, property):
         value = value.fget
-    ours = value if issubclass(type(value), FunctionType | type) else type(value)
-    return str(ours.__module__).partition(".")[0] == "qwen_cl"
+    if issubclass(type(value), FunctionType):
+        home = value.__globals__["__name__"]  # functools.wraps copies __module__
+    else:
+        home = (value if issubclass(type(value), type) else type(value)).__module__
+    return str(home).partition(".")[0] == "qwen_cl"

