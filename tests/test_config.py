@@ -25,7 +25,9 @@ from qwen_cl.plan import make_plan
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
-CHOICES = sorted(CONF.glob("*/*.yaml"))
+CHOICES = sorted(CONF.glob("*/[!_]*.yaml"))
+PARTS = sorted(CONF.glob("*/_*.yaml"))
+"""What the choices of a group share; none is a choice."""
 GROUP_CHOICES = [path for path in CHOICES if path.parent.name != "experiment"]
 EXPERIMENTS = [path for path in CHOICES if path.parent.name == "experiment"]
 STAGE: dict[str, Any] = {"start_from": None, "overrides": [], "teaches": []}
@@ -72,14 +74,19 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name in node for key, value in leaves(node[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def extended_by(path: Path) -> Path | str:
-    """What a choice of a group starts from: another choice, or the name of its schema."""
-    first = str(OmegaConf.load(path).defaults[0])
-    return first if first in GROUPS[path.parent.name] else path.with_name(f"{first}.yaml")
+def extended_by(path: Path) -> list[Path | str]:
+    """What a file of a group starts from, in this order: the name of its schema, other choices, parts."""
+    names = [str(name) for name in OmegaConf.load(path).get("defaults", []) if name != "_self_"]
+    return [name if name in GROUPS[path.parent.name] else path.with_name(f"{name}.yaml") for name in names]
+
+
+def schema_of(path: Path) -> str:
+    first = extended_by(path)[0]
+    return first if isinstance(first, str) else schema_of(first)
 
 
 def written_in(path: Path) -> dict[str, Any]:
-    """What a file of conf/ sets, by full key, with the file it extends; mandatory keys have the values given above."""
+    """What a file of conf/ sets, by full key, with the files it extends; mandatory keys have the values given above."""
     register_schemas()
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     content.pop("defaults", None)
@@ -87,7 +94,9 @@ def written_in(path: Path) -> dict[str, Any]:
     values = leaves(content if experiment else {path.parent.name: content})
     if "task.stages" in values and values["task.stages"] != "???":
         values["task.stages"] = [{**STAGE, **stage} for stage in values["task.stages"]]
-    before = {} if experiment or isinstance(base := extended_by(path), str) else written_in(base)
+    before: dict[str, Any] = {}
+    for base in [] if experiment else extended_by(path):
+        before |= {} if isinstance(base, str) else written_in(base)
     return {**before, **{key: MANDATORY[key] if value == "???" else value for key, value in values.items()}}
 
 
@@ -110,9 +119,7 @@ def test_a_choice_composes_with_the_values_of_its_file(path: Path) -> None:
 @pytest.mark.parametrize("path", GROUP_CHOICES, ids=choice_name)
 def test_a_choice_is_its_schema(path: Path) -> None:
     group = path.parent.name
-    schema = extended_by(path)
-    while isinstance(schema, Path):
-        schema = extended_by(schema)
+    schema = schema_of(path)
     config = compose_run(choice_name(path), *BESIDE.get(choice_name(path), []))
     assert type(getattr(config, group)) is GROUPS[group][schema]
     # A key left to its type alone would have a value that no file shows.
@@ -144,7 +151,7 @@ def test_a_config_edited_by_hand_is_checked_again(before: str, after: str, messa
         load_config(path)
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("peft/*.yaml")), ids=choice_name)
+@pytest.mark.parametrize("path", sorted(CONF.glob("peft/[!_]*.yaml")), ids=choice_name)
 def test_lr_follows_peft_unless_given(path: Path) -> None:
     assert compose_run(choice_name(path)).lr == written_in(path)["peft.default_lr"]
     assert compose_run(choice_name(path), "peft.default_lr=0.125").lr == 0.125
@@ -200,13 +207,29 @@ def test_no_file_names_a_class_to_instantiate(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in GROUP_CHOICES if path.parent.name != "model"],
+    [path for path in [*GROUP_CHOICES, *PARTS] if path.parent.name != "model"],
     ids=lambda path: str(path.relative_to(CONF)),
 )
 def test_every_key_says_what_it_does(path: Path) -> None:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"[a-z_]+:", line)]
-    keys = {line.split(":", 1)[0] for line in lines if "#" not in line} - {"defaults"}
+    keys = without_comment(path)
+    keys -= {key for base in extended_by(path) if isinstance(base, Path) for key in written_keys(base)}
     assert keys == set(WITHOUT_COMMENT.get(str(path.relative_to(CONF)), []))
+
+
+def written_keys(path: Path) -> set[str]:
+    return {key.partition(".")[2] for key in written_in(path)}
+
+
+def without_comment(path: Path) -> set[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"[a-z_]+:", line)]
+    return {line.split(":", 1)[0] for line in lines if "#" not in line} - {"defaults"}
+
+
+@pytest.mark.parametrize("path", [*GROUP_CHOICES, *PARTS], ids=lambda path: str(path.relative_to(CONF)))
+def test_what_a_part_says_is_said_there_alone(path: Path) -> None:
+    own = {str(key) for key in OmegaConf.load(path)} - {"defaults"}
+    for part in set(extended_by(path)) & set(PARTS):
+        assert not own & written_keys(cast(Path, part))
 
 
 @pytest.mark.parametrize(

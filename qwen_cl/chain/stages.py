@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError, explain, refuse_added_keys
+from qwen_cl.config.override_text import refuse_parts
 from qwen_cl.config.rules import override_key, quoted
 from qwen_cl.config.schema import LocalConfig, RunConfig
 from qwen_cl.config.stages import MODEL, ContinualConfig, StageConfig
@@ -86,6 +87,7 @@ def last_words(overrides: Sequence[str]) -> list[str]:
 
 def compose_config(overrides: Sequence[str]) -> RunConfig:
     """As the launcher composes one; raises UserError."""
+    refuse_parts(overrides)
     try:
         composed = compose("config", list(overrides))
         refuse_added_keys(composed)

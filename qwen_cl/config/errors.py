@@ -113,7 +113,9 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 def _no_such_choice(error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    choices = [name for name in error.options or [] if not name.endswith("_schema")]
+    choices = [
+        name for name in error.options or [] if not name.endswith("_schema") and not name.startswith("_")
+    ]  # parts of them
     close = difflib.get_close_matches(choice, choices, n=1)
     meant = f"; did you mean {group}={close[0]}?" if close else ""
     return f"{group}={choice}: no such choice{meant} (choices: {', '.join(choices)})"

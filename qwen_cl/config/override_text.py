@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -33,7 +33,7 @@ def quote_arguments(arguments: list[str]) -> list[str]:
     """All but options of Hydra's own, each by :func:`quote_free_text`.
 
     Raises:
-        UserError: one is no override, as where a shell has split a value at its blanks.
+        UserError: one is no override, as where a shell has split a value at its blanks, or chooses a part of choices.
     """
     for before, after in pairwise(arguments):
         if "=" in before and not before.startswith("-") and not re.match(r"[-~]|.*=", after, re.DOTALL):
@@ -41,8 +41,26 @@ def quote_arguments(arguments: list[str]) -> list[str]:
                 f"{after}: an override reads KEY=VALUE; if it belongs to the one before, quote both for the shell: "
                 f"{printed(f'{before} {after}')}"
             )
+    refuse_parts(arguments)
     multirun = bool({"-m", "--multirun"} & set(arguments))
     return [each if each.startswith("-") else quote_free_text(each, multirun=multirun) for each in arguments]
+
+
+def refuse_parts(overrides: Sequence[str]) -> None:
+    """Refuse a file such as conf/cluster/_parallelism.yaml, which the choices of its group share, as a choice.
+
+    Raises:
+        UserError: names the group and the file.
+    """
+    from qwen_cl.config.store import GROUPS
+
+    for override in overrides:
+        group, values = override_key(override), override.partition("=")[2]
+        if part := next((value for value in values.split(",") if group in GROUPS and value.startswith("_")), None):
+            raise UserError(
+                f"{group}={part}: no such choice; a name with _ in front is that of a part which the choices share. "
+                "python launch.py --help lists the choices"
+            )
 
 
 def quote_free_text(argument: str, *, multirun: bool = False) -> str:
