@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 if __name__ == "__main__":
     # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up.
@@ -26,6 +27,7 @@ from qwen_cl.config.errors import (
     explain,
     refuse_added_keys,
 )
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import quote_arguments
 from qwen_cl.config.store import register_schemas
 
@@ -44,7 +46,7 @@ def launch(cfg: DictConfig) -> None:
         from qwen_cl.run import run
 
         refuse_added_keys(cfg)
-        run(OmegaConf.to_object(cfg))
+        run(OmegaConf.to_object(cfg), invocation())
     except OmegaConfBaseException as error:
         fail(UserError(explain(error)))
     except OSError as error:
@@ -55,6 +57,17 @@ def launch(cfg: DictConfig) -> None:
             raise KeyboardInterrupt from error
     finally:
         remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+
+
+def invocation() -> Invocation:
+    """Return Hydra's own state, which nothing below this file reads from Hydra."""
+    state = HydraConfig.get()
+    return Invocation(
+        output_dir=Path(state.runtime.output_dir),
+        overrides=list(state.overrides.task),
+        typed=cast(list[str], OmegaConf.to_container(state.overrides.task)),
+        runtime=cast(dict[str, Any], OmegaConf.to_container(state.runtime)),
+    )
 
 
 def fail(error: UserError | RunFailed) -> None:

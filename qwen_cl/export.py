@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.tasks import ExportConfig, ExportDtype, ExportFormat
@@ -31,14 +32,14 @@ TAKEN = (*HUB_KEYS, "dry_run")
 """Keys outside the group task that are not the run's own."""
 
 
-def export(config: RunConfig, task: ExportConfig, overrides: list[str]) -> None:
-    """``overrides`` are the user's own words.
+def export(config: RunConfig, task: ExportConfig, invocation: Invocation) -> None:
+    """Write what the run of ``task.run`` trained.
 
     Raises:
         UserError: the run or the output is not what it must be; nothing was written.
         RunFailed: the upload failed; the exported folder stays.
     """
-    refuse_ignored(overrides, TAKEN, "task=export takes what a run is from its own config.yaml")
+    refuse_ignored(invocation.overrides, TAKEN, "task=export takes what a run is from its own config.yaml")
     run = with_hub_settings(find_run(task.run, task.step), config.model)
     output = _output(task, run.folder)
     if config.model.endpoint is not None:  # huggingface_hub takes what it uploads to from here alone, at its import

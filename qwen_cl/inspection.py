@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.schema import ClusterConfig, ModelConfig, PeftConfig, RunConfig
 from qwen_cl.config.tasks import InspectConfig
 from qwen_cl.data.examples import load_tokenizer
@@ -34,8 +35,9 @@ SIZES = (1, 2, 4, 8)
 """Parallel sizes worth showing: what hosts of GPUs come in."""
 
 
-def inspect(config: RunConfig, task: InspectConfig) -> None:
-    """Raises UserError where the model cannot be found, read or trained."""
+def inspect(config: RunConfig, task: InspectConfig, invocation: Invocation) -> None:
+    """Print the facts of a model, and what memory it takes here; raises UserError where it cannot be found, read or
+    trained."""
     device = pick_device(config.cluster)
     model = resolve(config.model.source, HubSettings.of(config.model), weights=False)
     architecture = read_architecture(model.config, model.directory)

@@ -6,12 +6,12 @@ import json
 import shutil
 from dataclasses import asdict
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from qwen_cl.checkpoints.manifest import Progress
 from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.file import save_config
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.paths import ROOT
 from qwen_cl.data.chat_settings import write_template
 from qwen_cl.data.corpus.target import save_target
@@ -35,8 +35,10 @@ def ready(plan: Plan) -> Plan:
     return fetch_weights(plan)
 
 
-def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) -> Resumption:
-    """Everything that says what this run is, before it starts.
+def open_run(
+    plan: Plan, folder: RunFolder, progress: Progress | None = None, invocation: Invocation | None = None
+) -> Resumption:
+    """Write everything that says what this run is, before it starts. Without ``invocation`` no command is recorded.
 
     Raises:
         UserError: the folder holds another run, or one that cannot be gone on with. Nothing was changed.
@@ -44,8 +46,8 @@ def open_run(plan: Plan, folder: RunFolder, progress: Progress | None = None) ->
     resumption = resume(folder, plan.config, _facts(plan), progress)
     folder.keep_reserve()
     write_worker_inputs(plan, folder)
-    if HydraConfig.initialized():
-        _write_hydra(folder)
+    if invocation is not None:
+        _write_hydra(invocation, folder)
     if plan.data_report is not None:
         folder.data_report.write_text(report_page(plan.data_report), encoding="utf-8")
         record = json.dumps(asdict(plan.data_report), indent=2, ensure_ascii=False)
@@ -100,11 +102,11 @@ def _fingerprint(plan: Plan) -> str | None:
     return fingerprint(plan.model.directory) if plan.model.commit is None else None
 
 
-def _write_hydra(folder: RunFolder) -> None:
+def _write_hydra(invocation: Invocation, folder: RunFolder) -> None:
     hydra = folder.directory / ".hydra"
     hydra.mkdir(exist_ok=True)
-    OmegaConf.save(HydraConfig.get().overrides.task, hydra / "overrides.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": {"runtime": HydraConfig.get().runtime}}), hydra / "hydra.yaml")
+    OmegaConf.save(list(invocation.typed), hydra / "overrides.yaml")
+    OmegaConf.save({"hydra": {"runtime": invocation.runtime}}, hydra / "hydra.yaml")
     shutil.copyfile(folder.config, hydra / "config.yaml")
 
 

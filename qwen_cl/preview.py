@@ -9,10 +9,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
@@ -37,7 +37,8 @@ from qwen_cl.view import adapter_facts, print_facts
 GIB = 2**30
 
 
-def print_plan(plan: Plan, folder: RunFolder) -> None:
+def print_plan(plan: Plan, folder: RunFolder, overrides: Sequence[str]) -> None:
+    """Print what a run would be. ``overrides`` are the command's own, which a container is given."""
     console = Console()
     report = [] if plan.data_report is None else summary(plan.data_report)
     print_facts([*_facts(plan), *chat_facts(plan.config.data), *report, *_memory(plan)], console)
@@ -49,7 +50,7 @@ def print_plan(plan: Plan, folder: RunFolder) -> None:
     if isinstance(plan.config.cluster, ContainerConfig):
         from qwen_cl.cluster.containers import render_container
 
-        kind, text = render_container(plan.config, folder, list(HydraConfig.get().overrides.task))
+        kind, text = render_container(plan.config, folder, overrides)
         console.print(f"\n{kind}", style="bold")
         print(text)
     console.print("\nrecipe", style="bold")

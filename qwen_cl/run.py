@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 from typing import cast
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.filesize import decimal
 
@@ -20,11 +19,19 @@ from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
 from qwen_cl.config.forgetting import GeneratedReplayConfig
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.job import JobConfig
 from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.stages import ContinualConfig
-from qwen_cl.config.tasks import ExportConfig, InspectConfig
+from qwen_cl.config.tasks import (
+    ExportConfig,
+    FinetuneConfig,
+    InspectConfig,
+    PretrainConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from qwen_cl.continual.report import draw_report
 from qwen_cl.data.chat_settings import chat_facts, kept_template_date
 from qwen_cl.data.corpus.target import summarise_validation
@@ -42,27 +49,47 @@ SLOW_TO_READ = 5e9
 """Bytes."""
 
 
-def run(config: object) -> None:
-    """``config`` is what Hydra composed, typed. The output folder is Hydra's.
+TASKS: dict[type[TaskConfig], str] = {
+    FinetuneConfig: "qwen_cl.run.train",
+    PretrainConfig: "qwen_cl.run.train",
+    InspectConfig: "qwen_cl.inspection.inspect",
+    ExportConfig: "qwen_cl.export.export",
+    EvaluateConfig: "qwen_cl.inference.evaluate.evaluate",
+    GenerateConfig: "qwen_cl.inference.generate.generate",
+    ContinualConfig: "qwen_cl.chain.continual.continual",
+    JobConfig: "qwen_cl.cluster.job.act",
+    ReportConfig: "qwen_cl.report.report.report",
+}
+"""The function of each task, by name: a command imports no other task's. It takes the config, its task typed, and the
+invocation."""
+
+
+def run(config: object, invocation: Invocation) -> None:
+    """Do what ``task`` says. ``config`` is what Hydra composed, typed.
 
     Raises:
         UserError: refused; nothing was written.
         RunFailed: started, and did not complete.
     """
     config = cast(RunConfig, config)
-    if _done_without_training(config, list(HydraConfig.get().overrides.task)):
-        return
-    folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    module, _, name = TASKS[type(config.task)].rpartition(".")
+    getattr(import_module(module), name)(config, config.task, invocation)
+
+
+def train(config: RunConfig, task: TrainingConfig, invocation: Invocation) -> None:
+    """Plan a run, then show it, submit it, or run it here, in Hydra's output folder."""
+    folder = RunFolder(invocation.output_dir)
     made_on = kept_template_date([folder.config])
     plan = make_plan(keep_datasets(keep_micro_batch(config, folder), folder), made_on=made_on)
     if plan.config.dry_run:
         from qwen_cl.preview import print_plan
 
-        print_plan(plan, folder)
+        print_plan(plan, folder, invocation.overrides)
         return
     if isinstance(plan.config.cluster, ContainerConfig):
-        name = HydraConfig.get().runtime.choices["cluster"]
-        raise UserError(f"cluster={name} is not submitted from here; dry_run=true shows what to submit")
+        raise UserError(
+            f"cluster={invocation.choices['cluster']} is not submitted from here; dry_run=true shows what to submit"
+        )
     require_no_job(folder)
     plan = ready(plan)
     if isinstance(plan.config.replay, GeneratedReplayConfig):
@@ -70,55 +97,19 @@ def run(config: object) -> None:
 
         plan = replace(plan, config=with_sampled_text(plan.config, plan.config.replay))
     if isinstance(plan.config.cluster, SlurmConfig):
-        _submit(plan, plan.config.cluster, folder)
+        _submit(plan, plan.config.cluster, folder, invocation)
     else:
-        _start(plan, folder, automatic=is_automatic(config))
+        _start(plan, folder, invocation, automatic=is_automatic(config))
 
 
-def _done_without_training(config: RunConfig, overrides: list[str]) -> bool:
-    """The tasks that are no run of their own; False where the task is a run."""
-    task = config.task
-    if isinstance(task, InspectConfig):
-        from qwen_cl.inspection import inspect
-
-        inspect(config, task)
-    elif isinstance(task, ExportConfig):
-        from qwen_cl.export import export
-
-        export(config, task, overrides)
-    elif isinstance(task, EvaluateConfig):
-        from qwen_cl.inference.evaluate import evaluate
-
-        evaluate(config, task, overrides)
-    elif isinstance(task, GenerateConfig):
-        from qwen_cl.inference.generate import generate
-
-        generate(config, task, overrides)
-    elif isinstance(task, ContinualConfig):
-        from qwen_cl.chain.continual import continual
-
-        continual(config, task, overrides, Path(HydraConfig.get().runtime.output_dir))
-    elif isinstance(task, JobConfig):
-        from qwen_cl.cluster.job import act
-
-        act(task, overrides)
-    elif isinstance(task, ReportConfig):
-        from qwen_cl.report.report import report
-
-        report(config, task, overrides)
-    else:
-        return False
-    return True
-
-
-def _start(plan: Plan, folder: RunFolder, *, automatic: bool) -> None:
-    """``automatic``: its micro batch is ours to choose, also when the one that was chosen does not fit."""
+def _start(plan: Plan, folder: RunFolder, invocation: Invocation, *, automatic: bool) -> None:
+    """Run it here. ``automatic``: its micro batch is ours to choose, also when the one that was chosen does not fit."""
     started = time.monotonic()
     console = Console()
 
     def attempt(config: RunConfig) -> None:
         tried = replace(plan, config=config)
-        resumption = open_run(tried, folder, _checking(console))
+        resumption = open_run(tried, folder, _checking(console), invocation)
         if config.resume is not plan.config.resume:  # ours, to go on with fewer rows
             save_config(replace(config, resume=plan.config.resume), folder.config)
         _print_plan(tried, folder, console, resumption)
@@ -140,13 +131,15 @@ def _start(plan: Plan, folder: RunFolder, *, automatic: bool) -> None:
         print_result(folder, console, time.monotonic() - started)
 
 
-def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder) -> None:
+def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder, invocation: Invocation) -> None:
     console = Console()
     opened: list[Resumption] = []
+
+    def write() -> None:
+        opened.append(open_run(plan, folder, _checking(console), invocation))
+
     with folder.lock():
-        (number,) = submit(
-            cluster, plan.config, [folder], lambda: opened.append(open_run(plan, folder, _checking(console)))
-        )
+        (number,) = submit(cluster, plan.config, [folder], write)
     _print_plan(plan, folder, console, opened[0])
     console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
     if cluster.follow:
@@ -169,7 +162,7 @@ def _print_plan(plan: Plan, folder: RunFolder, console: Console, resumption: Res
 
 
 def _checking(console: Console) -> Progress:
-    """Says so once where reading a checkpoint takes a while."""
+    """Return what says so, once, where reading a checkpoint takes a while."""
     said: list[int] = []
 
     def show(done: int, total: int) -> None:

@@ -8,6 +8,7 @@ from qwen_cl.inference.generate import generate
 from qwen_cl.inference.subject import settle
 from qwen_cl.inference.worker import work
 from tests.exporting import composed
+from tests.invocations import invocation
 
 
 def ask(*said: str) -> None:
@@ -21,7 +22,7 @@ def check(*said: str) -> None:
     """What the launcher does before it starts a child; nothing is started."""
     config = composed(*said, "dry_run=true")
     if isinstance(config.task, GenerateConfig):
-        generate(config, config.task, said)
+        generate(config, config.task, invocation(*said))
     else:
         assert isinstance(config.task, EvaluateConfig)
-        evaluate(config, config.task, said)
+        evaluate(config, config.task, invocation(*said))

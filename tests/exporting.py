@@ -14,6 +14,7 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.config.tasks import ExportConfig
 from qwen_cl.export import export
 from tests.conftest import ROOT
+from tests.invocations import invocation
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -26,7 +27,7 @@ def run_export(*said: str) -> None:
     """What a launch does once Hydra has composed the config: seconds cheaper, because torch is imported already."""
     config = composed("task=export", *said)
     assert isinstance(config.task, ExportConfig)
-    export(config, config.task, list(said))
+    export(config, config.task, invocation(*said))
 
 
 def seal(checkpoint: Path) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from qwen_cl.cluster.batch import main
-from qwen_cl.cluster.job import act
 from qwen_cl.cluster.truth import refresh, require_no_job, seconds_of
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.file import save_config
-from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.status import parse_status
 from qwen_cl.view import MetricsTail
+from tests.job_task import job_task
 from tests.test_config import compose_run
 
 T = "2026-01-01T00:00:00+00:00"
@@ -161,7 +160,7 @@ def test_a_folder_whose_job_nobody_knows_of_is_left_alone(folder: RunFolder, mon
 
 def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
     def look(run: str, *overrides: str) -> None:
-        act(JobConfig(run=run, action=JobAction.status), overrides)
+        job_task(run, "status", *overrides)
 
     with pytest.raises(UserError, match=r"^task.run is empty; name the folder of a run"):
         look(" ")

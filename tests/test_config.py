@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -21,6 +23,7 @@ from qwen_cl.config.file import load_config, save_config
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.config.store import GROUPS, register_schemas
 from qwen_cl.plan import make_plan
+from qwen_cl.run import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -76,7 +79,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def extended_by(path: Path) -> list[Path | str]:
     """What a file of a group starts from, in this order: the name of its schema, other choices, parts."""
-    names = [str(name) for name in OmegaConf.load(path).get("defaults", []) if name != "_self_"]
+    names = [str(name) for name in cast(DictConfig, OmegaConf.load(path)).get("defaults", []) if name != "_self_"]
     return [name if name in GROUPS[path.parent.name] else path.with_name(f"{name}.yaml") for name in names]
 
 
@@ -124,6 +127,14 @@ def test_a_choice_is_its_schema(path: Path) -> None:
     assert type(getattr(config, group)) is GROUPS[group][schema]
     # A key left to its type alone would have a value that no file shows.
     assert set(written_in(path)) == {f"{group}.{field.name}" for field in fields(GROUPS[group][schema])}
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("task/[!_]*.yaml")), ids=choice_name)
+def test_a_task_has_a_function(path: Path) -> None:
+    config = compose_run(choice_name(path))
+    module, _, name = TASKS[type(config.task)].rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    assert list(parameters) == ["config", "task", "invocation"]
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=choice_name)

@@ -26,6 +26,7 @@ from qwen_cl.config.stages import ContinualConfig
 from qwen_cl.config.store import register_schemas
 from tests import conftest as launcher
 from tests.conftest import ROOT
+from tests.invocations import invocation
 from tests.models import DEMO_MODEL
 
 DATA = ROOT / "qwen_cl/demo/data"
@@ -44,7 +45,7 @@ def run_here(directory: Path, *said: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = cast(RunConfig, OmegaConf.to_object(compose("config", list(said))))
         assert isinstance(config.task, ContinualConfig)
-        continual(config, config.task, said, directory)
+        continual(config, config.task, invocation(*said, directory=directory))
 
 
 def read(path: Path) -> Any:

@@ -22,6 +22,7 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.continual.report import Curve, draw_comparison, draw_report, read_curves
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT
+from tests.invocations import invocation
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -134,7 +135,7 @@ def test_the_demonstration_is_three_ways_to_learn_from_one_start(
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = cast(RunConfig, OmegaConf.to_object(compose("config", said)))
         assert isinstance(config.task, ContinualConfig)
-        continual(config, config.task, said, tmp_path / "chain")
+        continual(config, config.task, invocation(*said, directory=tmp_path / "chain"))
     shown = capsys.readouterr().out
     assert [line.split()[-1] for line in shown.splitlines() if line.split()[:1] == ["stage"]] == [
         "full",

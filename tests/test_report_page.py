@@ -25,6 +25,7 @@ from qwen_cl.report.report import report
 from qwen_cl.report.trials import read_trials
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT, Launched, launch
+from tests.invocations import invocation
 from tests.test_config import compose_run
 from tests.wandb_server import wandb_server
 
@@ -233,7 +234,7 @@ def test_a_report_of_nothing_is_refused(said: list[str], message: str) -> None:
 def make(*said: str) -> None:
     config = compose_run("task=report", *said)
     assert isinstance(config.task, ReportConfig)
-    report(config, config.task, said)
+    report(config, config.task, invocation(*said))
 
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -19,13 +19,12 @@ import psutil
 import pytest
 
 from qwen_cl.cluster import slurm
-from qwen_cl.cluster.job import act
 from qwen_cl.cluster.truth import refresh
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.config.rules import quoted
 from qwen_cl.run_folder import RunFolder
 from tests.conftest import ROOT, launch
+from tests.job_task import job_task
 from tests.slurm_cluster import slurm_cluster, why_not
 from tests.sweeping import start_sweep, states, trial_folders, write_data
 
@@ -132,7 +131,7 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
     assert f"The run goes on without us. To follow it: python launch.py task=job task.run={folder.directory}" in stderr
     assert "Traceback" not in stderr
     wait_until(lambda: slurm.ask([job(folder)])[job(folder)].reason == "BeginTime", folder)
-    act(JobConfig(run=str(folder.directory), action=JobAction.status), [])
+    job_task(folder.directory, "status")
     shown = capsys.readouterr().out
     assert "SUBMITTED at step 0" in shown
     assert f"{job(folder)}: PENDING (BeginTime)" in shown
@@ -141,12 +140,12 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
         assert again.returncode == 2
         assert f"is in use by job {job(folder)}: PENDING (BeginTime); follow it with task=job" in again.stderr
     with pytest.raises(UserError, match=r"run\.log is not there yet: the job has not started"):
-        act(JobConfig(run=str(folder.directory), action=JobAction.logs), [])
-    act(JobConfig(run=str(folder.directory), action=JobAction.cancel), [])
+        job_task(folder.directory, "logs")
+    job_task(folder.directory, "cancel")
     assert folder.status().state == "PREEMPTED"
     assert folder.status().reason == f"job {job(folder)}: CANCELLED, before it started"
     with pytest.raises(UserError, match="is PREEMPTED already; nothing is left to cancel"):
-        act(JobConfig(run=str(folder.directory), action=JobAction.cancel), [])
+        job_task(folder.directory, "cancel")
 
 
 def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
@@ -177,12 +176,12 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     assert (lost.status().state, lost.status().retriable) == ("FAILED", True)
     subprocess.run([*down[:3], "state=resume"], check=False)  # it may be back by itself
     wait_until(lambda: cancelled.status().phase == "importing NeMo", cancelled)
-    act(JobConfig(run=str(cancelled.directory), action=JobAction.cancel), [])
+    job_task(cancelled.directory, "cancel")
     assert f"job {job(cancelled)} saves a checkpoint and ends. Again to end it at once." in capsys.readouterr().out
     wait_until(lambda: refresh(cancelled) is None, cancelled)
     assert cancelled.status().state == "PREEMPTED"  # and not back in the queue
     assert "before training began" in str(cancelled.status().reason)
-    act(JobConfig(run=str(killed.directory), action=JobAction.logs), [])
+    job_task(killed.directory, "logs")
     assert capsys.readouterr().out == killed.log.read_text()
 
 

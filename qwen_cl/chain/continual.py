@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from qwen_cl.chain.processes import launch
 from qwen_cl.chain.stages import MERGED, Stage, plan_stages
 from qwen_cl.config.errors import RunFailed, RunPreempted
 from qwen_cl.config.file import save_config
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.rules import quoted
 from qwen_cl.config.schema import Precision, RunConfig
@@ -27,14 +27,15 @@ from qwen_cl.runs.status import State, now
 from qwen_cl.view import console_for_tables, print_facts
 
 
-def continual(config: RunConfig, task: ContinualConfig, overrides: Sequence[str], directory: Path) -> None:
-    """``overrides`` are the user's own words.
+def continual(config: RunConfig, task: ContinualConfig, invocation: Invocation) -> None:
+    """Run the stages of ``task.stages`` that are not complete yet.
 
     Raises:
         UserError: a stage or a set is not what it must be, or a completed stage was run with something else.
         RunFailed: a stage, or an evaluation, did not complete.
     """
-    stages = plan_stages(task, overrides, directory)
+    directory = invocation.output_dir
+    stages = plan_stages(task, invocation.overrides, directory)
     if task.sets:
         check_evaluation(task, stages[0])
     if config.dry_run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -14,19 +13,22 @@ from qwen_cl.cluster.follow import follow
 from qwen_cl.cluster.slurm import Job
 from qwen_cl.cluster.truth import CANCELLED, ask_to_end, refresh
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.job import JobAction, JobConfig
 from qwen_cl.config.rules import refuse_ignored
+from qwen_cl.config.schema import RunConfig
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import print_facts
 
 
-def act(task: JobConfig, overrides: Sequence[str]) -> None:
-    """
+def act(config: RunConfig, task: JobConfig, invocation: Invocation) -> None:
+    """Show, follow or cancel a submitted run.
+
     Raises:
         UserError: the folder is not that of a submitted run.
         RunFailed: Slurm does not answer; of ``follow``, also as the run ended.
     """
-    refuse_ignored(overrides, [], "all about the run is in its folder")
+    refuse_ignored(invocation.overrides, [], "all about the run is in its folder")
     folder = _find(task.run)
     if task.action is JobAction.logs:
         _print_logs(folder)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.data.chat import check_chat_template
 from qwen_cl.data.named_sets import local_sets, read_sets, score_set
@@ -21,15 +22,15 @@ from qwen_cl.trained_run import find_base
 from qwen_cl.view import print_facts
 
 
-def evaluate(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) -> None:
-    """``overrides`` are the user's own words.
+def evaluate(config: RunConfig, task: EvaluateConfig, invocation: Invocation) -> None:
+    """Measure a model on every set of ``task.sets``.
 
     Raises:
         UserError: the model, the run, a set or a prompt is not what it must be; nothing was written.
         RunFailed: the child process failed.
     """
     task = replace(task, sets=local_sets(task.sets, "task.sets"))
-    config, subject = plan_evaluation(replace(config, task=task), task, overrides)
+    config, subject = plan_evaluation(replace(config, task=task), task, invocation.overrides)
     if config.dry_run:
         facts = [("model", subject.label), ("sets", ", ".join(task.sets) or "none")]
         print_facts([*facts, ("output", task.output or "the terminal")], Console())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from qwen_cl.config.answers import GenerateConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.schema import RunConfig
 from qwen_cl.data.stop_tokens import no_end_warning, teaches_to_stop
 from qwen_cl.inference.child import run_child
@@ -18,8 +18,8 @@ from qwen_cl.inference.subject import find_subject, output_file, pinned, settle
 from qwen_cl.view import print_facts
 
 
-def generate(config: RunConfig, task: GenerateConfig, overrides: Sequence[str]) -> None:
-    """``overrides`` are the user's own words.
+def generate(config: RunConfig, task: GenerateConfig, invocation: Invocation) -> None:
+    """Answer a prompt, or those of a file.
 
     Raises:
         UserError: the model, the run or the prompts are not what they must be; nothing was written.
@@ -27,7 +27,7 @@ def generate(config: RunConfig, task: GenerateConfig, overrides: Sequence[str]) 
     """
     if (task.prompt is None) == (task.prompts is None):
         raise UserError("task.prompt or task.prompts must be given, and not both: a prompt, or a file of them")
-    config = settle(config, task, overrides)
+    config = settle(config, task, invocation.overrides)
     output = output_file(task)
     prompts = prompts_of(task)
     subject = find_subject(config, task)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.report import ReportConfig
 from qwen_cl.config.rules import refuse_ignored
 from qwen_cl.config.schema import RunConfig
@@ -27,13 +27,13 @@ FILES = ("loss-curves", "lr-rank", "pareto")
 """Pictures that a sweep's folder has as files too."""
 
 
-def report(config: RunConfig, task: ReportConfig, overrides: Sequence[str]) -> None:
-    """``overrides`` are the user's own words.
+def report(config: RunConfig, task: ReportConfig, invocation: Invocation) -> None:
+    """Make a page of the runs of a folder, or of one run.
 
     Raises:
         UserError: there are no runs, or the page cannot be written.
     """
-    refuse_ignored(overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
+    refuse_ignored(invocation.overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
     if (task.sweep is None) == (task.run is None):
         raise UserError("task.sweep or task.run must be given, and not both: a folder of runs, or of one run")
     directory, trials = _find(task)

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from qwen_cl.cluster import slurm
 from qwen_cl.cluster.follow import ASK_EVERY
 from qwen_cl.cluster.script import render_script
@@ -128,10 +126,7 @@ def _write(trial: Trial, plan: Plan, cost: float) -> None:
     trial.make_room()
     trial.begin(before, cost)
     with trial.folder.lock():
-        open_run(plan, trial.folder)
-    hydra = trial.folder.directory / ".hydra"
-    hydra.mkdir(exist_ok=True)
-    OmegaConf.save(list(trial.overrides), hydra / "overrides.yaml")
+        open_run(plan, trial.folder, invocation=trial.invocation)
 
 
 def _groups(trials: Sequence[Trial]) -> Iterable[list[Trial]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.file import leaves_to_compare, to_plain
+from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.rules import override_key
 from qwen_cl.config.store import GROUPS
@@ -41,6 +42,11 @@ class Trial:
     @property
     def record_file(self) -> Path:
         return self.folder.directory / RECORD
+
+    @property
+    def invocation(self) -> Invocation:
+        said = list(self.overrides)
+        return Invocation(output_dir=self.folder.directory, overrides=said, typed=said, runtime={})
 
     def record(self) -> dict[str, Any]:
         """Of its last start; empty before the first."""

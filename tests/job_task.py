@@ -1,0 +1,15 @@
+"""``task=job`` in this process."""
+
+from __future__ import annotations
+
+from qwen_cl.cluster.job import act
+from qwen_cl.config.job import JobConfig
+from tests.exporting import composed
+from tests.invocations import invocation
+
+
+def job_task(run: object, action: str, *overrides: str) -> None:
+    """``task=job`` in this process."""
+    config = composed("task=job", f"task.run='{run}'", f"task.action={action}", *overrides)
+    assert isinstance(config.task, JobConfig)
+    act(config, config.task, invocation(*overrides))
