@@ -31,7 +31,7 @@ def _is_ours(value: Any) -> bool:
     elif issubclass(kind, property):
         value = value.fget
     if issubclass(type(value), FunctionType):
-        home = value.__globals__["__name__"]  # functools.wraps copies __module__
+        home = value.__globals__.get("__name__")  # functools.wraps copies __module__
     else:
         home = (value if issubclass(type(value), type) else type(value)).__module__
     return str(home).partition(".")[0] == "qwen_cl"
