@@ -95,9 +95,10 @@ def require_known_code(patch: Patch) -> None:
     """Raises UserError where the package is installed and has other code."""
     if _folders(patch.code) and fingerprint(patch.code) != patch.fingerprint:
         package, versions = package_of(patch)
+        installed = next((each.version for each in metadata.distributions(name=package)), "(unknown version)")
         name, code = patch.name.replace(":", "."), patch.code.replace(":", ".")
         raise UserError(
-            f"{package} {metadata.version(package)} is not supported: its {code} is not that of {package}{versions}, "
+            f"{package} {installed} is not supported: its {code} is not that of {package}{versions}, "
             f"for which qwen_cl replaces {name}; run pip install --force-reinstall --no-deps '{package}{versions}'"
         )
 
@@ -155,7 +156,9 @@ def _block(lines: list[str], name: str) -> list[str]:
     if first == len(lines):
         return []
     block = inspect.getblock(lines[first:])
-    while block[-1].lstrip().startswith(("#", "\n")):  # of what follows; Python's versions differ in it
+    while not block[-1].strip() or block[-1].lstrip().startswith(
+        "#"
+    ):  # of what follows: Python's versions differ in it
         block.pop()
     while first and lines[first - 1].lstrip().startswith("@"):
         first -= 1
