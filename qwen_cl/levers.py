@@ -13,7 +13,6 @@ from qwen_cl.config.clusters import SlurmConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.schema import Accelerator, LocalConfig, Precision, RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
-from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.models.adapter_methods import adapter_of
 
 LOSS_CHUNK_BYTES = 3 * 2**29
@@ -66,7 +65,7 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return "recorded passes cannot be computed again in parts, and speed.recompute is always"
     if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
         return "it records passes through the whole model, of which each process has a part in this layout of cluster"
-    if name in ("compile", "cuda_graphs") and _packed(config) and cluster.precision is Precision.fp32:
+    if name in ("compile", "cuda_graphs") and config.training.is_packed and cluster.precision is Precision.fp32:
         return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
     if name == "cuda_graphs" and dropout > 0:
         return f"recorded passes do not draw from the run's seed, and peft.dropout is {dropout}"
@@ -76,19 +75,15 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
 def _compile_obstacle(config: RunConfig, kind: Accelerator) -> str | None:
     if config.cluster.context_parallel > 1:
         return f"attention talks to other ranks, and cluster.context_parallel is {config.cluster.context_parallel}"
-    if kind is not Accelerator.gpu and _packed(config):
+    if kind is not Accelerator.gpu and config.training.is_packed:
         return "attention of packed rows has no kernel on a CPU, and task.packing is true"
     return None
-
-
-def _packed(config: RunConfig) -> bool:
-    return isinstance(config.task, FinetuneConfig) and config.task.packing
 
 
 def has_static_shapes(config: RunConfig) -> bool:
     """Whether packed rows are all as long as task.sequence_length and a batch has as many segments: what is compiled or
     recorded is so for one shape. ``config.speed`` is settled."""
-    return _packed(config) and When.always in (config.speed.compile, config.speed.cuda_graphs)
+    return config.training.is_packed and When.always in (config.speed.compile, config.speed.cuda_graphs)
 
 
 def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:

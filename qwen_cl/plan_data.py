@@ -11,7 +11,7 @@ from qwen_cl.config.data import TextDataConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.schema import RunConfig
-from qwen_cl.config.tasks import FinetuneConfig, LossOn, PretrainConfig
+from qwen_cl.config.tasks import FinetuneConfig, PretrainConfig
 from qwen_cl.data.chat import check_chat_template, use_chat_settings
 from qwen_cl.data.chat_settings import chat_settings, settle_template_date
 from qwen_cl.data.corpus.target import TextTarget, compared_documents
@@ -147,8 +147,8 @@ def row_layout(config: RunConfig) -> Layout:
         sequence_length=task.sequence_length,
         micro_batch_size=task.rows_per_pass,
         seed=config.seed,
-        loss_on=task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all,
-        packing=isinstance(task, FinetuneConfig) and task.packing,
+        loss_on=task.trained_tokens,
+        packing=task.is_packed,
         static_shapes=has_static_shapes(config),
     )
 

@@ -19,7 +19,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, WarmupHoldAnn
 from qwen_cl.config.data import MockDataConfig, TextDataConfig
 from qwen_cl.config.forgetting import FileReplayConfig
 from qwen_cl.config.schema import Precision, RunConfig
-from qwen_cl.config.tasks import FinetuneConfig, LossOn, LrSchedule, PretrainConfig
+from qwen_cl.config.tasks import LrSchedule, PretrainConfig
 from qwen_cl.data.chat_settings import chat_settings
 from qwen_cl.data.rows import row_files
 from qwen_cl.data.sources import MockDataModule, RowDataModule, TextDataModule
@@ -138,11 +138,11 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
 
 
 def _mixture(config: RunConfig) -> dict[str, Any]:
-    task = config.task
+    task = config.training
     replay = config.replay if isinstance(config.replay, FileReplayConfig) else None
     return {
-        "loss_on": (task.loss_on if isinstance(task, FinetuneConfig) else LossOn.all).value,
-        "packing": isinstance(task, FinetuneConfig) and task.packing,
+        "loss_on": task.trained_tokens.value,
+        "packing": task.is_packed,
         "replay": dict(replay.sets) if replay else {},
         "replay_shares": replay.shares if replay else {},
         "retention": dict(config.retention.sets),

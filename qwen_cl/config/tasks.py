@@ -131,6 +131,16 @@ class TrainingConfig(TaskConfig):
         return self.micro_batch_size
 
     @property
+    def is_packed(self) -> bool:
+        """Several conversations share a sequence."""
+        return False
+
+    @property
+    def trained_tokens(self) -> LossOn:
+        """The tokens whose loss is trained on."""
+        return LossOn.all
+
+    @property
     def decay_steps(self) -> int:
         return max(1, round(self.decay_ratio * self.max_steps))
 
@@ -143,6 +153,14 @@ class FinetuneConfig(TrainingConfig):
     """Which tokens of a conversation count."""
     packing: bool
     """Several conversations in one training sequence, each attending to itself alone."""
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packing
+
+    @property
+    def trained_tokens(self) -> LossOn:
+        return self.loss_on
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,7 +11,6 @@ from nemo.collections.llm.gpt.model.base import HAVE_TE
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 
 from qwen_cl.config.schema import Accelerator, Precision, RunConfig
-from qwen_cl.config.tasks import FinetuneConfig
 from qwen_cl.megatron.attention import layer_spec, segment_layer_spec
 from qwen_cl.megatron.steps import data_step, forward_step
 from qwen_cl.source.architecture import Architecture
@@ -63,10 +62,9 @@ def _shape(architecture: Architecture, tensor_parallel: int) -> dict[str, Any]:
 
 def _execution(config: RunConfig) -> dict[str, Any]:
     fp32 = config.cluster.precision is Precision.fp32
-    packing = isinstance(config.task, FinetuneConfig) and config.task.packing
     return {
         "seq_length": config.training.sequence_length,
-        "transformer_layer_spec": segment_layer_spec if packing else layer_spec,
+        "transformer_layer_spec": segment_layer_spec if config.training.is_packed else layer_spec,
         "forward_step_fn": forward_step,
         "data_step_fn": data_step,
         "calculate_per_token_loss": True,  # each token weighs the same, however rows fall into micro batches
