@@ -11,7 +11,7 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.models.adapter_methods import adapter_of, describe_method
 from tests.conftest import ROOT
 
-CHOICES = sorted(path.stem for path in (ROOT / "conf/peft").glob("*.yaml"))
+CHOICES = sorted(path.stem for path in (ROOT / "conf/peft").glob("[!_]*.yaml"))
 
 
 def peft(choice: str) -> PeftConfig:
