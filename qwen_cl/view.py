@@ -108,7 +108,8 @@ def _describe(latest: dict[str, Any]) -> str:
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
+    """Return the records of metrics.jsonl: none before the first, and without a line that is still being written."""
+    return MetricsTail(folder).new_records()
 
 
 def median_rate(training: list[dict[str, Any]]) -> float | None:

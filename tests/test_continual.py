@@ -153,7 +153,7 @@ def test_a_finished_stage_with_another_config_or_other_data_is_refused(
         run_here(directory, *changed)
     copy = Path(shutil.copytree(directory, tmp_path / "chain", ignore=shutil.ignore_patterns("checkpoints")))
     status = read(copy / "01-japanese/status.json")
-    (copy / "01-japanese/status.json").write_text(json.dumps({**status, "data_hash": "0" * 64}))
+    (copy / "01-japanese/status.json").write_text(json.dumps({**status, "data_sha256": "0" * 64}))
     with pytest.raises(UserError, match=r"stage japanese was completed .* else: the content of its data; say it as"):
         run_here(copy, *COMMAND)
 

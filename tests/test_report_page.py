@@ -69,7 +69,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
             start=START.isoformat(),
             end=(START + timedelta(seconds=100 + number)).isoformat(),
             peak_memory_gib=1.5,
-            data_hash="abc" if data == "demo" else "def",
+            data_sha256="abc" if data == "demo" else "def",
             device="CPU",
         )
     samples = [

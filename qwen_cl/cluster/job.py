@@ -58,8 +58,8 @@ def _print_status(folder: RunFolder, console: Console) -> None:
     if status.reason:
         facts.append(("reason", status.reason))
     facts.append(("job", f"{status.job.id}: over" if job is None else str(job)[4:]))
-    if status.job.nodes:
-        facts.append(("nodes", f"{status.job.nodes}, since {status.job.start}"))
+    if status.job.nodes and status.job.start:
+        facts.append(("nodes", f"{status.job.nodes}, since {status.job.start.isoformat()}"))
     print_facts([*facts, ("folder", str(folder.directory)), ("log", str(folder.log))], console)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_cl.plot_text import drawable_text
 from qwen_cl.report.importance import importances
-from qwen_cl.report.trials import Trial, differing, number
+from qwen_cl.report.trials import RunSummary, differing, number
 
 RATE, RANK = "lr", "peft.rank"
 MOST_IN_LEGEND = 20
@@ -25,7 +25,7 @@ class Picture:
     """The same in words, for who sees no pictures: many mail programs show none."""
 
 
-def pictures(trials: Sequence[Trial]) -> list[Picture]:
+def pictures(trials: Sequence[RunSummary]) -> list[Picture]:
     """``trials`` are sorted, the best first."""
     drawn = [_loss_curves(trials), _training_curves(trials), _retention_curves(trials)]
     if len(trials) > 1:
@@ -33,30 +33,30 @@ def pictures(trials: Sequence[Trial]) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
-def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+def pareto_front(trials: Sequence[RunSummary]) -> list[RunSummary]:
     """Completed trials that none beats in one of target loss and forgetting without losing in the other; by loss."""
-    front: list[Trial] = []
+    front: list[RunSummary] = []
     for trial in sorted(_weighed(trials), key=_objectives):
         if not front or _objectives(trial)[1] < _objectives(front[-1])[1]:
             front.append(trial)
     return front
 
 
-def _weighed(trials: Sequence[Trial]) -> list[Trial]:
+def _weighed(trials: Sequence[RunSummary]) -> list[RunSummary]:
     return [trial for trial in trials if trial.completed and trial.forgotten is not None]
 
 
-def _objectives(trial: Trial) -> tuple[float, float]:
+def _objectives(trial: RunSummary) -> tuple[float, float]:
     assert trial.loss is not None and trial.forgotten is not None
     return trial.loss, trial.forgotten
 
 
-def _completed(trials: Sequence[Trial]) -> tuple[list[Trial], list[float]]:
+def _completed(trials: Sequence[RunSummary]) -> tuple[list[RunSummary], list[float]]:
     done = [trial for trial in trials if trial.completed]
     return done, [trial.loss for trial in done if trial.loss is not None]
 
 
-def _loss_curves(trials: Sequence[Trial]) -> Picture | None:
+def _loss_curves(trials: Sequence[RunSummary]) -> Picture | None:
     lines = [(trial, trial.target.steps, trial.target.values) for trial in trials if trial.target]
     if not lines:
         return None
@@ -66,7 +66,7 @@ def _loss_curves(trials: Sequence[Trial]) -> Picture | None:
     return _picture("loss-curves", "Validation loss of the target", axes, says)
 
 
-def _training_curves(trials: Sequence[Trial]) -> Picture | None:
+def _training_curves(trials: Sequence[RunSummary]) -> Picture | None:
     lines = [
         (trial, [step for step, _ in trial.training], [loss for _, loss in trial.training])
         for trial in trials
@@ -78,7 +78,7 @@ def _training_curves(trials: Sequence[Trial]) -> Picture | None:
     return _picture("training-curves", "Training loss", _lines(lines, "nats per token"), says)
 
 
-def _retention_curves(trials: Sequence[Trial]) -> Picture | None:
+def _retention_curves(trials: Sequence[RunSummary]) -> Picture | None:
     """Rise of the loss since step 0, of every trial and set."""
     lines = [
         (trial, curve.steps, [value - curve.values[0] for value in curve.values])
@@ -93,7 +93,7 @@ def _retention_curves(trials: Sequence[Trial]) -> Picture | None:
     return _picture("forgetting", f"Forgetting: {sets}", axes, "Above 0 the model is worse at what it knew before.")
 
 
-def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> Any:
+def _lines(lines: Sequence[tuple[RunSummary, list[int], list[float]]], unit: str) -> Any:
     axes = _axes()
     trials = list(dict.fromkeys(trial.name for trial, _, _ in lines))
     for trial, steps, values in lines:
@@ -115,7 +115,7 @@ def _lines(lines: Sequence[tuple[Trial, list[int], list[float]]], unit: str) -> 
     return axes
 
 
-def _parallel_coordinates(trials: Sequence[Trial]) -> Picture | None:
+def _parallel_coordinates(trials: Sequence[RunSummary]) -> Picture | None:
     done, losses = _completed(trials)
     keys = differing(done)
     if len(done) < 2 or not keys:
@@ -153,7 +153,7 @@ def _placed(axes: Any, column: int, values: Sequence[Any]) -> list[float]:
     return heights
 
 
-def _importance(trials: Sequence[Trial]) -> Picture | None:
+def _importance(trials: Sequence[RunSummary]) -> Picture | None:
     done, losses = _completed(trials)
     found = importances(done, losses)
     if not found:
@@ -167,7 +167,7 @@ def _importance(trials: Sequence[Trial]) -> Picture | None:
     return _picture("importance", "Importance of what was varied", axes, f"{says}.{few}")
 
 
-def _heat_map(trials: Sequence[Trial]) -> Picture | None:
+def _heat_map(trials: Sequence[RunSummary]) -> Picture | None:
     """The lowest loss of each pair, where both were varied."""
     cells: dict[tuple[float, float], float] = {}
     for trial in _completed(trials)[0]:
@@ -198,7 +198,7 @@ def _heat_map(trials: Sequence[Trial]) -> Picture | None:
     return _picture("lr-rank", "Target loss by learning rate and rank", axes, says)
 
 
-def _pareto(trials: Sequence[Trial]) -> Picture | None:
+def _pareto(trials: Sequence[RunSummary]) -> Picture | None:
     weighed, front = _weighed(trials), pareto_front(trials)
     if len(weighed) < 2:
         return None

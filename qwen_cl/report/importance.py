@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_cl.report.trials import Trial, differing, number
+from qwen_cl.report.trials import RunSummary, differing, number
 
 FEWEST = 3
 """Trials, below which any two numbers correlate."""
@@ -20,7 +20,7 @@ class Importance:
     """What to do for a lower result, where that can be said."""
 
 
-def importances(trials: Sequence[Trial], values: Sequence[float]) -> list[Importance]:
+def importances(trials: Sequence[RunSummary], values: Sequence[float]) -> list[Importance]:
     """Of each differing key for ``values``, one a trial; the strongest first. Empty below three trials.
 
     Numbers by Spearman's rank correlation; names by the correlation ratio (the share of the ranks' variance that

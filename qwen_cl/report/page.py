@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.report.figures import pictures
-from qwen_cl.report.trials import Trial, differing, number
+from qwen_cl.report.trials import RunSummary, differing, number
 from qwen_cl.runs.status import now
 
 FACTS = (
@@ -42,7 +42,7 @@ class Table:
     rows: list[list[Cell]]
 
 
-def render_page(trials: Sequence[Trial], title: str) -> str:
+def render_page(trials: Sequence[RunSummary], title: str) -> str:
     """``trials`` are sorted, the best first."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -56,7 +56,7 @@ def render_page(trials: Sequence[Trial], title: str) -> str:
     environment.filters["b64"] = lambda content: base64.b64encode(content).decode()
     return environment.get_template("page.html.j2").render(
         title=title,
-        subtitle=f"Written {now()} from the files of {len(trials)} run{'s' if len(trials) > 1 else ''}.",
+        subtitle=f"Written {now().isoformat()} from the files of {len(trials)} run{'s' if len(trials) > 1 else ''}.",
         verdict=_verdict(trials),
         trials=_trial_table(trials),
         explanation=(
@@ -71,7 +71,7 @@ def render_page(trials: Sequence[Trial], title: str) -> str:
     )
 
 
-def _verdict(trials: Sequence[Trial]) -> str | None:
+def _verdict(trials: Sequence[RunSummary]) -> str | None:
     if len(trials) < 2:
         return None
     done = [trial for trial in trials if trial.completed]
@@ -87,7 +87,7 @@ def _verdict(trials: Sequence[Trial]) -> str | None:
     return f"{text}. {tally}"
 
 
-def _trial_table(trials: Sequence[Trial]) -> Table:
+def _trial_table(trials: Sequence[RunSummary]) -> Table:
     keys = differing(list(trials))
     sets = list(dict.fromkeys(curve.name for trial in trials for curve in trial.retention))
     columns = [
@@ -104,9 +104,8 @@ def _trial_table(trials: Sequence[Trial]) -> Table:
     return Table(columns, [_trial_row(trial, keys, sets) for trial in trials])
 
 
-def _trial_row(trial: Trial, keys: Iterable[str], sets: Iterable[str]) -> list[Cell]:
+def _trial_row(trial: RunSummary, keys: Iterable[str], sets: Iterable[str]) -> list[Cell]:
     settings = [trial.overrides.get(key) for key in keys]
-    kept = {curve.name: curve.values[-1] for curve in trial.retention}
     seconds = trial.status.seconds
     return [
         Cell(trial.name),
@@ -114,9 +113,9 @@ def _trial_row(trial: Trial, keys: Iterable[str], sets: Iterable[str]) -> list[C
         *(Cell(text or "", number(text), "word" if number(text) is None else "number") for text in settings),
         Cell.of(trial.status.step, "d"),
         Cell.of(trial.loss, ".4f"),
-        Cell.of(trial.target.values[0] if trial.target else None, ".4f"),
+        Cell.of(trial.first_loss, ".4f"),
         Cell.of(trial.forgotten, "+.4f"),
-        *(Cell.of(kept.get(name), ".4f") for name in sets),
+        *(Cell.of(trial.retention_losses.get(name), ".4f") for name in sets),
         Cell.of(trial.tokens_per_second, ",.0f"),
         Cell.of(trial.status.peak_memory_gib, ".2f"),
         Cell.of(seconds, ",.0f"),
@@ -125,7 +124,7 @@ def _trial_row(trial: Trial, keys: Iterable[str], sets: Iterable[str]) -> list[C
     ]
 
 
-def _samples(trial: Trial) -> Table:
+def _samples(trial: RunSummary) -> Table:
     steps = sorted({sample.step for sample in trial.samples})
     expected = {sample.prompt: sample.expected for sample in trial.samples}
     answers = {(sample.prompt, sample.step): sample.answer for sample in trial.samples}
@@ -134,7 +133,7 @@ def _samples(trial: Trial) -> Table:
     return Table(columns, [[Cell(text, kind="text") for text in row] for row in rows])
 
 
-def _facts(trials: Sequence[Trial]) -> Table:
+def _facts(trials: Sequence[RunSummary]) -> Table:
     """Of all runs, each value once, with those that have it where they do not agree."""
     rows = []
     for name in FACTS:

@@ -17,7 +17,7 @@ from qwen_cl.dashboard.identity import sync_command
 from qwen_cl.durable import replacing
 from qwen_cl.report.figures import pictures
 from qwen_cl.report.page import render_page
-from qwen_cl.report.trials import Trial, read_trial, read_trials
+from qwen_cl.report.trials import RunSummary, read_trial, read_trials
 from qwen_cl.report.workspace import publish, require_publishable
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.view import print_facts
@@ -69,7 +69,7 @@ def write_report(directory: Path) -> list[Path]:
     return written
 
 
-def _find(task: ReportConfig) -> tuple[Path, list[Trial]]:
+def _find(task: ReportConfig) -> tuple[Path, list[RunSummary]]:
     if task.sweep is not None:
         directory = _expanded(task.sweep)
         if not directory.is_dir():

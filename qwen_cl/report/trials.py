@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qwen_cl.continual.report import LOSS, Curve, read_curves
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.run_folder import CUT_OFF, RunFolder
 from qwen_cl.runs.status import RunStatus, State
-from qwen_cl.view import median_rate
+from qwen_cl.view import median_rate, read_metrics
 
 NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
 """Keys whose values change no result."""
@@ -34,11 +35,10 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    name: str
+class Measurements:
+    """The results of a run, whether it ended or not."""
+
     status: RunStatus
-    overrides: dict[str, str]
-    """As the user said them, by key or group."""
     training: list[tuple[int, float]]
     """Step and loss of every line of training."""
     target: Curve | None
@@ -46,25 +46,67 @@ class Trial:
     retention: list[Curve]
     tokens_per_second: float | None
     """Of the median step."""
-    devices: int
-    samples: list[Sample]
 
     @property
     def completed(self) -> bool:
-        return self.status.state is State.COMPLETED and self.target is not None
+        """With a target loss: in order to be compared."""
+        return self.status.state is State.COMPLETED and self.loss is not None
 
     @property
     def loss(self) -> float | None:
         """Of the target, at its last measurement."""
-        return self.target.values[-1] if self.target else None
+        return _finite(self.target.values[-1]) if self.target else None
+
+    @property
+    def first_loss(self) -> float | None:
+        return _finite(self.target.values[0]) if self.target else None
+
+    @property
+    def train_loss(self) -> float | None:
+        """Of the last recorded step."""
+        return _finite(self.training[-1][1]) if self.training else None
+
+    @property
+    def retention_losses(self) -> dict[str, float | None]:
+        """By set, at its last measurement."""
+        return {curve.name: _finite(curve.values[-1]) for curve in self.retention}
 
     @property
     def forgotten(self) -> float | None:
         """How much the losses of the retention sets rose since step 0, on average; None where none was measured."""
-        return statistics.fmean(curve.change for curve in self.retention) if self.retention else None
+        return _finite(statistics.fmean(curve.change for curve in self.retention)) if self.retention else None
 
 
-def read_trials(sweep: Path) -> list[Trial]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary(Measurements):
+    """A run as its folder tells it: what it was, and what it measured."""
+
+    name: str
+    overrides: dict[str, str]
+    """As the user gave them, by key or group."""
+    devices: int
+    samples: list[Sample]
+
+
+def read_measurements(folder: RunFolder) -> Measurements:
+    """Read status.json and metrics.jsonl.
+
+    Raises:
+        ValueError: a line of metrics.jsonl is damaged.
+    """
+    records = read_metrics(folder)
+    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
+    training = [record for record in records if "train/loss" in record]
+    return Measurements(
+        status=folder.status(),
+        training=[(record["step"], record["train/loss"]) for record in training],
+        target=curves.pop(TARGET, None),
+        retention=list(curves.values()),
+        tokens_per_second=median_rate(training),
+    )
+
+
+def read_trials(sweep: Path) -> list[RunSummary]:
     """Of every run in a folder of runs; the completed first, and the lower the target's loss the earlier.
 
     Raises:
@@ -78,11 +120,11 @@ def read_trials(sweep: Path) -> list[Trial]:
     return sorted(trials, key=_place)
 
 
-def _place(trial: Trial) -> tuple[bool, float, str]:
+def _place(trial: RunSummary) -> tuple[bool, float, str]:
     return not trial.completed, float("inf") if trial.loss is None else trial.loss, trial.name
 
 
-def read_trial(folder: RunFolder) -> Trial | None:
+def read_trial(folder: RunFolder) -> RunSummary | None:
     """None for a folder of another kind: a chain has a status too, and trains nothing itself.
 
     Raises:
@@ -94,27 +136,21 @@ def read_trial(folder: RunFolder) -> Trial | None:
         raise UserError(f"{folder.directory} cannot be read as a run: {' '.join(repr(error).split())[:200]}") from error
 
 
-def _read(folder: RunFolder) -> Trial | None:
+def _read(folder: RunFolder) -> RunSummary | None:
     plain: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
     if "max_steps" not in plain["task"]:
         return None
-    records = _lines(folder.metrics_file)
-    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
-    training = [record for record in records if "train/loss" in record]
-    return Trial(
+    measured = read_measurements(folder)
+    return RunSummary(
+        **{each.name: getattr(measured, each.name) for each in fields(measured)},
         name=folder.directory.name,
-        status=folder.status(),
         overrides=_overrides(folder),
-        training=[(record["step"], record["train/loss"]) for record in training],
-        target=curves.pop(TARGET, None),
-        retention=list(curves.values()),
-        tokens_per_second=median_rate(training),
         devices=int(plain["cluster"]["devices"]),
         samples=[Sample(**line) for line in _lines(folder.samples)],
     )
 
 
-def differing(trials: list[Trial]) -> list[str]:
+def differing(trials: list[RunSummary]) -> list[str]:
     """Keys whose values are not the same in all trials, in the order they were said."""
     keys = dict.fromkeys(key for trial in trials for key in trial.overrides)
     return [key for key in keys if len({trial.overrides.get(key) for trial in trials}) > 1]
@@ -139,3 +175,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """Without a last line that is not whole: the run may be writing it."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def _finite(value: float) -> float | None:
+    """Return None for NaN and infinity, which neither compare nor are JSON."""
+    return value if math.isfinite(value) else None

@@ -11,7 +11,7 @@ from qwen_cl.config.store import GROUPS
 from qwen_cl.dashboard.start import without_fault_reports
 from qwen_cl.data.named_sets import TARGET
 from qwen_cl.report.figures import RANK, RATE
-from qwen_cl.report.trials import Trial, differing
+from qwen_cl.report.trials import RunSummary, differing
 
 LOSS = f"{TARGET}/loss"
 LAST = f"{LOSS}.last"
@@ -37,7 +37,7 @@ def require_publishable() -> None:
         raise UserError("task.publish=true needs wandb-workspaces: pip install 'qwen_cl[workspaces]'") from error
 
 
-def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tuple[str, str]]:
+def publish(config: WandbConfig, group: str, trials: Sequence[RunSummary]) -> list[tuple[str, str]]:
     """What was made, with its address.
 
     Raises:
@@ -55,7 +55,7 @@ def publish(config: WandbConfig, group: str, trials: Sequence[Trial]) -> list[tu
     return [("workspace", workspace.url), ("report", report.url)]
 
 
-def build_workspace(entity: str, project: str, group: str, trials: Sequence[Trial]) -> Any:
+def build_workspace(entity: str, project: str, group: str, trials: Sequence[RunSummary]) -> Any:
     import wandb_workspaces.workspaces as workspaces
 
     return workspaces.Workspace(
@@ -71,7 +71,7 @@ def build_workspace(entity: str, project: str, group: str, trials: Sequence[Tria
     )
 
 
-def build_report(entity: str, project: str, group: str, trials: Sequence[Trial]) -> Any:
+def build_report(entity: str, project: str, group: str, trials: Sequence[RunSummary]) -> Any:
     import wandb_workspaces.reports.v2 as reports
 
     def grid(panels: list[Any]) -> Any:
@@ -94,7 +94,7 @@ def build_report(entity: str, project: str, group: str, trials: Sequence[Trial])
     )
 
 
-def _comparing(trials: Sequence[Trial]) -> list[Any]:
+def _comparing(trials: Sequence[RunSummary]) -> list[Any]:
     """Parallel coordinates, importance, lr x rank, and the target against each retention set."""
     import wandb_workspaces.reports.v2 as reports
 
@@ -116,7 +116,7 @@ def _comparing(trials: Sequence[Trial]) -> list[Any]:
     return panels
 
 
-def _losses(trials: Sequence[Trial]) -> list[Any]:
+def _losses(trials: Sequence[RunSummary]) -> list[Any]:
     lines = [("Validation loss of the target", LOSS), ("Training loss", "train/loss")]
     lines += [(f"Retention: {name}", f"retention/{name}/loss") for name in _sets(trials)]
     return [_line(key, title) for title, key in lines]
@@ -128,7 +128,7 @@ def _line(key: str, title: str | None = None) -> Any:
     return reports.LinePlot(title=title or TITLES[key], x="tokens", y=[key], title_x="tokens trained on")
 
 
-def _sets(trials: Sequence[Trial]) -> list[str]:
+def _sets(trials: Sequence[RunSummary]) -> list[str]:
     return list(dict.fromkeys(curve.name for trial in trials for curve in trial.retention))
 
 

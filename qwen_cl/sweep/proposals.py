@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -106,7 +105,7 @@ class Proposals:
         """Empty where one of them was not measured."""
         measured = {Objective.val: result.val_loss, Objective.forgotten: result.forgotten}
         values = [measured[objective] for objective in self.options.objectives]
-        return [value for value in values if value is not None and math.isfinite(value)] if None not in values else []
+        return [value for value in values if value is not None] if None not in values else []
 
     def _new_records(self, trial: Trial) -> list[dict[str, Any]]:
         attempt = trial.record()["attempts"]

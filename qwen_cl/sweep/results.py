@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwen_cl.continual.report import LOSS, read_curves
+from qwen_cl.continual.report import LOSS
 from qwen_cl.data.named_sets import TARGET
+from qwen_cl.report.trials import read_measurements
 from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
-from qwen_cl.view import median_rate, print_facts, read_metrics
+from qwen_cl.view import print_facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +61,8 @@ def read_results(directory: Path) -> list[Result]:
 
 def read_result(directory: Path) -> Result:
     """Of one trial that was started."""
-    folder, record = RunFolder(directory), read_record(directory / RECORD)
-    status, records = folder.status(), _records(folder)
-    curves = {curve.name: curve for curve in read_curves(records, LOSS)}
-    target = curves.pop(TARGET, None)
-    training = [line for line in records if "train/loss" in line]
+    record, measured = read_record(directory / RECORD), read_measurements(RunFolder(directory))
+    status = measured.status
     never = f"it never started; {directory / 'launch.log'} says why"
     return Result(
         **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
@@ -75,12 +71,12 @@ def read_result(directory: Path) -> Result:
         state=(status.state or State.FAILED).value,
         reason=never if status.state is None else status.reason,
         step=status.step,
-        val_loss=_finite(target.values[-1]) if target else None,
-        first_val_loss=_finite(target.values[0]) if target else None,
-        train_loss=_finite(training[-1]["train/loss"]) if training else None,
-        retention={name: _finite(curve.values[-1]) for name, curve in curves.items()},
-        forgotten=_finite(statistics.fmean(curve.change for curve in curves.values())) if curves else None,
-        tokens_per_second=median_rate(training),
+        val_loss=measured.loss,
+        first_val_loss=measured.first_loss,
+        train_loss=measured.train_loss,
+        retention=measured.retention_losses,
+        forgotten=measured.forgotten,
+        tokens_per_second=measured.tokens_per_second,
         peak_memory_gib=status.peak_memory_gib,
     )
 
@@ -111,15 +107,6 @@ def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], c
                 f"{result.name}: {result.state}, {result.reason}", highlight=False, soft_wrap=True, markup=False
             )
     print_facts([*_verdict(results), *facts], console)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no other numbers."""
-    return value if math.isfinite(value) else None
-
-
-def _records(folder: RunFolder) -> list[dict[str, Any]]:
-    return read_metrics(folder) if folder.metrics_file.exists() else []
 
 
 def _row(result: Result) -> dict[str, Any]:
