@@ -146,7 +146,7 @@ def test_the_table_has_every_trial_with_its_figures(rendered: str) -> None:
         ["<b>何?</b>", "right", "answer & of step 0", "answer & of step 2"],
     ]
     facts = page.tables[-1]
-    assert ["data hash", "abc", "02, 01, 00"] in facts
+    assert ["data sha256", "abc", "02, 01, 00"] in facts
     assert ["device", "CPU", "04, 03, 05, 02, 01, 00"] in facts
 
 
