@@ -9,7 +9,7 @@ from typing import Any, cast
 if __name__ == "__main__":
     # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    # This process only tokenises: transformers would take seconds to import torch, and without it would say so.
+    # This process only tokenizes: transformers would take seconds to import torch, and without it would say so.
     os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 import hydra
@@ -18,15 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_cl.config.errors import (
-    EXIT_INTERRUPTED,
-    RunFailed,
-    RunPreempted,
-    UserError,
-    comes_of_an_interrupt,
-    explain,
-    refuse_added_keys,
-)
+from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, comes_of_an_interrupt
+from qwen_cl.config.hydra_errors import explain, refuse_added_keys
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import quote_arguments
 from qwen_cl.config.store import register_schemas
@@ -40,7 +33,7 @@ failures: list[UserError | RunFailed] = []
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
-    from qwen_cl.run_folder import remove_if_empty
+    from qwen_cl.runs.folder import remove_if_empty
 
     try:
         from qwen_cl.run import run

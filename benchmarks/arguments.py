@@ -26,13 +26,13 @@ def existing_device(text: str) -> str:
 
 
 def default_device() -> str:
-    from qwen_cl.devices import visible_gpus
+    from qwen_cl.planning.devices import visible_gpus
 
     return "cuda" if visible_gpus() else "cpu"
 
 
 def machine(device: str) -> str:
-    from qwen_cl.devices import visible_gpus
+    from qwen_cl.planning.devices import visible_gpus
 
     cpus = f"{len(os.sched_getaffinity(0))} CPU cores"
     return f"{visible_gpus()[0].name}, {cpus}" if device == "cuda" else f"a CPU, {cpus}"

@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import throughput
     from benchmarks.load import SHAPES, write_model
     from benchmarks.throughput_table import OURS
-    from qwen_cl.run_folder import versions
+    from qwen_cl.runs.provenance import versions
 
     on_gpu = (device := arguments.device or default_device()) == "cuda"
     results: dict[str, Any] = {

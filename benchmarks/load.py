@@ -94,9 +94,9 @@ def write_model(directory: Path, config: dict[str, Any]) -> int:
     """In Hugging Face layout, with the demo's tokenizer; returns the bytes of its tensors."""
     import shutil
 
-    from qwen_cl.source.architecture import read_architecture
-    from qwen_cl.source.families import count_parameters, expected_shapes
-    from qwen_cl.source.tensor_files import INDEX
+    from qwen_cl.models.architecture import read_architecture
+    from qwen_cl.models.formats.tensor_files import INDEX
+    from qwen_cl.models.weight_mapping import count_parameters, expected_shapes
 
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))

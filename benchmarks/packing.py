@@ -103,8 +103,8 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
     """Positions of each row, as the run counts them."""
     import numpy as np
 
-    from qwen_cl.config.tasks import LossOn
-    from qwen_cl.data.examples import build_examples, load_tokenizer
+    from qwen_cl.config.task.training import LossOn
+    from qwen_cl.data.examples import build_examples, load_data_tokenizer
     from qwen_cl.data.rows import RowFiles, read_rows
 
     random = np.random.default_rng(SEED)
@@ -115,7 +115,7 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
             text = " ".join(random.choice(vocabulary, size))
             cut = len(text) // 3
             stream.write(json.dumps({"prompt": text[:cut], "completion": text[cut:]}) + "\n")
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = load_data_tokenizer(str(model))
     rows, _ = read_rows(
         RowFiles(train=str(path), validation=None, validation_every=len(lengths), raw_text=False, fields={})
     )

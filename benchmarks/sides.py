@@ -33,10 +33,10 @@ def ours(model: Path, device: str) -> dict[str, Any]:
     config = _run_config(model, device)
     plan = _plan(config)
     _one_rank()
-    from qwen_cl.source.checkpoint import Checkpoint
-    from qwen_cl.source.reading import default_readers
-    from qwen_cl.source.shards import fill
-    from qwen_cl.source.staging import BUFFERS, block_size
+    from qwen_cl.models.formats.safetensors import Checkpoint
+    from qwen_cl.models.loading.buffers import BUFFERS, block_size
+    from qwen_cl.models.loading.megatron_shards import fill
+    from qwen_cl.models.loading.readers import default_readers
 
     _start(device)
     _build(replace(plan, architecture=replace(plan.architecture, num_layers=1, vocab_size=8)))  # its first use
@@ -221,9 +221,9 @@ def _run_config(model: Path, device: str) -> Any:
 
 
 def _plan(config: Any) -> Any:
-    from qwen_cl.config.schema import RunConfig
-    from qwen_cl.plan import make_plan
-    from qwen_cl.worker import prepare
+    from qwen_cl.config.run import RunConfig
+    from qwen_cl.planning.plan import make_plan
+    from qwen_cl.training.worker import prepare
 
     plan = make_plan(cast(RunConfig, config))
     prepare(plan.config)
@@ -246,7 +246,7 @@ def _build(plan: Any) -> Any:
     import fiddle
     from megatron.core.transformer.module import Float16Module
 
-    from qwen_cl.megatron.model import build_model
+    from qwen_cl.training.model.build import build_model
 
     megatron = fiddle.build(build_model(plan.config, plan.architecture, None).config)
     module = megatron.configure_model(None, True, True).cuda()

@@ -79,7 +79,7 @@ def main() -> int:
 
 def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     from benchmarks.load import write_model
-    from qwen_cl.run_folder import versions
+    from qwen_cl.runs.provenance import versions
 
     on_gpu = device == "cuda"
     common = {
@@ -137,10 +137,10 @@ def _matrix_flops(device: str) -> float:
 
 
 def _write_tokens(common: dict[str, Any], vocab_size: int) -> int:
-    """The rows that ``data=mock`` has (qwen_cl/data/sources.py), in the order in which a run takes them."""
+    """The rows that ``data=mock`` has (qwen_cl/data/datamodule.py), in the order in which a run takes them."""
     import numpy as np
 
-    from qwen_cl.data.batches import epoch_order
+    from qwen_cl.data.batching import epoch_order
 
     size = common["global_batch_size"]
     rows = size * (common["warmup_steps"] + 2 * common["timed_steps"])  # of the longest visit

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import SHAPES
-from qwen_cl.config.schema import TARGET_MODULES, LoraConfig
-from qwen_cl.flops import peak_flops, training_flops
+from qwen_cl.config.peft import TARGET_MODULES, LoraConfig
 from qwen_cl.models.adapter_methods import adapter_parameters
-from qwen_cl.source.architecture import read_architecture
+from qwen_cl.models.architecture import read_architecture
+from qwen_cl.planning.flops import peak_flops, training_flops
 
 DEMO = Path(__file__).resolve().parents[1] / "qwen_cl/demo/model"
 OURS = "qwen_cl"

@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the temporary directory with models and runs is made")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, write_model
-    from qwen_cl.devices import visible_gpus
+    from qwen_cl.planning.devices import visible_gpus
 
     device = arguments.device or default_device()
     if device == "cuda" and (gpus := len(visible_gpus())) < 2:

@@ -19,15 +19,15 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo import lightning as nl
 
-from qwen_cl.callbacks import MaskPaddedVocabulary
 from qwen_cl.config.errors import UserError
-from qwen_cl.source import nemo
-from qwen_cl.source.architecture import Architecture, read_architecture
-from qwen_cl.source.compatibility import check_model_config
-from qwen_cl.source.reference import local_directory, read_model_config, resolve
-from qwen_cl.source.tokenizer import load_tokenizer
+from qwen_cl.models.architecture import Architecture, read_architecture
+from qwen_cl.models.loading import nemo_hooks
+from qwen_cl.models.loading.compatibility import check_model_config
+from qwen_cl.models.loading.tokenizer import load_tokenizer
+from qwen_cl.models.reference import local_directory, read_model_config, resolve
+from qwen_cl.training.callbacks.vocabulary import MaskPaddedVocabulary
 
-nemo.install()
+nemo_hooks.install()
 
 
 def from_hugging_face(recipe: run.Partial, source: str) -> run.Partial:

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from qwen_cl.megatron.imports import import_megatron
-from qwen_cl.run_folder import RunFolder
-from tests.warm import warm_environment
+from qwen_cl.patches.imports import import_megatron
+from qwen_cl.runs.folder import RunFolder
+from tests.support.warm import warm_environment
 
-pytest_plugins = ["tests.fault_table"]
+pytest_plugins = ["tests.support.fault_table"]
 import_megatron()  # before a test module imports Megatron by itself
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started the tests in the background did that
@@ -50,7 +50,8 @@ class Launched:
 
 
 def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None, warm: bool = False) -> Launched:
-    """Run the launcher as a user would, into ``directory``; ``warm``: what it starts has NeMo already (tests.warm)."""
+    """Run the launcher as a user would, into ``directory``; ``warm``: what it starts has NeMo already
+    (tests.support.warm)."""
     variables = {**os.environ, **(environment or {})}
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],

@@ -1,11 +1,11 @@
-"""Saves logits of a family that is one more entry of ``FAMILIES``, and nothing else. Run by ``tests.ranks``."""
+"""Saves logits of a family that is one more entry of ``FAMILIES``, and nothing else. Run by ``tests.support.ranks``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qwen_cl.models.families import FAMILIES, Family, SlidingWindow
-from tests import layout_probe
+from tests.support import layout_probe
 
 MINISTRAL = Family(
     model_type="ministral",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen_cl.cluster.job import act
-from qwen_cl.config.job import JobConfig
-from tests.exporting import composed
+from qwen_cl.config.task.job import JobConfig
+from qwen_cl.launch.slurm.job import act
 from tests.invocations import invocation
+from tests.support.exporting import composed
 
 
 def job_task(run: object, action: str, *overrides: str) -> None:

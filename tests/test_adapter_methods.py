@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qwen_cl.config.schema import PeftConfig
+from qwen_cl.config.peft import PeftConfig
 from qwen_cl.config.store import register_schemas
 from qwen_cl.models.adapter_methods import adapter_of, describe_method
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 

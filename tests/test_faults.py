@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from qwen_cl.checkpoints.folder import PARTIAL, newest_good, whole_checkpoints
-from qwen_cl.checkpoints.manifest import verify
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.checkpoints import PARTIAL, complete_checkpoints, latest_valid_checkpoint
+from qwen_cl.runs.folder import RunFolder
+from qwen_cl.runs.manifest import verify
 from tests.conftest import ROOT
-from tests.cut_off import (
+from tests.support.fault_table import Row
+from tests.support.interrupted_runs import (
     AtRecord,
     AtSave,
     copy_of,
@@ -34,7 +35,6 @@ from tests.cut_off import (
     watch_files,
     whole_and_killed,
 )
-from tests.fault_table import Row
 
 LORA = overrides_of("lora")
 NOTHING = "nothing: losses to the last bit those of a run that was left alone"
@@ -55,8 +55,8 @@ def goes_on(folder: RunFolder, whole: RunFolder) -> None:
 
 
 def test_killed_between_steps(runs: tuple[RunFolder, RunFolder], row: Row) -> None:
-    """Going on is in tests/test_resume.py; here only that it was so."""
-    assert [checkpoint.step for checkpoint in whole_checkpoints(runs[1].checkpoints)] == [4, 2]
+    """Going on is in tests/runs/test_resume.py; here only that it was so."""
+    assert [checkpoint.step for checkpoint in complete_checkpoints(runs[1].checkpoints)] == [4, 2]
     row("kill -9 between two steps", "goes on from the newest checkpoint", NOTHING)
 
 
@@ -182,14 +182,14 @@ def test_killed_while_it_saves(runs: tuple[RunFolder, RunFolder], tmp_path: Path
     assert ended.returncode == 0, ended.log[-2000:]
     found = []
     for copied in sorted(moments.iterdir()):
-        newest, damaged = newest_good(copied)
+        newest, damaged = latest_valid_checkpoint(copied)
         assert newest is not None
         assert damaged == []
         found.append(newest.step)
     assert len(found) > 20
     assert sorted(found) == found
     assert set(found) == {2, 4}  # the change after which it is 6 is the last
-    assert whole_checkpoints(folder.checkpoints)[0].step == 6
+    assert complete_checkpoints(folder.checkpoints)[0].step == 6
     killed = copy_of(runs[1], tmp_path / "killed")
     assert train(killed, *LORA, fault=DieAtMoment(len(found) // 4)).returncode == -signal.SIGKILL
     goes_on(killed, runs[0])
@@ -216,7 +216,7 @@ def test_asked_to_stop(moment: str, runs: tuple[RunFolder, RunFolder], tmp_path:
     status = folder.status()
     stopped_at = fault.step + (moment == "in saving")  # the step is over by then
     assert (status.state, status.reason, status.step) == ("PREEMPTED", "stopped on request", stopped_at)
-    assert whole_checkpoints(folder.checkpoints)[0].step == stopped_at
+    assert complete_checkpoints(folder.checkpoints)[0].step == stopped_at
     assert folder.adapter.is_dir()
     if moment == "in saving":  # the others would go on alike
         goes_on(folder, runs[0])
@@ -231,7 +231,7 @@ def test_out_of_time(tmp_path: Path, row: Row) -> None:
     folder = RunFolder(tmp_path / "run")
     assert train(folder, *LORA, "task.max_time=00:00:01", fault=AtRecord(2, None, sleep=1.5)).returncode == 75
     assert (folder.status().state, folder.status().reason) == ("PREEMPTED", "task.max_time is up")
-    (newest, *_) = whole_checkpoints(folder.checkpoints)
+    (newest, *_) = complete_checkpoints(folder.checkpoints)
     assert newest.step == folder.status().step < 6
     row("task.max_time is up", "saves after the step, PREEMPTED, exit code 75", "nothing")
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number(runs: tuple[RunFolder, RunFolder], tmp_path: P
     assert folder.status().state == "FAILED"
     assert str(folder.status().reason).startswith("FloatingPointError: ")
     assert "lower lr" in str(folder.status().reason)
-    assert [checkpoint.step for checkpoint in whole_checkpoints(folder.checkpoints)] == [4, 2]
+    assert [checkpoint.step for checkpoint in complete_checkpoints(folder.checkpoints)] == [4, 2]
     for step in (2, 4):
         verify(folder.checkpoints / f"step={step}")
     row(
@@ -315,7 +315,7 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
 
 def checks(folder: RunFolder) -> None:
     assert "What was saved before is untouched; make room" in str(folder.status().reason)
-    assert [checkpoint.step for checkpoint in whole_checkpoints(folder.checkpoints)] == [4, 2]
+    assert [checkpoint.step for checkpoint in complete_checkpoints(folder.checkpoints)] == [4, 2]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step=2", "step=4"]
 
 

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Launched, launch
-from tests.exporting import run_export
-from tests.sweeping import sweep
+from tests.support.exporting import run_export
+from tests.support.sweeping import sweep
 
 OLD = ROOT / "tests/old_runs"
 WRITTEN_AT = "/tmp/old_runs"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_cl.config.file import load_config
+from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.folder import RunFolder
 from tests.conftest import ROOT, Launched, launch
-from tests.fault_table import Row
+from tests.support.fault_table import Row
 
 
 def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> None:

@@ -15,15 +15,15 @@ import pytest
 from filelock import FileLock
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.failure import FailureKind, SaveError, failure_kind_of
+from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import JobRecord, RunStatus, State, WandbRecord, parse_status
 
 ROOT = Path(__file__).resolve().parents[1]
 
 WRITER = """
 import sys
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.folder import RunFolder
 folder, name, times = RunFolder(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for number in range(times):
     folder.update_status(**{name: f"{number}"})
@@ -31,7 +31,7 @@ for number in range(times):
 
 FINISHER = """
 import sys
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import State
 print("ready", flush=True)
@@ -41,7 +41,7 @@ RunFolder(sys.argv[1]).finish(State.FAILED, sys.argv[2], FailureKind.error)
 
 UPDATER = """
 import sys
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.runs.folder import RunFolder
 folder, step = RunFolder(sys.argv[1]), 0
 while True:
     step += 1
@@ -112,7 +112,7 @@ def test_a_writer_that_is_killed_keeps_nobody_from_writing(tmp_path: Path) -> No
 def test_a_writer_that_is_stopped_keeps_nobody_from_the_final_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_cl.run_folder.STATUS_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("qwen_cl.runs.folder.STATUS_LOCK_SECONDS", 0.2)
     folder = RunFolder(tmp_path)
     folder.mark_running()
     updater = start(UPDATER, tmp_path)

@@ -1,1 +1,1 @@
-"""Names, types and rules of a run; imports neither torch nor NeMo."""
+"""The typed config: the same groups as conf/, and which of its keys affect the result. No torch."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 
-from qwen_cl.config.errors import UserError, unknown_key
-from qwen_cl.config.rules import require
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.hydra_errors import unknown_key
+from qwen_cl.config.validation import require
 
 TEXT = "text"
 PAIR = ("prompt", "completion")
@@ -115,7 +116,7 @@ class MockDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TextDataConfig(ChatDataConfig):
-    """Raw text, tokenised once into Megatron's indexed format."""
+    """Raw text, tokenized once into Megatron's indexed format."""
 
     path: str
     """A file, a glob, a directory, ``hf://datasets/ORG/NAME[@REVISION]``, or the prefix of an indexed dataset."""
@@ -135,13 +136,13 @@ class TextDataConfig(ChatDataConfig):
     """``split`` of ``validation_path``."""
     validation_share: float
     workers: int | None
-    """Processes that tokenise; None for one a core."""
+    """Processes that tokenize; None for one a core."""
     near_duplicates: NearDuplicates
     """Of those held out of ``path`` to validate on: they train instead, with ``move``."""
     allow_overlap: bool
     """Train although documents that validate, or rows of a retention set, are trained on too."""
     cache: str | None
-    """Directory of what was tokenised; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
+    """Directory of what was tokenized; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
 
     def __post_init__(self) -> None:
         ChatDataConfig.__post_init__(self)

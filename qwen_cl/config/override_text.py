@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import override_key, quoted
+from qwen_cl.config.overrides import override_key, quoted
 
 AS_TYPED = "task.prompt"
 """Neither interpolated nor a sweep."""
@@ -195,10 +195,10 @@ def _quoted_as_typed(read: QuotedString, value: str) -> str:
 @cache
 def _text_keys() -> frozenset[str]:
     """Every key whose value is text: paths, names, prompts."""
-    from qwen_cl.config import schema
+    from qwen_cl.config import run, wandb
     from qwen_cl.config.store import GROUPS
 
-    owners = [("", schema.RunConfig), ("wandb.", schema.WandbConfig)]
+    owners = [("", run.RunConfig), ("wandb.", wandb.WandbConfig)]
     owners += [(f"{group}.", kind) for group, kinds in GROUPS.items() for kind in kinds.values()]
     found = {f"{owner}{name}" for owner, kind in owners for name in _text_fields(kind)}
     return frozenset({*found, *FOLDERS})

@@ -7,23 +7,24 @@ from typing import get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import answers, clusters, data, forgetting, job, report, resume, schema, speed, stages, sweep, tasks
+from qwen_cl.config import cluster, data, model, peft, replay, resume, run, speed, sweep
 from qwen_cl.config.paths import PACKAGE
+from qwen_cl.config.task import continual, export, inference, inspect, job, report, training
 
 GROUPS: dict[str, dict[str, type]] = {
-    "model": {"model_schema": schema.ModelConfig},
+    "model": {"model_schema": model.ModelConfig},
     "task": {
-        "finetune_schema": tasks.FinetuneConfig,
-        "pretrain_schema": tasks.PretrainConfig,
-        "inspect_schema": tasks.InspectConfig,
-        "export_schema": tasks.ExportConfig,
-        "continual_schema": stages.ContinualConfig,
-        "evaluate_schema": answers.EvaluateConfig,
-        "generate_schema": answers.GenerateConfig,
+        "finetune_schema": training.FinetuneConfig,
+        "pretrain_schema": training.PretrainConfig,
+        "inspect_schema": inspect.InspectConfig,
+        "export_schema": export.ExportConfig,
+        "continual_schema": continual.ContinualConfig,
+        "evaluate_schema": inference.EvaluateConfig,
+        "generate_schema": inference.GenerateConfig,
         "report_schema": report.ReportConfig,
         "job_schema": job.JobConfig,
     },
-    "peft": {"none_schema": schema.PeftConfig, "lora_schema": schema.LoraConfig, "dora_schema": schema.DoraConfig},
+    "peft": {"none_schema": peft.PeftConfig, "lora_schema": peft.LoraConfig, "dora_schema": peft.DoraConfig},
     "data": {
         "demo_schema": data.DemoDataConfig,
         "file_schema": data.FileDataConfig,
@@ -31,18 +32,18 @@ GROUPS: dict[str, dict[str, type]] = {
         "text_schema": data.TextDataConfig,
     },
     "replay": {
-        "replay_schema": forgetting.ReplayConfig,
-        "file_replay_schema": forgetting.FileReplayConfig,
-        "generated_replay_schema": forgetting.GeneratedReplayConfig,
+        "replay_schema": replay.ReplayConfig,
+        "file_replay_schema": replay.FileReplayConfig,
+        "generated_replay_schema": replay.GeneratedReplayConfig,
     },
-    "retention": {"retention_schema": forgetting.RetentionConfig},
+    "retention": {"retention_schema": replay.RetentionConfig},
     "resume": {"auto_resume_schema": resume.AutoResumeConfig, "never_resume_schema": resume.ResumeConfig},
     "cluster": {
-        "local_schema": schema.LocalConfig,
-        "slurm_schema": clusters.SlurmConfig,
-        "docker_schema": clusters.DockerConfig,
-        "kubernetes_schema": clusters.KubernetesConfig,
-        "skypilot_schema": clusters.SkypilotConfig,
+        "local_schema": cluster.LocalConfig,
+        "slurm_schema": cluster.SlurmConfig,
+        "docker_schema": cluster.DockerConfig,
+        "kubernetes_schema": cluster.KubernetesConfig,
+        "skypilot_schema": cluster.SkypilotConfig,
     },
     "speed": {"speed_schema": speed.SpeedConfig},
 }
@@ -58,7 +59,7 @@ HYDRA_GROUPS: dict[str, dict[str, type]] = {
 def register_schemas() -> None:
     """Idempotent; also defines ``${package_path:…}``, the path of a file shipped inside this package."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=schema.RunConfig)
+    store.store(name="run_schema", node=run.RunConfig)
     for group, schemas in {**GROUPS, **HYDRA_GROUPS}.items():
         for name, node in schemas.items():
             store.store(group=group, name=name, node=_with_open_mappings(node))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import require
+from qwen_cl.config.validation import require
 
 PLUGINS = "hydra_plugins.qwen_cl_sweeps"
 

@@ -1,1 +1,1 @@
-"""Learning measured beside forgetting."""
+"""Stages trained one after another, with learning and forgetting measured."""

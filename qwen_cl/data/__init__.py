@@ -1,1 +1,1 @@
-"""From files of rows to NeMo data modules."""
+"""From files to rows to the data module."""

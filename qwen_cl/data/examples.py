@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.tasks import LossOn
-from qwen_cl.data.chat import check_conversation, render_conversation
-from qwen_cl.data.conversations import Conversation
+from qwen_cl.config.task.training import LossOn
+from qwen_cl.data.chat.conversations import Conversation
+from qwen_cl.data.chat.encode import check_conversation, render_conversation
 from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, loss_spans
 from qwen_cl.data.rows import Row, Text
-from qwen_cl.tokenizer.normalized import open_tokenizer
+from qwen_cl.models.tokenizer.normalized import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def _document(row: Text, tokenizer: PreTrainedTokenizerBase, delimiters: Delimit
     return [*bos, *encode_text(tokenizer, row.text), delimiters.eos_id]
 
 
-def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+def load_data_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, from its files alone.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from qwen_cl.config.data import ALPACA, PAIR, TURNS
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.lines import DECODER, json_fault
+from qwen_cl.data.jsonl import DECODER, json_fault
 
 INSTRUCTION, OUTPUT, INPUT = ALPACA
 FORMS = (PAIR, *((name,) for name in TURNS), (INSTRUCTION, OUTPUT))

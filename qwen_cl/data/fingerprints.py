@@ -1,7 +1,7 @@
 """What stands for a text where texts are compared: the whole of it, and its pieces. No torch.
 
-Rows are compared by what they say: normalised, and without tokens that are whitespace alone. A corpus is compared as
-it is tokenised, without the latter too; whatever is compared with it must be read the same way.
+Rows are compared by what they say: normalized, and without tokens that are whitespace alone. A corpus is compared as
+it is tokenized, without the latter too; whatever is compared with it must be read the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_cl.data.normalisation import normalise, text_key
+from qwen_cl.data.normalize import normalize, text_key
 from qwen_cl.data.raw_text import encode_text, encode_texts
 
 if TYPE_CHECKING:
@@ -45,17 +45,17 @@ Fingerprints = Callable[[Iterable[str]], Iterator[Fingerprint]]
 
 def row_fingerprints(texts: Iterable[str], encode: Encode) -> Iterator[Fingerprint]:
     """Lazily, some texts at a time."""
-    normalised = map(normalise, texts)
-    while chunk := list(itertools.islice(normalised, CHUNK)):
+    normalized = map(normalize, texts)
+    while chunk := list(itertools.islice(normalized, CHUNK)):
         for text, ids in zip(chunk, encode(chunk)):
             yield Fingerprint(text_key(text), gram_hashes(ids))
 
 
-def of_rows(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+def row_fingerprinter(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
     return functools.partial(row_fingerprints, encode=content_encoder(tokenizer))
 
 
-def of_tokens(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> Iterator[Fingerprint]:
+def token_fingerprints(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> Iterator[Fingerprint]:
     """Of documents of a corpus, without their BOS and end-of-text."""
     is_blank = _blank_tokens(tokenizer)
     for ids in documents:
@@ -64,12 +64,12 @@ def of_tokens(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> I
         yield Fingerprint(key, gram_hashes(kept))
 
 
-def as_corpora(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
-    """Of texts, as ``of_tokens`` has them once they are tokenised for a corpus."""
+def corpus_fingerprinter(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    """Of texts, as ``token_fingerprints`` has them once they are tokenized for a corpus."""
 
     def fingerprints(texts: Iterable[str]) -> Iterator[Fingerprint]:
         encoded = (np.array(encode_text(tokenizer, text), np.int64) for text in texts)
-        return of_tokens(encoded, tokenizer)
+        return token_fingerprints(encoded, tokenizer)
 
     return fingerprints
 

@@ -14,14 +14,14 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from qwen_cl.config.cache import cache_home
 from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.hub_dataset import COMMIT, is_hub_dataset, parse_reference, pin, read_hub_records
+from qwen_cl.data.corpus.hub_revisions import recall, remember
 from qwen_cl.data.corpus.parquet_records import without_nulls
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.corpus.references import recall, remember
+from qwen_cl.files.cache import cache_home
 
 SPLIT = "train"
 """Where none is named."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwen_cl.data.batches import epoch_order
+from qwen_cl.data.batching import epoch_order
 from qwen_cl.data.examples import Example
 
 

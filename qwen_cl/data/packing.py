@@ -11,8 +11,8 @@ from qwen_cl.data.examples import Example
 def pack_examples(examples: Sequence[Example], sequence_length: int) -> list[Example]:
     """Fewer and longer examples, of at most ``sequence_length`` positions, whose segments are the ones given.
 
-    Attention must be kept within each segment (qwen_cl/megatron/attention.py). Nothing is cut, and a row that fills a
-    sequence has it to itself. The same examples always fall together; packs come in the order of their first.
+    Attention must be kept within each segment (qwen_cl/training/model/attention.py). Nothing is cut, and a row that
+    fills a sequence has it to itself. The same examples always fall together; packs come in the order of their first.
     """
     sizes = [example.num_positions for example in examples]
     return [_joined([examples[index] for index in pack]) for pack in plan_packs(sizes, sequence_length)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from qwen_cl.config.data import PAIR, TEXT, DataConfig, DemoDataConfig, FileDataConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.tasks import PretrainConfig, TaskConfig
-from qwen_cl.data.conversations import Conversation, check_text, parse_conversation
+from qwen_cl.config.task.training import PretrainConfig, TaskConfig
+from qwen_cl.data.chat.conversations import Conversation, check_text, parse_conversation
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.conversations import check_text
+from qwen_cl.data.chat.conversations import check_text
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset

@@ -1,1 +1,1 @@
-"""Files and folders on disk: whole or not there, and known by their hash."""
+"""Atomic files and folders, and the home of the cache."""

@@ -1,1 +1,1 @@
-"""Asking a model, or what a run made of it: answers, losses, benchmarks."""
+"""Tasks on a finished run: evaluate, generate, export."""

@@ -9,17 +9,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qwen_cl.config.answers import EvaluateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.invocation import Invocation
-from qwen_cl.config.schema import RunConfig
-from qwen_cl.data.chat import check_chat_template
-from qwen_cl.data.named_sets import local_sets, read_sets, score_set
-from qwen_cl.inference.child import run_child
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.task.inference import EvaluateConfig
+from qwen_cl.data.chat.encode import check_chat_template
+from qwen_cl.data.eval_sets import local_sets, read_sets, score_set
+from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.prompts import check_prompts, read_prompts
-from qwen_cl.inference.subject import Subject, find_subject, output_file, pinned, require_length, settle
-from qwen_cl.trained_run import find_base
-from qwen_cl.view import print_facts
+from qwen_cl.inference.target_model import (
+    TargetModel,
+    find_subject,
+    output_file,
+    pinned,
+    require_length,
+    resolve_target,
+)
+from qwen_cl.inference.trained_run import find_base
+from qwen_cl.reporting.console import print_facts
 
 
 def evaluate(config: RunConfig, task: EvaluateConfig, invocation: Invocation) -> None:
@@ -38,14 +45,14 @@ def evaluate(config: RunConfig, task: EvaluateConfig, invocation: Invocation) ->
     run_child(pinned(config, task, subject), "task=evaluate")
 
 
-def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) -> tuple[RunConfig, Subject]:
+def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) -> tuple[RunConfig, TargetModel]:
     """Settled config and checked model; the sets and prompts are checked too. Raises UserError."""
     if not task.sets and not task.lm_eval and task.prompts is None:
         raise UserError(
             "task=evaluate has nothing to do; name sets like 'task.sets={japanese: ja.jsonl}', task.prompts or "
             "task.lm_eval"
         )
-    config = settle(config, task, overrides)
+    config = resolve_target(config, task, overrides)
     output_file(task)
     _check_harness(task)
     sets = read_sets(task.sets, "task.sets")
@@ -60,7 +67,7 @@ def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence
     return config, subject
 
 
-def _check_samples(task: EvaluateConfig, subject: Subject) -> None:
+def _check_samples(task: EvaluateConfig, subject: TargetModel) -> None:
     if task.prompts is None:
         return
     prompts = read_prompts(Path(task.prompts).expanduser(), raw=task.raw)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qwen_cl.config.answers import GenerateConfig
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.invocation import Invocation
-from qwen_cl.config.schema import RunConfig
-from qwen_cl.data.stop_tokens import no_end_warning, teaches_to_stop
-from qwen_cl.inference.child import run_child
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.task.inference import GenerateConfig
+from qwen_cl.data.chat.stop_tokens import no_end_warning, teaches_to_stop
+from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.prompts import Prompt, check_prompts, one_prompt, read_prompts
-from qwen_cl.inference.subject import find_subject, output_file, pinned, settle
-from qwen_cl.view import print_facts
+from qwen_cl.inference.target_model import find_subject, output_file, pinned, resolve_target
+from qwen_cl.reporting.console import print_facts
 
 
 def generate(config: RunConfig, task: GenerateConfig, invocation: Invocation) -> None:
@@ -27,7 +27,7 @@ def generate(config: RunConfig, task: GenerateConfig, invocation: Invocation) ->
     """
     if (task.prompt is None) == (task.prompts is None):
         raise UserError("task.prompt or task.prompts must be given, and not both: a prompt, or a file of them")
-    config = settle(config, task, invocation.overrides)
+    config = resolve_target(config, task, invocation.overrides)
     output = output_file(task)
     prompts = prompts_of(task)
     subject = find_subject(config, task)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from qwen_cl.config.schema import Accelerator, ClusterConfig, Precision
-from qwen_cl.inference.subject import Subject
-from qwen_cl.source.normalized import transformers_config
-from qwen_cl.trained_run import import_quietly, open_trained
+from qwen_cl.config.cluster import Accelerator, ClusterConfig, Precision
+from qwen_cl.inference.target_model import TargetModel
+from qwen_cl.inference.trained_run import import_quietly, open_trained
+from qwen_cl.models.normalized import transformers_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ class Tensors(Protocol):
 
 
 @torch.no_grad()
-def load_model(subject: Subject, cluster: ClusterConfig) -> PreTrainedModel:
+def load_model(subject: TargetModel, cluster: ClusterConfig) -> PreTrainedModel:
     """In evaluation mode, on the device and in the precision that ``cluster`` has settled.
 
     Needs the model once, and one tensor of it at a time beside that. In fp32 a merged adapter is exact; in bf16 its
@@ -40,21 +40,21 @@ def load_model(subject: Subject, cluster: ClusterConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _tensors(subject: Subject, dtype: torch.dtype) -> Tensors:
+def _tensors(subject: TargetModel, dtype: torch.dtype) -> Tensors:
     if subject.run is not None:
         trained = open_trained(subject.run, subject.directory)
-        from qwen_cl.source.merged import MergedModel
+        from qwen_cl.models.export.merged import MergedModel
 
         return MergedModel(trained, dtype).read
     import_quietly()
-    from qwen_cl.source.nemo_tensors import open_tensors
+    from qwen_cl.models.loading.base_tensors import open_tensors
 
     assert subject.directory is not None
     tensors = open_tensors(subject.directory, subject.architecture, subject.adapter)
     return lambda name: tensors.read(name, slice(None))
 
 
-def _empty_model(subject: Subject, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _empty_model(subject: TargetModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = transformers_config(subject.config)

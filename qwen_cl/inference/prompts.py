@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.data import TURNS
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.chat import check_chat_template, render_prompt
-from qwen_cl.data.conversations import USER, Conversation, Message, check_text, parse_prompt
+from qwen_cl.data.chat.conversations import USER, Conversation, Message, check_text, parse_prompt
+from qwen_cl.data.chat.encode import check_chat_template, render_prompt
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, format_of
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.fields import INSTRUCTION, name_prompt
 from qwen_cl.data.hub_copy import plain_json
-from qwen_cl.data.lines import numbered_lines
+from qwen_cl.data.jsonl import numbered_lines
 from qwen_cl.data.raw_text import encode_start
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> list[int]:
-    """Token ids; a conversation tokenised as in training, a raw text as the model's tokenizer starts texts."""
+    """Token ids; a conversation tokenized as in training, a raw text as the model's tokenizer starts texts."""
     if raw:
         return encode_start(tokenizer, prompt.last)
     return render_prompt(prompt.conversation, tokenizer)

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.forgetting import FileReplayConfig, GeneratedReplayConfig
-from qwen_cl.config.schema import RunConfig
-from qwen_cl.data.examples import load_tokenizer
+from qwen_cl.config.replay import FileReplayConfig, GeneratedReplayConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.data.raw_text import document_delimiters
-from qwen_cl.inference.child import run_child
-from qwen_cl.inference.subject import find_model, write_whole
-from qwen_cl.source.base_adapter import adapter_directory, read_adapter
-from qwen_cl.source.fingerprint import fingerprint
-from qwen_cl.source.nemo_context import tokenizer_directory
-from qwen_cl.source.reference import local_directory, resolve
-from qwen_cl.source.settings import HubSettings
+from qwen_cl.files.atomic import write_whole
+from qwen_cl.files.cache import cache_home
+from qwen_cl.inference.child_process import run_child
+from qwen_cl.inference.target_model import find_model
+from qwen_cl.models.fingerprint import fingerprint
+from qwen_cl.models.formats.nemo_layout import tokenizer_directory
+from qwen_cl.models.hub.settings import HubSettings
+from qwen_cl.models.loading.base_adapter import adapter_directory, read_adapter
+from qwen_cl.models.reference import local_directory, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:
 
 def _bos_id(config: RunConfig) -> int | None:
     model = resolve(config.model.source, HubSettings.of(config.model), weights=False)
-    return document_delimiters(load_tokenizer(str(tokenizer_directory(model.directory)))).bos_id
+    return document_delimiters(load_data_tokenizer(str(tokenizer_directory(model.directory)))).bos_id
 
 
 def _samples(

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from qwen_cl.config.answers import EvaluateConfig, GenerateConfig
 from qwen_cl.config.errors import RunFailed, UserError
-from qwen_cl.config.file import load_config
-from qwen_cl.config.forgetting import GeneratedReplayConfig
-from qwen_cl.config.schema import RunConfig
+from qwen_cl.config.replay import GeneratedReplayConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
-from qwen_cl.config.tasks import TrainingConfig
-from qwen_cl.data.named_sets import read_sets, score_set
+from qwen_cl.config.task.inference import EvaluateConfig, GenerateConfig
+from qwen_cl.config.task.training import TrainingConfig
+from qwen_cl.data.eval_sets import read_sets, score_set
 from qwen_cl.data.set_files import set_hash
-from qwen_cl.inference.child import report_mistake
+from qwen_cl.files.atomic import write_whole
+from qwen_cl.inference.child_process import report_mistake
 from qwen_cl.inference.generate import prompts_of
 from qwen_cl.inference.prompts import Prompt, read_prompts
-from qwen_cl.inference.results import print_losses, print_samples, print_scores
-from qwen_cl.inference.subject import Subject, find_model, find_subject, output_file, write_whole
+from qwen_cl.inference.tables import print_losses, print_samples, print_scores
+from qwen_cl.inference.target_model import TargetModel, find_model, find_subject, output_file
 
 if TYPE_CHECKING:
-    from qwen_cl.inference.sampling import Answer
+    from qwen_cl.inference.generation import Answer
 
 
 def main(directory: str) -> int:
@@ -63,8 +64,8 @@ def work(config: RunConfig) -> None:
 
 
 def _generate(config: RunConfig, task: GenerateConfig) -> None:
+    from qwen_cl.inference.generation import answers
     from qwen_cl.inference.model import load_model
-    from qwen_cl.inference.sampling import answers
 
     output, prompts = output_file(task), prompts_of(task)
     subject = find_subject(config, task)
@@ -78,7 +79,7 @@ def _generate(config: RunConfig, task: GenerateConfig) -> None:
 
 
 def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
-    from qwen_cl.inference.losses import set_loss
+    from qwen_cl.inference.loss import set_loss
     from qwen_cl.inference.model import load_model
 
     output, console = output_file(task), Console()
@@ -95,7 +96,7 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
         print(f"{named.name}: loss {losses[named.name].loss:.4f}", flush=True)
     scores: dict[str, Any] = {}
     if task.lm_eval:
-        from qwen_cl.inference.harness import run_harness
+        from qwen_cl.inference.lm_eval import run_harness
 
         scores = run_harness(model, tokenizer, task, config.seed)
     samples = _samples(before, _answers(config, task, model, tokenizer, prompts))
@@ -109,7 +110,7 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
 FORMAT: dict[str, Any] = {"indent": 2, "ensure_ascii": False}
 
 
-def _base_answers(config: RunConfig, task: EvaluateConfig, subject: Subject, prompts: list[Prompt]) -> list[Answer]:
+def _base_answers(config: RunConfig, task: EvaluateConfig, subject: TargetModel, prompts: list[Prompt]) -> list[Answer]:
     """Before the trained model is loaded, so that only one is in memory."""
     from qwen_cl.inference.model import load_model
 
@@ -126,7 +127,7 @@ def _base_answers(config: RunConfig, task: EvaluateConfig, subject: Subject, pro
 def _answers(
     config: RunConfig, task: EvaluateConfig, model: Any, tokenizer: Any, prompts: list[Prompt]
 ) -> list[Answer]:
-    from qwen_cl.inference.sampling import answers
+    from qwen_cl.inference.generation import answers
 
     return list(answers(model, tokenizer, prompts, task, config.seed))
 
@@ -140,7 +141,7 @@ def _samples(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str
 def _record(
     config: RunConfig,
     task: EvaluateConfig,
-    subject: Subject,
+    subject: TargetModel,
     losses: dict[str, Any],
     scores: dict[str, Any],
     samples: list[dict[str, Any]],

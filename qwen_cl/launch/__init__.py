@@ -1,1 +1,1 @@
-"""The processes of a run, on this machine or in a cluster: started, watched, and stopped."""
+"""Processes of a run: started, supervised, and their failures traced to one rank."""

@@ -1,1 +1,1 @@
-"""From a model reference to pinned, checked files, to Megatron's shards; and back to Hugging Face."""
+"""Base models: their families, their files, and their way into Megatron and back."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qwen_cl.config.schema import DoraConfig, LoraConfig, PeftConfig
-from qwen_cl.source.architecture import Architecture
-from qwen_cl.source.families import LAYER_PREFIX, count_parameters, fused_shape, layer_rules
+from qwen_cl.config.peft import DoraConfig, LoraConfig, PeftConfig
+from qwen_cl.models.architecture import Architecture
+from qwen_cl.models.weight_mapping import LAYER_PREFIX, count_parameters, fused_shape, layer_rules
 
 if TYPE_CHECKING:
     import torch

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_CLASSES = r"nemo\.collections\.llm\.gpt\.model\."
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers that ``layer_types`` of a config.json may name."""
 DEFAULT_TOKENIZER = "LlamaTokenizer"

@@ -1,1 +1,1 @@
-"""What is changed in NeMo, Megatron, Lightning and torch."""
+"""Everything that is replaced in NeMo, Megatron, and torch."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and what its files say of it."""
+"""The folder of a run: its status, metrics, checkpoints, and what resuming it takes."""

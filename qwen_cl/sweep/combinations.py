@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.rules import override_key
+from qwen_cl.config.overrides import override_key
 from qwen_cl.config.store import GROUPS
 
 CHOOSERS = (*GROUPS, "experiment")

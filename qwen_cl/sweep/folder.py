@@ -8,11 +8,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qwen_cl.cluster.truth import refresh, seconds_of
 from qwen_cl.config.errors import UserError
-from qwen_cl.run_folder import remove_if_empty
+from qwen_cl.launch.slurm.job_status import refresh, seconds_of
+from qwen_cl.runs.folder import remove_if_empty
 from qwen_cl.runs.status import State
-from qwen_cl.sweep.outcome import is_settled, settle
+from qwen_cl.sweep.outcome import is_settled, record_failure
 from qwen_cl.sweep.processes import wait_for_the_end_of
 from qwen_cl.sweep.trial import Trial, read_records
 
@@ -50,7 +50,7 @@ def wait_for_earlier_trials(directory: Path) -> None:
         wait_for_the_end_of(directory / record["name"])
 
 
-def settled(trials: Sequence[Trial]) -> list[Trial]:
+def decided(trials: Sequence[Trial]) -> list[Trial]:
     """Those that an earlier sweep finished. Of the others, what died without a word gets its last one,
     and its cost is counted."""
     done = []
@@ -64,7 +64,7 @@ def settled(trials: Sequence[Trial]) -> list[Trial]:
                 trial.count(seconds_of(status))
         elif status.state is State.RUNNING:
             with trial.folder.lock():
-                settle(trial.folder, "the sweep was killed")
+                record_failure(trial.folder, "the sweep was killed")
         if is_settled(status):
             done.append(trial)
         if status.job.id is None and (end := trial.folder.status().end):

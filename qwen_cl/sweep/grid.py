@@ -11,12 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.sweep.combinations import applicable, differing
-from qwen_cl.sweep.folder import claim, settled, wait_for_earlier_trials
+from qwen_cl.sweep.folder import claim, decided, wait_for_earlier_trials
 from qwen_cl.sweep.outcome import Outcome, StopCause
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.slots import make_slots
-from qwen_cl.sweep.starter import make_starter
-from qwen_cl.sweep.sweep import Sweep, hydra_arguments, print_trials, run_trials
+from qwen_cl.sweep.sweep import Sweep, hydra_arguments, make_starter, print_trials, run_trials
 from qwen_cl.sweep.trial import Trial, identify
 
 
@@ -42,7 +41,7 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
             return
         for trial in trials:
             planner.prepare(trial.plan)
-        done = settled(trials)
+        done = decided(trials)
         waiting = [trial for trial in trials if trial not in done]
         run_trials(sweep, Listed(waiting), planned=len(trials), done=done, waiting=waiting)
 

@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qwen_cl.cluster import slurm
-from qwen_cl.cluster.follow import ASK_EVERY
-from qwen_cl.cluster.script import render_script
-from qwen_cl.cluster.slurm import Job, SlurmSilent
-from qwen_cl.cluster.submission import submit
-from qwen_cl.cluster.truth import ask_to_end, refresh, seconds_of, settle
-from qwen_cl.config.clusters import SlurmConfig
-from qwen_cl.execute import run_variables
-from qwen_cl.opening import open_run, ready
-from qwen_cl.plan import Plan
+from qwen_cl.config.cluster import SlurmConfig
+from qwen_cl.launch.local import run_variables
+from qwen_cl.launch.slurm import commands
+from qwen_cl.launch.slurm.commands import Job, SlurmUnavailable
+from qwen_cl.launch.slurm.follow import ASK_EVERY
+from qwen_cl.launch.slurm.job_status import ask_to_end, record_job_state, refresh, seconds_of
+from qwen_cl.launch.slurm.script import render_script
+from qwen_cl.launch.slurm.submit import submit
+from qwen_cl.planning.plan import Plan
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
+from qwen_cl.training.prepare import fetch_inputs, initialize_run_folder
 
 
 class Queue:
@@ -35,8 +35,8 @@ class Queue:
             return
         self._last = time.monotonic()
         try:
-            found = slurm.ask(sorted(self.numbers))
-        except SlurmSilent:  # another time
+            found = commands.ask(sorted(self.numbers))
+        except SlurmUnavailable:  # another time
             return
         self.known = {number: found.get(number) for number in self.numbers}
 
@@ -63,7 +63,7 @@ class TrialJob:
         self.queue.look()
         if not self.queue.is_over(self.number):
             return False
-        settle(self.trial.folder, self.number, self.queue.known[self.number])
+        record_job_state(self.trial.folder, self.number, self.queue.known[self.number])
         self.queue.numbers.discard(self.number)
         self.trial.count(seconds_of(self.trial.folder.status()))
         return True
@@ -71,14 +71,14 @@ class TrialJob:
     def ask_to_stop(self) -> None:
         """One that waits never starts; one that runs saves first, and does not go back into the queue."""
         if self.state == State.SUBMITTED:
-            slurm.cancel(self.number)
+            commands.cancel(self.number)
         else:
             ask_to_end(self.trial.folder, self.number)
 
     def kill(self) -> None:
         """A sweep that is gone leaves its jobs to Slurm."""
 
-    def last_words(self) -> str:
+    def last_log_line(self) -> str:
         return f"job {self.number} never started"
 
 
@@ -108,7 +108,7 @@ class JobStarter:
         return render_script(config.cluster, config, [trial.folder for trial in trials], self.directory)
 
     def _submit(self, trials: Sequence[Trial], costs: dict[str, float]) -> dict[str, str]:
-        plans = [ready(trial.plan) for trial in trials]
+        plans = [fetch_inputs(trial.plan) for trial in trials]
         config = plans[0].config
         assert isinstance(config.cluster, SlurmConfig)
 
@@ -126,7 +126,7 @@ def _write(trial: Trial, plan: Plan, cost: float) -> None:
     trial.make_room()
     trial.begin(before, cost)
     with trial.folder.lock():
-        open_run(plan, trial.folder, invocation=trial.invocation)
+        initialize_run_folder(plan, trial.folder, invocation=trial.invocation)
 
 
 def _groups(trials: Sequence[Trial]) -> Iterable[list[Trial]]:

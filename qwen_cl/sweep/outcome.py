@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, replace
 
-from qwen_cl.run_folder import RunFolder
 from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import RunStatus, State
 from qwen_cl.sweep.running import Running
 
@@ -32,14 +32,14 @@ class Outcome:
         return self.state is State.PREEMPTED and self.kind is FailureKind.pruned
 
 
-def judge(process: Running, asked: StopCause | None) -> Outcome:
+def read_outcome(process: Running, asked: StopCause | None) -> Outcome:
     """Return how a trial ended that is over. ``asked`` is why we asked it to stop, if we did."""
     folder = process.trial.folder
     status = folder.status()
     if status.state is None:
         return _never_started(process, asked)
     if status.state is State.RUNNING:
-        settle(folder, f"the launcher was {_how(process.returncode)}")
+        record_failure(folder, f"the launcher was {_how(process.returncode)}")
     if folder.status().state is State.PREEMPTED and asked is not None:
         folder.update_status(reason=asked.reason, failure_kind=asked.kind)
     outcome = outcome_of(folder.status())
@@ -47,7 +47,7 @@ def judge(process: Running, asked: StopCause | None) -> Outcome:
     return replace(outcome, lost=killed or outcome.lost)
 
 
-def settle(folder: RunFolder, reason: str) -> None:
+def record_failure(folder: RunFolder, reason: str) -> None:
     """Write the final status of a run whose process ended without one."""
     folder.finish(State.FAILED, reason, FailureKind.rank_lost, retriable=True)
 
@@ -72,7 +72,7 @@ def _never_started(process: Running, asked: StopCause | None) -> Outcome:
     if process.returncode < 0:
         why = f"the launcher was {_how(process.returncode)} before the run started"
         return Outcome(State.FAILED, why, FailureKind.rank_lost, lost=True)
-    return Outcome(State.FAILED, process.last_words(), FailureKind.error)
+    return Outcome(State.FAILED, process.last_log_line(), FailureKind.error)
 
 
 def _how(returncode: int) -> str:

@@ -11,14 +11,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from qwen_cl.config.cluster import LocalConfig
 from qwen_cl.config.data import TextDataConfig
-from qwen_cl.config.errors import UserError, explain, refuse_added_keys
-from qwen_cl.config.forgetting import GeneratedReplayConfig
-from qwen_cl.config.rules import override_key
-from qwen_cl.config.schema import LocalConfig, RunConfig
-from qwen_cl.config.tasks import TrainingConfig
-from qwen_cl.data.chat_settings import kept_template_date
-from qwen_cl.plan import Once, Plan, fetch_weights, make_plan, with_text
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.hydra_errors import explain, refuse_added_keys
+from qwen_cl.config.overrides import override_key
+from qwen_cl.config.replay import GeneratedReplayConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.task.training import TrainingConfig
+from qwen_cl.data.chat.settings import kept_template_date
+from qwen_cl.planning.plan import Memo, Plan, fetch_weights, make_plan, with_text
 
 Compose = Callable[[Sequence[str]], DictConfig]
 
@@ -45,7 +47,7 @@ class Planner:
         """``directory`` is the sweep's, which may hold trials already."""
         self.compose = compose
         self._made_on = kept_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
-        self._once = Once()
+        self._once = Memo()
         self._fetched: set[str] = set()
         self._tokenised: set[str] = set()
 
@@ -58,7 +60,7 @@ class Planner:
             raise UserError(f"trial {' '.join(said or overrides)}: {error}") from error
 
     def prepare(self, plan: Plan) -> None:
-        """Fill the caches once for all trials: raw text is tokenised, the weights are fetched. Raises UserError."""
+        """Fill the caches once for all trials: raw text is tokenized, the weights are fetched. Raises UserError."""
         config = plan.config
         if isinstance(config.data, TextDataConfig):
             key = repr((plan.model.source, config.data, config.seed))

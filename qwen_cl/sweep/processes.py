@@ -16,10 +16,10 @@ import psutil
 
 from qwen_cl.config.data import ChatDataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.overrides import override_key, quoted
 from qwen_cl.config.paths import ROOT
-from qwen_cl.config.rules import override_key, quoted
-from qwen_cl.dashboard.identity import SWEEP, TRIAL_NAME
-from qwen_cl.execute import STOP_GRACE, die_with_parent
+from qwen_cl.launch.local import STOP_GRACE, terminate_with_parent
+from qwen_cl.reporting.tracking.identity import SWEEP, TRIAL_NAME
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
@@ -77,7 +77,7 @@ class TrialProcess:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=partial(die_with_parent, os.getpid()),
+                preexec_fn=partial(terminate_with_parent, os.getpid()),
             )
         self.ended: float | None = None
         """When it ended; what it started may take longer."""
@@ -108,7 +108,7 @@ class TrialProcess:
     def returncode(self) -> int:
         return int(self.process.returncode)
 
-    def last_words(self) -> str:
+    def last_log_line(self) -> str:
         """The last line that it printed."""
         text = (self.trial.folder.directory / LOG).read_text(encoding="utf-8", errors="replace")
         return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.sweep import Objective, OptunaConfig
-from qwen_cl.continual.report import LOSS
-from qwen_cl.data.named_sets import TARGET
 from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.metrics import LOSS, TARGET, MetricsTail
 from qwen_cl.runs.status import State
-from qwen_cl.sweep.folder import settled
+from qwen_cl.sweep.folder import decided
 from qwen_cl.sweep.outcome import Outcome, StopCause, outcome_of
 from qwen_cl.sweep.planning import Planner
 from qwen_cl.sweep.results import Result, read_result
 from qwen_cl.sweep.trial import Trial, identify
-from qwen_cl.view import MetricsTail
 
 if TYPE_CHECKING:
-    from qwen_cl.sweep.search import Space
+    from qwen_cl.sweep.space import Space
 
 
 class Proposals:
@@ -49,7 +47,7 @@ class Proposals:
             self._proposed.setdefault(trial.name, []).append(proposal)
             if len(self._proposed[trial.name]) > 1:  # it runs already
                 continue
-            if not settled([trial]):
+            if not decided([trial]):
                 return trial
             self.ended(trial, outcome_of(trial.folder.status()))
         return None

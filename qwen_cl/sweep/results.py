@@ -11,13 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwen_cl.continual.report import LOSS
-from qwen_cl.data.named_sets import TARGET
-from qwen_cl.report.trials import read_measurements
-from qwen_cl.run_folder import RunFolder
+from qwen_cl.reporting.console import print_facts
+from qwen_cl.reporting.run_summary import read_measurements
+from qwen_cl.runs.folder import RunFolder
+from qwen_cl.runs.metrics import LOSS, TARGET
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
-from qwen_cl.view import print_facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

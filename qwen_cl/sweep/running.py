@@ -31,7 +31,7 @@ class Running(Protocol):
 
     def kill(self) -> None: ...
 
-    def last_words(self) -> str:
+    def last_log_line(self) -> str:
         """Of one that ended before its run had a folder."""
 
 

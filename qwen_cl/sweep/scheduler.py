@@ -10,7 +10,7 @@ from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.launch.signals import handle_signals
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import State
-from qwen_cl.sweep.outcome import Outcome, StopCause, judge
+from qwen_cl.sweep.outcome import Outcome, StopCause, read_outcome
 from qwen_cl.sweep.running import Running, Starter
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
@@ -97,7 +97,7 @@ class Scheduler:
         self.running.remove(process)
         self.free.append(process.slot)
         trial.end(time.time())
-        outcome = judge(process, self._asked.pop(name, None))
+        outcome = read_outcome(process, self._asked.pop(name, None))
         if outcome.lost and self.stopping is None and self.retried.count(name) < self.config.max_retries:
             self.retried.append(name)
             self._again.append(trial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,18 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.sweep import LauncherConfig, OptunaConfig
-from qwen_cl.plan import Plan
-from qwen_cl.sweep.combinations import CHOOSERS, Combination, applicable
+from qwen_cl.planning.plan import Plan
 from qwen_cl.sweep.folder import claim, wait_for_earlier_trials
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.proposals import Proposals
 from qwen_cl.sweep.slots import make_slots
-from qwen_cl.sweep.starter import make_starter
-from qwen_cl.sweep.sweep import Sweep, hydra_arguments, print_trials, run_trials
+from qwen_cl.sweep.space import Space, _optuna
+from qwen_cl.sweep.sweep import Sweep, hydra_arguments, make_starter, print_trials, run_trials
 from qwen_cl.sweep.trial import identify
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    pass
 
 JOBS_OF_A_SEARCH = 4
 """In a cluster's queue at once, where ``hydra.launcher.jobs`` does not say: each is proposed from those that ended."""
@@ -66,52 +64,6 @@ def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: Dict
         run_trials(sweep, proposals, planned=options.n_trials)
 
 
-class Space:
-    """What is searched, and what all trials have in common."""
-
-    def __init__(self, overrides: Sequence[Override]) -> None:
-        """Raises UserError where nothing is left open."""
-        self.fixed: list[str] = []
-        self.distributions: dict[str, BaseDistribution] = {}
-        for override in overrides:
-            if override.is_sweep_override():
-                self.distributions[override.get_key_element()] = _distribution(override)
-            else:
-                self.fixed.append(str(override.input_line))
-        if not self.distributions:
-            raise UserError(
-                "hydra/sweeper=optuna has nothing to search; write 'lr=tag(log,interval(1e-5,1e-3))' or peft.rank=8,16"
-            )
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self.distributions)
-
-    def overrides(self, values: dict[str, Any], planner: Planner) -> Combination:
-        """Of one point; a key that the point's own choices lack is left out."""
-        said = self._said(values)
-        groups = {key: self._choices(key) for key in self.keys if key in CHOOSERS}
-        others = [self._said({**values, **dict(zip(groups, chosen))}) for chosen in itertools.product(*groups.values())]
-        return applicable([said, *others], planner.compose)[0][0]
-
-    def ends(self, planner: Planner) -> list[Combination]:
-        """All at their least, and all at their most: what lies between is of the same kind."""
-        ends = [{key: self._choices(key)[which] for key in self.keys} for which in (0, -1)]
-        return [self.overrides(values, planner) for values in ends]
-
-    def _choices(self, key: str) -> list[Any]:
-        from optuna.distributions import CategoricalDistribution
-
-        distribution: Any = self.distributions[key]
-        if isinstance(distribution, CategoricalDistribution):
-            return list(distribution.choices)
-        return [distribution.low, distribution.high]
-
-    def _said(self, values: dict[str, Any]) -> Combination:
-        texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
-        return (*self.fixed, *(f"{key}={text}" for key, text in texts.items()))
-
-
 def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
     """A new one, or that of the sweep's folder. A seed is used once: after a resume nothing is drawn again.
 
@@ -151,23 +103,3 @@ def _first_rung(options: OptunaConfig, plans: Sequence[Plan]) -> int:
     if options.min_steps is not None:
         return options.min_steps
     return min(plan.config.training.val_check_interval for plan in plans)
-
-
-def _distribution(override: Override) -> BaseDistribution:
-    _optuna()
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    value: Any = override.value()
-    log = "log" in getattr(value, "tags", ())
-    if override.is_interval_sweep():
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=log)
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'qwen_cl[search]'") from error
-    return optuna

@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_cl.config.clusters import ContainerConfig, SlurmConfig
+from qwen_cl.config.cluster import Accelerator, ClusterConfig, ContainerConfig, SlurmConfig
 from qwen_cl.config.errors import UserError
-from qwen_cl.config.schema import Accelerator, ClusterConfig
 from qwen_cl.config.sweep import LauncherConfig
-from qwen_cl.devices import cpu_cores, visible_gpus
-from qwen_cl.micro_batch import SHARE
+from qwen_cl.planning.devices import cpu_cores, visible_gpus
+from qwen_cl.planning.micro_batch import SHARE
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,20 +11,23 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
+from qwen_cl.config.cluster import ClusterConfig, SlurmConfig
 from qwen_cl.config.errors import RunFailed, RunPreempted, UserError
 from qwen_cl.config.override_text import printed_path
 from qwen_cl.config.sweep import LauncherConfig
-from qwen_cl.dashboard.identity import sync_command
-from qwen_cl.output import enduring_output
-from qwen_cl.report.report import write_report
+from qwen_cl.reporting.console import console_for_tables
+from qwen_cl.reporting.output import tolerate_broken_output
+from qwen_cl.reporting.report import write_report
+from qwen_cl.reporting.tracking.identity import sync_command
 from qwen_cl.runs.status import State, now
+from qwen_cl.sweep.jobs import JobStarter
+from qwen_cl.sweep.processes import ProcessStarter
 from qwen_cl.sweep.results import print_results, read_results, write_results
 from qwen_cl.sweep.running import Starter
 from qwen_cl.sweep.scheduler import Scheduler, Source
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 from qwen_cl.sweep.view import WAITING, SweepView, tally
-from qwen_cl.view import console_for_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def run_trials(
         RunFailed: not every trial completed or was pruned.
         RunPreempted: the sweep was asked to stop.
     """
-    with enduring_output(sweep.directory):
+    with tolerate_broken_output(sweep.directory):
         console = console_for_tables()
         scheduler = Scheduler(sweep.slots, sweep.options, source, sweep.start)
         console.print(sweep.describe(planned, len(done)), highlight=False, soft_wrap=True, markup=False)
@@ -128,3 +131,8 @@ def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> N
         raise RunPreempted(f"PREEMPTED: {message}")
     if waiting or not all(outcome.state is State.COMPLETED or outcome.pruned for outcome in outcomes):
         raise RunFailed(f"FAILED: {message}")
+
+
+def make_starter(clusters: Sequence[ClusterConfig], directory: Path, hydra_arguments: Sequence[str]) -> Starter:
+    """``clusters`` are the trials', all of one kind (``make_slots``)."""
+    return JobStarter(directory) if isinstance(clusters[0], SlurmConfig) else ProcessStarter(hydra_arguments)

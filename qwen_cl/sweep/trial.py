@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_cl.config.file import leaves_to_compare, to_plain
 from qwen_cl.config.invocation import Invocation
+from qwen_cl.config.overrides import override_key
 from qwen_cl.config.resume import AutoResumeConfig
-from qwen_cl.config.rules import override_key
+from qwen_cl.config.saved import leaves_to_compare, to_plain
 from qwen_cl.config.store import GROUPS
-from qwen_cl.config.tasks import AUTO
-from qwen_cl.durable import replacing
-from qwen_cl.plan import Plan
-from qwen_cl.run_folder import CUT_OFF, RunFolder
+from qwen_cl.config.task.training import AUTO
+from qwen_cl.files.atomic import atomic_write
+from qwen_cl.planning.plan import Plan
+from qwen_cl.runs.folder import CUT_OFF, RunFolder
 
 LONGEST_NAME = 80
 RECORD = "trial.json"
@@ -75,7 +75,7 @@ class Trial:
     def make_room(self) -> None:
         """Before it starts again: it goes on in its folder, or begins in a new one."""
         if not isinstance(self.plan.config.resume, AutoResumeConfig):
-            self.folder.move_aside()
+            self.folder.archive()
 
     def renew(self) -> None:
         """What tells it from the others may have become more since it was started: a command added values."""
@@ -158,7 +158,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_json(content: Any, path: Path) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

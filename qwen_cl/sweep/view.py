@@ -13,12 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from qwen_cl.continual.report import LOSS
-from qwen_cl.data.named_sets import TARGET
+from qwen_cl.runs.metrics import LOSS, TARGET, MetricsTail
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.scheduler import Scheduler
 from qwen_cl.sweep.trial import Trial
-from qwen_cl.view import MetricsTail
 
 WAITING = "waiting"
 RUNNING = State.RUNNING.value

@@ -1,1 +1,1 @@
-"""Training a run: its recipe, the processes that train it, and what they change of NeMo's training."""
+"""One training run: its preparation, its recipe, and its worker."""

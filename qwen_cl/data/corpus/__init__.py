@@ -1,1 +1,1 @@
-"""Raw text of any usual form, tokenised once into Megatron's indexed format, and sequences cut from it."""
+"""Raw text: read in any format, tokenized once, and cut into sequences."""

@@ -16,12 +16,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from tokenizers import Tokenizer
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.corpus.cache import STEM, TEXT_BYTES, Counts, read_entry, write_manifest
+from qwen_cl.data.corpus.cache import STEM, TEXT_BYTES, Counts, read_entry, write_cache_manifest
 from qwen_cl.data.corpus.documents import Document, read_files
 from qwen_cl.data.corpus.files import find_files, stamps
 from qwen_cl.data.corpus.hub_dataset import read_hub_dataset
 from qwen_cl.data.corpus.prepare import Order
-from qwen_cl.data.corpus.tokens import tokenise
+from qwen_cl.data.corpus.tokenizer_pool import tokenize
 from qwen_cl.data.raw_text import Delimiters
 
 
@@ -52,7 +52,7 @@ def _alone(entry: Path, console: Console) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        console.print("Another run is tokenising this text; waiting for it", highlight=False)
+        console.print("Another run is tokenizing this text; waiting for it", highlight=False)
         lock.acquire()
     try:
         yield
@@ -73,7 +73,7 @@ def _build_alone(order: Order, entry: Path, console: Console) -> None:
             counts = check_indexed(order.known.prefix, Delimiters(order.bos_id, order.eos_id), order.source)
         else:
             counts = _tokenise_into(unfinished, order, console)
-        write_manifest(unfinished, order.known.content, counts)
+        write_cache_manifest(unfinished, order.known.content, counts)
         unfinished.rename(entry)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -89,7 +89,7 @@ def _tokenise_into(directory: Path, order: Order, console: Console) -> Counts:
     with (
         builder.data_file,
         _bar(console) as bar,
-        closing(tokenise(reading.documents(), order.tokenizer, order.eos_id, order.workers)) as batches,
+        closing(tokenize(reading.documents(), order.tokenizer, order.eos_id, order.workers)) as batches,
     ):
         task = bar.add_task("Tokenising", total=reading.total, documents=0, tokens=0)
         if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""Where tokenised text is kept, and when an entry counts.
+"""Where tokenized text is kept, and when an entry counts.
 
 An entry is a directory named by what went into it. It is built under another name and renamed when whole, its manifest
 written last: without a manifest, or with files of another size than it says, it does not count. No torch.
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qwen_cl.config.cache import cache_home
 from qwen_cl.config.errors import UserError
-from qwen_cl.durable import flush
+from qwen_cl.files.atomic import flush
+from qwen_cl.files.cache import cache_home
 
 FORMAT_VERSION = 1
 """Part of every entry's name: raise it when the same input would be written otherwise."""
@@ -32,13 +32,13 @@ class Counts:
     """Documents of the source that held no text, and were left out."""
     largest_id: int
     has_bos: bool = False
-    """Each document begins with the tokenizer's BOS: only where the user has indexed it so. What is tokenised here is
+    """Each document begins with the tokenizer's BOS: only where the user has indexed it so. What is tokenized here is
     kept without, and begins with it when it is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Tokenised text on disk; plain values."""
+    """Tokenized text on disk; plain values."""
 
     prefix: str
     """Of Megatron's ``.bin`` and ``.idx``; absolute."""
@@ -82,7 +82,7 @@ def read_entry(entry: Path, prefix: str | None) -> Corpus | None:
     )
 
 
-def write_manifest(entry: Path, content: str, counts: Counts) -> None:
+def write_cache_manifest(entry: Path, content: str, counts: Counts) -> None:
     """Last, when all other files are on disk."""
     sizes = {path.name: path.stat().st_size for path in sorted(entry.iterdir())}
     for name in sizes:

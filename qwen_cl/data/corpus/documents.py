@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_cl.config.data import TEXT, DocumentSeparator
-from qwen_cl.data.conversations import check_text
+from qwen_cl.data.chat.conversations import check_text
 from qwen_cl.data.corpus.files import Format, InputFile
 from qwen_cl.data.corpus.json_records import read_json
 from qwen_cl.data.corpus.parquet_records import read_parquet
@@ -78,7 +78,7 @@ def to_document(record: Record, field: str) -> Document:
 
 
 def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A row's text, empty where it is blank. Raises UserError where it has none, or none that can be tokenised."""
+    """A row's text, empty where it is blank. Raises UserError where it has none, or none that can be tokenized."""
     if field not in row:
         raise missing_field(row, field, where)
     value = row[field]

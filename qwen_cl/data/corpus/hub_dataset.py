@@ -15,7 +15,7 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.documents import Document, TextSource, to_document
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.http_errors import request_errors
+from qwen_cl.models.hub.http_errors import request_errors
 
 SCHEME = "hf://datasets/"
 REFERENCE = re.compile(

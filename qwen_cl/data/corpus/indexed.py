@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Counts
 from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.data.corpus.reader import HEADER, INTEGERS, MAGIC
+from qwen_cl.data.corpus.indexed_reader import HEADER, INTEGERS, MAGIC
 from qwen_cl.data.raw_text import Delimiters
 
 CHUNK = 2**24

@@ -14,7 +14,7 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.files import InputFile, opened_text
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.lines import DECODER, decode, decode_text, json_fault, parse_object, require_object
+from qwen_cl.data.jsonl import DECODER, decode, decode_text, json_fault, parse_object, require_object
 
 BLANKS = re.compile(r"[ \t\r\n]*")
 FOLLOWED = "Something follows the array"

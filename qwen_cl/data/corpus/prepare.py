@@ -25,19 +25,19 @@ from qwen_cl.data.corpus.cache import FORMAT_VERSION, Corpus, cache_directory, r
 from qwen_cl.data.corpus.documents import TextSource, read_files
 from qwen_cl.data.corpus.files import Format, find_files, hash_files, stamps
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, pin
-from qwen_cl.data.corpus.references import recall, remember
+from qwen_cl.data.corpus.hub_revisions import recall, remember
 from qwen_cl.data.raw_text import document_delimiters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILDER = "qwen_cl.tokenise"
+BUILDER = "qwen_cl.data.corpus.worker"
 STOP_GRACE = 30
 """Seconds the builder has to clear up once it is asked to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class CorpusIdentity:
     """What a source is at this moment."""
 
     content: str
@@ -54,7 +54,7 @@ class Order:
     """What the builder is told; plain values, as JSON on its standard input."""
 
     source: TextSource
-    known: Identity
+    known: CorpusIdentity
     entry: str
     """Directory in the cache."""
     tokenizer: str
@@ -68,7 +68,7 @@ class Order:
     def parse(cls, line: str) -> Order:
         values = json.loads(line)
         source = {**values["source"], "separator": DocumentSeparator(values["source"]["separator"])}
-        return cls(**{**values, "source": TextSource(**source), "known": Identity(**values["known"])})
+        return cls(**{**values, "source": TextSource(**source), "known": CorpusIdentity(**values["known"])})
 
 
 def prepare_corpus(
@@ -90,7 +90,7 @@ def prepare_corpus(
         _build(order)
         corpus = read_entry(entry, prefix)
     if corpus is None:
-        raise RunFailed(f"{source.key} ({source.path}): what was tokenised is gone from {entry}; run it again")
+        raise RunFailed(f"{source.key} ({source.path}): what was tokenized is gone from {entry}; run it again")
     if corpus.counts.largest_id >= vocab_size:
         raise UserError(
             f"{source.key} ({source.path}) has token id {corpus.counts.largest_id}, past the model's vocab_size "
@@ -100,7 +100,7 @@ def prepare_corpus(
 
 
 def source_content(source: TextSource, *, cache: str | None) -> str:
-    """``Corpus.content`` as it is now, without tokenising."""
+    """``Corpus.content`` as it is now, without tokenizing."""
     return _identify(source, cache_directory(cache)).content
 
 
@@ -145,21 +145,21 @@ def has_text_files(path: str, key: str) -> bool:
     return any(file.format is Format.text for file in find_files(path, key))
 
 
-def _identify(source: TextSource, root: Path) -> Identity:
+def _identify(source: TextSource, root: Path) -> CorpusIdentity:
     prefix = indexed_prefix(source.path)
     if prefix is not None:
         content = hash_files([Path(f"{prefix}.bin"), Path(f"{prefix}.idx")])
-        return Identity(content=content, prefix=prefix, commit=None, stamps=[])
+        return CorpusIdentity(content=content, prefix=prefix, commit=None, stamps=[])
     if is_hub_dataset(source.path):
         commit = recall(root, source) or pin(source)
         remember(root, source, commit)
         content = _hash("hub", source.path.partition("@")[0], commit, source.subset, source.split)
-        return Identity(content=content, prefix=None, commit=commit, stamps=[])
+        return CorpusIdentity(content=content, prefix=None, commit=commit, stamps=[])
     files = find_files(source.path, source.key)
     before = stamps(files)
     kinds = [f"{file.format.value} {file.compression}" for file in files]
     content = _hash(*kinds, hash_files([file.path for file in files]))
-    return Identity(content=content, prefix=None, commit=None, stamps=before)
+    return CorpusIdentity(content=content, prefix=None, commit=None, stamps=before)
 
 
 def indexed_prefix(path: str) -> str | None:
@@ -213,7 +213,7 @@ def _build(order: Order) -> None:
         raise UserError(json.loads(answer))
     if process.returncode:
         killed = f"killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "broken off"
-        reason = json.loads(answer) if answer else f"the process that tokenises was {killed}"
+        reason = json.loads(answer) if answer else f"the process that tokenizes was {killed}"
         raise RunFailed(f"{order.source.key} ({order.source.path}): {reason}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_cl.data.corpus.cache import Corpus
-from qwen_cl.data.corpus.reader import read_bounds, read_ids
+from qwen_cl.data.corpus.indexed_reader import read_bounds, read_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.files import Format, InputFile, opened_text
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.lines import decode
+from qwen_cl.data.jsonl import decode
 
 SEPARATORS = {Format.csv: ",", Format.tsv: "\t"}
 NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from qwen_cl.config.data import DocumentSeparator
 from qwen_cl.data.corpus.files import InputFile, opened_text
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.lines import decode, decode_text
+from qwen_cl.data.jsonl import decode, decode_text
 
 
 def read_text(file: InputFile, text_field: str, separator: DocumentSeparator) -> Iterator[Record]:

@@ -1,1 +1,1 @@
-"""The callbacks of a run."""
+"""Callbacks of the training loop."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 if TYPE_CHECKING:
-    from qwen_cl.dashboard.connection import Dashboard
-    from qwen_cl.recorder import RunRecorder
-    from qwen_cl.stop import StopRequest
+    from qwen_cl.reporting.tracking.connection import Dashboard
+    from qwen_cl.training.callbacks.metrics import RunRecorder
+    from qwen_cl.training.stop import StopRequest
 
 
 @dataclass(slots=True, kw_only=True)

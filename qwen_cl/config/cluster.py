@@ -1,0 +1,214 @@
+"""Clusters other than this machine: the choices of the group ``cluster``. See schema.py for the mechanics."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.validation import require
+
+
+class Accelerator(str, Enum):
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+class Precision(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    accelerator: Accelerator
+    devices: int
+    """Processes per node: GPUs, or CPU processes."""
+    tensor_parallel: int
+    pipeline_parallel: int
+    context_parallel: int
+    sequence_parallel: bool
+    precision: Precision
+    timeout_minutes: float
+    """How long no rank may finish a step, or a part of what is measured, before the one that hangs is named."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "tensor_parallel", "pipeline_parallel", "context_parallel"):
+            require(f"cluster.{name}", getattr(self, name), at_least=1)
+        require("cluster.timeout_minutes", self.timeout_minutes, above=0)
+        if self.world_size % self.model_ranks:
+            raise UserError(
+                f"cluster.tensor_parallel ({self.tensor_parallel}) x cluster.pipeline_parallel "
+                f"({self.pipeline_parallel}) x cluster.context_parallel ({self.context_parallel}) must divide the "
+                f"number of processes ({self.world_size}); set cluster.devices to a multiple of {self.model_ranks}"
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise UserError(
+                "cluster.sequence_parallel (true) splits sequences over the tensor parallel ranks, and "
+                "cluster.tensor_parallel is 1; raise it, or write cluster.sequence_parallel=false"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.devices
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // self.model_ranks
+
+    @property
+    def model_ranks(self) -> int:
+        """Those that hold the model once, and share each sequence."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalConfig(ClusterConfig):
+    """This machine."""
+
+
+SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
+SLURM_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+OWN_OPTIONS = {
+    "account": "cluster.account",
+    "array": "cluster.array",
+    "chdir": None,
+    "error": None,
+    "export": None,
+    "gpus-per-node": "cluster.devices",
+    "job-name": None,
+    "no-requeue": "cluster.max_requeues",
+    "nodes": "cluster.nodes",
+    "ntasks": "cluster.devices",
+    "ntasks-per-node": "cluster.devices",
+    "output": None,
+    "partition": "cluster.partition",
+    "qos": "cluster.qos",
+    "requeue": "cluster.max_requeues",
+    "signal": "cluster.grace_seconds",
+    "time": "cluster.time",
+    "wrap": None,
+}
+"""Of sbatch: what is set by a key, and what the batch script itself needs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NodesConfig(ClusterConfig):
+    """Machines other than this one."""
+
+    nodes: int
+
+    def __post_init__(self) -> None:
+        require("cluster.nodes", self.nodes, at_least=1)
+        if self.accelerator is Accelerator.auto:
+            raise UserError("cluster.accelerator (auto) cannot be found out from here; write gpu or cpu")
+        ClusterConfig.__post_init__(self)
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.nodes
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig(NodesConfig):
+    account: str | None
+    """None for the user's default."""
+    partition: str | None
+    """None for the cluster's default."""
+    qos: str | None
+    time: str
+    """Wall-clock limit, in Slurm's form (D-HH:MM:SS)."""
+    setup: str
+    """Shell line run on the node before the worker, for example one that activates a virtual environment."""
+    container_image: str | None
+    """What pyxis takes; the workers run in it. None for none."""
+    container_mounts: list[str]
+    """``SOURCE:TARGET[:FLAGS]``, beside those that a run needs."""
+    options: dict[str, str]
+    """More of sbatch's long options, without the dashes; an empty value for one that takes none."""
+    grace_seconds: int
+    """So long before the time limit the run is asked to save and stop."""
+    max_requeues: int
+    """How often a run that was asked to stop by Slurm goes back into the queue; 0 for never."""
+    array: bool
+    """The trials of a sweep are one job array, or else a job each."""
+    follow: bool
+    """Stay and show how the run goes."""
+
+    def __post_init__(self) -> None:
+        require("cluster.grace_seconds", self.grace_seconds, at_least=0, at_most=65535)
+        require("cluster.max_requeues", self.max_requeues, at_least=0)
+        if not SLURM_TIME.fullmatch(self.time):
+            raise UserError(f"cluster.time ({self.time}) must be in Slurm's form: MINUTES, HH:MM:SS or D-HH:MM:SS")
+        for key in ("account", "partition", "qos", "container_image"):
+            value = getattr(self, key)
+            if value is not None and not value.strip():
+                raise UserError(f"cluster.{key} is empty; write a name, or null")
+        if self.container_mounts and self.container_image is None:
+            raise UserError(
+                f"cluster.container_mounts ({', '.join(self.container_mounts)}) would change nothing without "
+                "cluster.container_image; set it, or remove the mounts"
+            )
+        for name, value in self.options.items():
+            _require_option(name, value)
+        NodesConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class ContainerConfig(ClusterConfig):
+    """One machine that is somebody else's, by a container's image. Described by a dry run; not submitted."""
+
+    image: str
+
+    def __post_init__(self) -> None:
+        if self.accelerator is Accelerator.auto:
+            raise UserError("cluster.accelerator (auto) cannot be found out from here; write gpu or cpu")
+        if not self.image.strip():
+            raise UserError("cluster.image is empty; name an image that has what pyproject.toml asks for")
+        ClusterConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class DockerConfig(ContainerConfig):
+    mounts: list[str]
+    """``SOURCE:TARGET[:ro]``, beside those that a run needs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KubernetesConfig(ContainerConfig):
+    namespace: str
+    runtime: str
+    """Name of the ClusterTrainingRuntime, of Kubeflow's trainer."""
+    checkout: str
+    """Where this repository is in the image or the volume."""
+    volume_claim: str | None
+    """PersistentVolumeClaim for what the run leaves; None for none."""
+    volume_path: str
+    """Where the volume is in the container."""
+    secret: str | None
+    """Kubernetes secret with keys named like the environment variables they become; None for none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SkypilotConfig(ContainerConfig):
+    infra: str | None
+    """Like ``aws/us-east-1`` or ``k8s/CONTEXT``; None for whatever is cheapest."""
+    gpu: str
+    """SkyPilot's name of the GPU."""
+    setup: str
+    """Shell lines, once, before the run."""
+    use_spot: bool
+
+
+def _require_option(name: str, value: str) -> None:
+    key = f"cluster.options.{name}"
+    if not SLURM_OPTION.fullmatch(name):
+        raise UserError(f"{key} must be a long option of sbatch without its dashes, like mem or gres")
+    if name in OWN_OPTIONS:
+        other = OWN_OPTIONS[name]
+        raise UserError(f"{key} is {f'set by {other}' if other else 'needed by the batch script itself'}; remove it")
+    if "\n" in value:
+        raise UserError(f"{key} ({value!r}) must be one line")

@@ -1,0 +1,99 @@
+"""What keeps the old while the new is learnt: the choices of the groups ``replay`` and ``retention``. See schema.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.validation import require
+
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """Nothing of the old is trained on."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MixedReplayConfig(ReplayConfig):
+    share: float
+    """Of the tokens trained on, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        require("replay.share", self.share, above=0, below=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class FileReplayConfig(MixedReplayConfig):
+    sets: dict[str, str]
+    """Path of each, by name: a file, a glob, a directory, or ``hf://datasets/ORG/NAME[@REVISION][#SPLIT]``."""
+    weights: dict[str, float]
+    """Of each set within the share, summing to 1; empty for equal ones."""
+
+    def __post_init__(self) -> None:
+        MixedReplayConfig.__post_init__(self)
+        check_names("replay.sets", self.sets)
+        if not self.sets:
+            raise UserError("replay.sets is empty; write 'replay.sets={english: old.jsonl}', or replay=none")
+        if self.weights:
+            _check_weights(self.weights, list(self.sets))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the tokens trained on, by set."""
+        weights = self.weights or dict.fromkeys(self.sets, 1 / len(self.sets))
+        return {name: self.share * weight for name, weight in weights.items()}
+
+
+@dataclass(kw_only=True, slots=True)
+class GeneratedReplayConfig(MixedReplayConfig):
+    """Text sampled from the base model before training (self-generated replay)."""
+
+    tokens: int
+    temperature: float
+    top_p: float
+    max_length: int
+    """Tokens of one sampled text."""
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        MixedReplayConfig.__post_init__(self)
+        for name in ("tokens", "max_length", "batch_size"):
+            require(f"replay.{name}", getattr(self, name), at_least=2 if name == "max_length" else 1)
+        require("replay.temperature", self.temperature, above=0)
+        require("replay.top_p", self.top_p, above=0, at_most=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RetentionConfig:
+    sets: dict[str, str]
+    """Path of each, by name, as of replay: what the model should not forget, measured whenever the run validates."""
+
+    def __post_init__(self) -> None:
+        check_names("retention.sets", self.sets)
+
+
+def check_names(key: str, sets: dict[str, str]) -> None:
+    """Raises UserError where a name cannot be part of a metric's, or a path is empty."""
+    for name, path in sets.items():
+        if not SET_NAME.fullmatch(name):
+            raise UserError(f"{key}: {name!r} must be letters, digits, _ and - (it names the set's metrics)")
+        if not path.strip():
+            raise UserError(f"{key}.{name} is empty; name a file")
+
+
+def _check_weights(weights: dict[str, float], names: list[str]) -> None:
+    if sorted(weights) != sorted(names):
+        raise UserError(
+            f"replay.weights names {', '.join(weights) or 'nothing'}, and replay.sets {', '.join(names)}; "
+            "give every set a weight, or none for equal ones"
+        )
+    for name, weight in weights.items():
+        require(f"replay.weights.{name}", weight, above=0)
+    total = sum(weights.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(
+            f"replay.weights sum to {total:g}; they must sum to 1 (replay.share says how much is replayed in all)"
+        )

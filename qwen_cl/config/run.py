@@ -1,0 +1,68 @@
+"""What a run consists of. Names and types live here; values live in conf/*.yaml and nowhere else.
+
+Two mechanics of Hydra shape this file: cross-field rules sit in ``__post_init__`` because it runs only when the
+composed config is turned into these objects, and a subclass is chosen by its group's ``..._schema`` entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_cl.config.cluster import ClusterConfig
+from qwen_cl.config.data import DataConfig, MockDataConfig
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.model import ModelConfig
+from qwen_cl.config.peft import PeftConfig
+from qwen_cl.config.replay import MixedReplayConfig, ReplayConfig, RetentionConfig
+from qwen_cl.config.resume import ResumeConfig
+from qwen_cl.config.speed import SpeedConfig
+from qwen_cl.config.task.training import TaskConfig, TrainingConfig
+from qwen_cl.config.validation import require
+from qwen_cl.config.wandb import WandbConfig
+from qwen_cl.config.wandb_names import check_run_name
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    model: ModelConfig
+    task: TaskConfig
+    peft: PeftConfig
+    data: DataConfig
+    replay: ReplayConfig
+    retention: RetentionConfig
+    resume: ResumeConfig
+    cluster: ClusterConfig
+    speed: SpeedConfig
+    wandb: WandbConfig
+    lr: float
+    """Peak learning rate; the only place it is set."""
+    seed: int
+    name: str | None
+    """Name of the run on the dashboard; without it the task and the peft method."""
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        require("lr", self.lr, above=0)
+        require("seed", self.seed, at_least=0, at_most=2**31 - 1)
+        check_run_name(self.name)
+        if not isinstance(self.task, TrainingConfig):
+            return
+        rows, ranks = self.task.micro_batch_size, self.cluster.data_parallel
+        per_pass = ranks if isinstance(rows, str) else rows * ranks
+        if self.task.global_batch_size % per_pass:
+            of = "" if isinstance(rows, str) else f"task.micro_batch_size ({rows}) x "
+            raise UserError(
+                f"task.global_batch_size ({self.task.global_batch_size}) must be a multiple of {of}data_parallel "
+                f"({ranks}){f' = {per_pass}' if of else ''}"
+            )
+        if isinstance(self.replay, MixedReplayConfig) and isinstance(self.data, MockDataConfig):
+            raise UserError(
+                f"replay.share ({self.replay.share:g}) would change nothing with data=mock, which is random tokens "
+                "alone; write replay=none, or choose other data"
+            )
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The task of a run that trains, which is all that plans and recipes are made for."""
+        assert isinstance(self.task, TrainingConfig)
+        return self.task

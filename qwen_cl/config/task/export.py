@@ -1,0 +1,60 @@
+"""The settings of task=export."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.task.training import TaskConfig
+
+HUB_NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)")
+
+
+SIZE = re.compile(r"[1-9][0-9]*[KMGT]B")
+
+
+class ExportFormat(str, Enum):
+    merged = "merged"
+    adapter = "adapter"
+
+
+class ExportDtype(str, Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig(TaskConfig):
+    """Write what a run trained for transformers and PEFT. All else about the run is in its own config.yaml."""
+
+    run: str
+    """Folder of the run."""
+    step: int | None
+    """Which checkpoint; None for the newest that is whole."""
+    output: str | None
+    """Folder to make; None for ``export-<format>`` in the run's."""
+    format: ExportFormat
+    dtype: ExportDtype
+    """Of the merged model; ``auto`` keeps the base model's, tensor by tensor."""
+    max_shard_size: str
+    """Of one safetensors file, like 5GB; also about what memory is needed."""
+    push_to: str | None
+    """``hf://ORG/NAME`` to upload to; None to keep it here."""
+
+    def __post_init__(self) -> None:
+        if not self.run.strip():
+            raise UserError("task.run is empty; name the folder of a run, like outputs/finetune-lora/TIME")
+        if self.output is not None and not self.output.strip():
+            raise UserError("task.output is empty; name a folder to make, or null for one in the run's")
+        if self.format is ExportFormat.adapter and self.dtype is not ExportDtype.auto:
+            raise UserError(
+                f"task.dtype ({self.dtype.value}) is for task.format=merged; an adapter keeps what it was trained in"
+            )
+        if self.push_to is not None and not HUB_NAME.fullmatch(self.push_to):
+            raise UserError(f"task.push_to ({self.push_to}) must read hf://ORG/NAME")
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(f"task.max_shard_size ({self.max_shard_size}) must read like 5GB or 500MB")

@@ -1,0 +1,22 @@
+"""The settings of task=inspect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_cl.config.task.training import TaskConfig
+from qwen_cl.config.validation import require
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig(TaskConfig):
+    """Print what a model is and what this machine can do with it; the sizes are those memory is estimated for."""
+
+    sequence_length: int
+    micro_batch_size: int
+    micro_batches: int
+    """Per rank and step: a pipeline keeps as many in flight as it has stages."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "micro_batch_size", "micro_batches"):
+            require(f"task.{name}", getattr(self, name), at_least=1)

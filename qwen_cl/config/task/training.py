@@ -1,0 +1,153 @@
+"""What a run does: the choices of the group ``task``. See schema.py for the mechanics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.validation import require, seconds_of
+
+AUTO = "auto"
+
+
+class LossOn(str, Enum):
+    answers = "answers"
+    last_answer = "last_answer"
+    all = "all"
+
+
+class LrSchedule(str, Enum):
+    cosine = "cosine"
+    warmup_hold_decay = "warmup_hold_decay"
+    constant = "constant"
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    pass
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig(TaskConfig):
+    max_steps: int
+    """Optimizer steps."""
+    max_time: str | None
+    """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: it saves, and ends as PREEMPTED."""
+    global_batch_size: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int | str
+    """Sequences per forward pass of one rank, or auto."""
+    sequence_length: int
+    """Tokens; longer rows are cut."""
+    warmup_steps: int
+    """Optimizer steps over which the learning rate rises from 0."""
+    lr_schedule: LrSchedule
+    """How the learning rate goes on after its warm-up."""
+    min_lr_ratio: float
+    """Final learning rate as a fraction of ``lr``, of the schedules that decay."""
+    decay_ratio: float
+    """Part of ``max_steps`` that ``warmup_hold_decay`` decays in."""
+    weight_decay: float
+    clip_grad: float
+    """Maximum norm of the gradient; 0 turns clipping off."""
+    val_check_interval: int
+    """Optimizer steps between validations; step 0 and the last step are always validated."""
+    checkpoint_interval: int
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    async_save: bool
+    """Training goes on while a checkpoint is written."""
+    keep_last: int
+    """How many of the newest checkpoints stay on disk."""
+    keep_best: int
+    """How many with the lowest validation loss stay beside them, of those whose step was validated."""
+    log_interval: int
+    """Optimizer steps between lines of metrics.jsonl."""
+    sample_prompts: int
+    """How many of the validation set's are answered before and after; 0 for none."""
+    sample_tokens: int
+    """At most, of each answer."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "val_check_interval",
+            "checkpoint_interval",
+            "keep_last",
+            "log_interval",
+        ):
+            require(f"task.{name}", getattr(self, name), at_least=1)
+        if isinstance(self.micro_batch_size, int):
+            require("task.micro_batch_size", self.micro_batch_size, at_least=1)
+        elif self.micro_batch_size != AUTO:
+            raise UserError(f"task.micro_batch_size ({self.micro_batch_size}) must be a number of sequences, or {AUTO}")
+        require("task.sequence_length", self.sequence_length, at_least=2)
+        require("task.keep_best", self.keep_best, at_least=0)
+        if self.max_time is not None:
+            seconds_of("task.max_time", self.max_time)
+        require("task.sample_prompts", self.sample_prompts, at_least=0)
+        require("task.sample_tokens", self.sample_tokens, at_least=1)
+        require("task.warmup_steps", self.warmup_steps, at_least=0)
+        require("task.weight_decay", self.weight_decay, at_least=0)
+        require("task.clip_grad", self.clip_grad, at_least=0)
+        require("task.min_lr_ratio", self.min_lr_ratio, at_least=0, at_most=1)
+        require("task.decay_ratio", self.decay_ratio, above=0, at_most=1)
+        hold = self.max_steps - self.warmup_steps - self.decay_steps
+        if self.lr_schedule is LrSchedule.warmup_hold_decay and hold < 0:
+            raise UserError(
+                f"task.warmup_steps ({self.warmup_steps}) and task.decay_ratio ({self.decay_ratio:g} of "
+                f"task.max_steps, {self.decay_steps} steps) are more than task.max_steps ({self.max_steps}); lower one"
+            )
+        if self.warmup_steps >= self.max_steps:
+            raise UserError(
+                f"task.warmup_steps ({self.warmup_steps}) must be less than task.max_steps ({self.max_steps}); "
+                "lower it, or train longer"
+            )
+
+    @property
+    def max_seconds(self) -> float | None:
+        return None if self.max_time is None else seconds_of("task.max_time", self.max_time)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """``micro_batch_size`` of a plan, which has it settled."""
+        assert isinstance(self.micro_batch_size, int)
+        return self.micro_batch_size
+
+    @property
+    def is_packed(self) -> bool:
+        """Several conversations share a sequence."""
+        return False
+
+    @property
+    def trained_tokens(self) -> LossOn:
+        """The tokens whose loss is trained on."""
+        return LossOn.all
+
+    @property
+    def decay_steps(self) -> int:
+        return max(1, round(self.decay_ratio * self.max_steps))
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig(TrainingConfig):
+    """Instruction data, rendered by the model's own chat template."""
+
+    loss_on: LossOn
+    """Which tokens of a conversation count."""
+    packing: bool
+    """Several conversations in one training sequence, each attending to itself alone."""
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packing
+
+    @property
+    def trained_tokens(self) -> LossOn:
+        return self.loss_on
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(TrainingConfig):
+    """Raw text: documents joined by the end-of-text token and cut into full sequences."""

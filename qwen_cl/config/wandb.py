@@ -1,0 +1,36 @@
+"""The wandb group: what is logged to Weights & Biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen_cl.config.wandb_names import check_entity, check_project, check_tags
+
+
+class WandbMode(str, Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class LogAdapter(str, Enum):
+    none = "none"
+    reference = "reference"
+    upload = "upload"
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    mode: WandbMode
+    project: str
+    entity: str | None
+    tags: list[str]
+    """Beside the model's, the adapter's and the data's name."""
+    log_adapter: LogAdapter
+    """Make the trained adapter an artifact: its place alone, or its files too."""
+
+    def __post_init__(self) -> None:
+        check_project(self.project)
+        check_entity(self.entity)
+        check_tags(self.tags)

@@ -1,0 +1,109 @@
+"""The tokens that end an answer: what training teaches, generation stops at, and an export names. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwen_cl.config.data import MockDataConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.task.training import FinetuneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUESTION, ANSWER, FUNCTION = "qwenclquestion", "qwenclanswer", "qwenclfunction"
+"""Words that no template holds."""
+ASKED = {"role": "user", "content": QUESTION}
+ANSWERED = {"role": "assistant", "content": ANSWER}
+CALL = {"type": "function", "id": "call00000", "function": {"name": FUNCTION, "arguments": {}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "tool",
+        "description": "A tool.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, named: Sequence[int], *, raw: bool) -> list[int]:
+    """Return all at which a text ends (``raw``) or an answer: the tokenizer's own end, those that the model's files
+    name, and those of the chat template. A base model's files do not name the last, and a model that was tuned on
+    conversations ends with them."""
+    return sorted({int(tokenizer.eos_token_id), *named, *([] if raw else end_of_turn_tokens(tokenizer))})
+
+
+def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens with which the chat template ends an answer, the last one, one in the middle and a
+    tool call; empty where it ends them with text or with nothing, or there is no template."""
+    ends = {
+        _first_token(_rest(tokenizer, [ASKED, ANSWERED], ANSWER), tokenizer),
+        _first_token(_between_turns(tokenizer), tokenizer),
+        _last_token(_rest(tokenizer, [ASKED, CALLED], FUNCTION, tools=[TOOL]), tokenizer),
+    }
+    return sorted(end for end in ends if end is not None)
+
+
+def teaches_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a conversation's last answer ends with a token."""
+    return _first_token(_rest(tokenizer, [ASKED, ANSWERED], ANSWER), tokenizer) is not None
+
+
+def no_end_warning(where: str) -> str:
+    return (
+        f"warning: {where}: its chat template ends an answer with no token, so the model is not taught to stop, and "
+        "answers go on to their length limit; end answers in the template with eos_token or another special token, or "
+        "set data.chat_template"
+    )
+
+
+def learns_answers(config: RunConfig) -> bool:
+    """Tell whether a run is taught by conversations, and so where answers end."""
+    return isinstance(config.task, FinetuneConfig) and not isinstance(config.data, MockDataConfig)
+
+
+def _rest(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], mark: str, **more: Any) -> str:
+    """What the template puts after the last ``mark``."""
+    _, found, after = _rendered(tokenizer, messages, **more).rpartition(mark)
+    return after if found else ""
+
+
+def _between_turns(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template puts between an answer and the next turn, without what it begins turns with."""
+    before, _, after = _rendered(tokenizer, [ASKED, ANSWERED, ASKED]).partition(ANSWER)
+    start, between = before.partition(QUESTION)[0], after.partition(QUESTION)[0]
+    kept = next((end for end in range(len(between)) if start.endswith(between[end:])), len(between))
+    return between[:kept]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **more: Any) -> str:
+    """Empty where there is no template, or one that refuses such a conversation."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
+    except Exception:  # of a template anything can come
+        return ""
+
+
+def _first_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    special = _special_tokens(tokenizer)
+    places = [(place, -len(token)) for token in special if (place := text.find(token)) >= 0]
+    if not places:
+        return None
+    place, length = min(places)
+    return special[text[place : place - length]]
+
+
+def _last_token(text: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    special = _special_tokens(tokenizer)
+    endings = [token for token in special if text.rstrip().endswith(token)]
+    return special[max(endings, key=len)] if endings else None
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
+    return {token: int(number) for token, number in (*added.items(), *named) if token.strip()}

@@ -1,0 +1,60 @@
+"""From examples to the tensors of one micro batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen_cl.data.batching import padded_width
+from qwen_cl.data.examples import Example
+
+
+@dataclass(frozen=True, slots=True)
+class StaticShape:
+    """Of every micro batch, so that what is compiled or recorded for one serves all."""
+
+    width: int
+    """Positions of a row."""
+    segments: int
+    """Of a row; those that it has not are empty, at the end of the batch."""
+
+
+def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[str, torch.Tensor]:
+    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions).
+
+    Where a row has several segments there is ``segments`` too: their boundaries in the flattened batch, int32, from 0
+    to batch x positions, as attention kernels want them (``cu_seqlens``). Padding is of the segment before it, which
+    as attention is causal never sees it.
+    """
+    width = padded_width([example.num_positions for example in examples]) if shape is None else shape.width
+    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.zeros_like(tokens)
+    loss_mask = torch.zeros(len(examples), width)
+    boundaries = []
+    for row, example in enumerate(examples):
+        _fill_row(example, tokens[row], labels[row], loss_mask[row])
+        boundaries += [row * width + start - number for number, start in enumerate(example.starts)]
+    # A position is a distance to rotary embeddings, so those of a segment may start anywhere.
+    position_ids = torch.arange(width).expand(len(examples), width).contiguous()
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    most = len(boundaries) if shape is None else len(examples) * shape.segments
+    if most > len(examples):
+        ends = [tokens.numel()] * (most - len(boundaries) + 1)
+        batch["segments"] = torch.tensor([*boundaries, *ends], dtype=torch.int32)
+    return batch
+
+
+def _fill_row(example: Example, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
+    """The last id of a segment is a label only, so the next segment's first takes the position after it."""
+    ids = torch.tensor(example.ids)
+    counted = torch.zeros(len(ids))
+    for start, stop in example.counted:
+        counted[start:stop] = 1.0
+    position = 0
+    for start, stop in example.segments():
+        end = position + stop - start - 1
+        tokens[position:end] = ids[start : stop - 1]
+        labels[position:end] = ids[start + 1 : stop]
+        loss_mask[position:end] = counted[start + 1 : stop]
+        position = end

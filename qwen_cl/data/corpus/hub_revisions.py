@@ -1,0 +1,36 @@
+"""Which commit a dataset's reference meant when it was last read, for the times without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from qwen_cl.data.corpus.documents import TextSource
+from qwen_cl.files.atomic import atomic_write
+
+
+def remember(root: Path, source: TextSource, commit: str) -> None:
+    """No failure where the cache cannot be written to: this only helps later."""
+    path = _path(root, source)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(commit, encoding="utf-8")
+
+
+def recall(root: Path, source: TextSource) -> str | None:
+    """None where the Hub can be asked, and where the reference was never read."""
+    from datasets import config
+
+    if not config.HF_HUB_OFFLINE:
+        return None
+    with suppress(OSError):
+        return _path(root, source).read_text(encoding="utf-8")
+    return None
+
+
+def _path(root: Path, source: TextSource) -> Path:
+    name = hashlib.sha256(json.dumps([source.path, source.subset]).encode()).hexdigest()
+    return root / "references" / name

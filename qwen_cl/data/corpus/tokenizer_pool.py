@@ -1,0 +1,130 @@
+"""Text to tokens in parallel processes, in order. No torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from qwen_cl.data.corpus.documents import Document
+
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**19, 1024
+PATIENCE = 2.0
+"""Seconds in which a pool that can notices that a worker was killed."""
+AHEAD = 3
+"""Batches under way for each process: enough that none waits, few enough to hold in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    ids: npt.NDArray[np.int32]
+    """All documents' ids, each document's followed by the end-of-text id."""
+    lengths: npt.NDArray[np.int64]
+    """Ids of each document, end-of-text included."""
+    text_bytes: npt.NDArray[np.int64]
+    """Of each document."""
+
+
+class PoolStuck(BrokenProcessPool):
+    """A thread of the pool waits for ever, and Python at its end for that thread."""
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: str, eos_id: int, workers: int
+) -> Generator[tuple[TextBatch, list[Document]], None, None]:
+    """``tokenizer`` is the text of a tokenizer.json. Documents with no text must not be among them.
+
+    Raises:
+        BrokenProcessPool: a worker was killed.
+    """
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(tokenizer, eos_id)
+    )
+    under_way: deque[tuple[Future[TextBatch], list[Document]]] = deque()
+    processes = pool._processes  # the one place that knows also those which died at once
+    try:
+        for batch in _batches(documents):
+            under_way.append((pool.submit(_encode, [document.text for document in batch]), batch))
+            if len(under_way) > AHEAD * workers:
+                future, done = under_way.popleft()
+                yield _result(future, processes), done
+        while under_way:
+            future, done = under_way.popleft()
+            yield _result(future, processes), done
+    except PoolStuck:
+        for process in list(processes.values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _result(future: Future[TextBatch], processes: Mapping[int, BaseProcess]) -> TextBatch:
+    """A worker that is killed in the middle of its answer leaves half of it in the pipe, for whose rest the pool waits
+    for ever: then it is we who say so."""
+    while True:
+        lost = any(not process.is_alive() for process in list(processes.values()))
+        try:
+            return future.result(timeout=PATIENCE)
+        except TimeoutError:
+            if lost and not future.done():
+                raise PoolStuck("a worker was killed in the middle of its answer") from None
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Worker:
+    """What one process keeps from its start on."""
+
+    tokenizer: Tokenizer
+    eos_id: int
+
+
+def _start(tokenizer: str, eos_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _Worker.tokenizer, _Worker.eos_id = Tokenizer.from_str(tokenizer), eos_id
+    _Worker.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is thirteen characters of it
+
+
+def _end_with_parent() -> None:
+    """A pool's worker does not notice that its parent was killed, and would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> TextBatch:
+    encodings = _Worker.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ids = [np.array([*encoding.ids, _Worker.eos_id], dtype=np.int32) for encoding in encodings]
+    return TextBatch(
+        np.concatenate(ids),
+        np.array([len(document) for document in ids], dtype=np.int64),
+        np.array([len(text.encode()) for text in texts], dtype=np.int64),
+    )

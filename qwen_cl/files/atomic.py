@@ -1,0 +1,36 @@
+"""Files that are there whole or not at all, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` in one step when the block ends. If it fails, ``path`` is what it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # others may be writing it too
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """A file or folder onto the disk, so that a machine that goes down after a rename has not renamed empty files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """The file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")

@@ -1,0 +1,3 @@
+"""Names inside a run folder that a room below the runs needs too."""
+
+MODEL_FILES = "model_files"

@@ -1,0 +1,141 @@
+"""The model that is asked. No torch: the launcher checks it, the child process loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_cl.config.data import ChatDataConfig, DataConfig
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.model import ModelConfig
+from qwen_cl.config.overrides import refuse_ignored
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.task.inference import AnswersConfig
+from qwen_cl.data.chat.settings import KEYS as CHAT_KEYS
+from qwen_cl.data.chat.settings import today
+from qwen_cl.files.atomic_folder import require_room
+from qwen_cl.inference.trained_run import HUB_KEYS, Run, find_base, find_run, with_hub_settings
+from qwen_cl.models.adapter_methods import adapter_of
+from qwen_cl.models.architecture import Architecture, read_architecture
+from qwen_cl.models.formats.nemo_layout import tokenizer_directory
+from qwen_cl.models.hub.settings import HubSettings
+from qwen_cl.models.loading.base_adapter import BaseAdapter, find_adapter
+from qwen_cl.models.normalized import normalized_config
+from qwen_cl.models.reference import read_model_config, resolve
+from qwen_cl.planning.devices import alone, pick_device
+from qwen_cl.planning.plan import check_weights
+from qwen_cl.runs.status import State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPUTE = ("cluster.accelerator", "cluster.precision", "seed", "dry_run")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModel:
+    run: Run | None
+    directory: Path | None
+    """Of the model, or of the run's base; None for a run that trained every weight, which needs none."""
+    small_files: Path
+    """Config and generation config in Hugging Face layout, and the tokenizer; a NeMo checkpoint has only that."""
+    config: dict[str, Any]
+    """The model's config.json, normalized."""
+    architecture: Architecture
+    label: str
+    """What it is, for a person."""
+    data: DataConfig
+    """How it renders conversations: as the run's, or as the command says; the date is settled."""
+    adapter: BaseAdapter | None = None
+    """Merged into a model as it is; a run knows its own."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from qwen_cl.data.chat.encode import use_chat_settings
+        from qwen_cl.data.chat.settings import chat_settings
+        from qwen_cl.data.examples import load_data_tokenizer
+
+        settings = chat_settings(self.data, of_a_run=self.run is not None)
+        return use_chat_settings(load_data_tokenizer(str(self.small_files)), settings)
+
+
+def resolve_target(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> RunConfig:
+    """With accelerator and precision settled, after a look at what the user said.
+
+    Raises:
+        UserError: a key would be ignored, or the device is not there.
+    """
+    if task.run is None:
+        reason = "no training takes place here; model, task, cluster.accelerator, cluster.precision and seed count"
+        refuse_ignored(overrides, (*COMPUTE, *CHAT_KEYS, "model", "experiment"), reason)
+    else:
+        refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
+    device = pick_device(alone(config.cluster))
+    return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
+
+
+def find_subject(config: RunConfig, task: AnswersConfig) -> TargetModel:
+    """The model that the task asks. Its weights are present afterwards.
+
+    Raises:
+        UserError: the model, the run or the run's base is out of reach or not what it must be.
+    """
+    if task.run is None:
+        return find_model(config.model, config.data)
+    return trained_subject(with_hub_settings(find_run(task.run, task.step), config.model))
+
+
+def find_model(model: ModelConfig, data: DataConfig) -> TargetModel:
+    """A model as it is. ``data`` says how conversations are rendered."""
+    files = resolve(model.source, HubSettings.of(model))
+    architecture = read_architecture(files.config, files.directory)
+    check_weights(files, architecture)
+    small_files = tokenizer_directory(files.directory)
+    config = normalized_config(files.config, architecture)
+    adapter = find_adapter(model.adapter, files.directory, architecture)
+    if isinstance(data, ChatDataConfig) and data.template_date is None:
+        data = replace(data, template_date=today())
+    return TargetModel(None, files.directory, small_files, config, architecture, files.source, data, adapter)
+
+
+def trained_subject(run: Run) -> TargetModel:
+    """What a run made of its base."""
+    base = None if adapter_of(run.config.peft) is None else find_base(run)
+    small_files = run.folder.tokenizer
+    config = read_model_config(small_files)
+    state = run.status.state
+    note = "" if state is State.COMPLETED else f" of a run that is {state or 'without a status'}"
+    label = f"step {run.step}{note}, {run.folder.directory}, trained from {run.config.model.source}"
+    if run.config.model.adapter is not None:
+        label += f" with {run.config.model.adapter} merged in"
+    architecture = read_architecture(config, small_files)
+    normalized = normalized_config(config, architecture)
+    return TargetModel(run, base, small_files, normalized, architecture, label, run.config.data)
+
+
+def require_length(sequence_length: int, architecture: Architecture) -> None:
+    if sequence_length > architecture.longest_sequence:
+        raise UserError(
+            f"task.sequence_length ({sequence_length}) must be at most the model's longest sequence "
+            f"({architecture.longest_sequence})"
+        )
+
+
+def pinned(config: RunConfig, task: AnswersConfig, subject: TargetModel) -> RunConfig:
+    """What the child is to load is what was checked: this commit, this step."""
+    if subject.run is None:
+        return replace(config, model=replace(config.model, source=subject.label), data=subject.data)
+    return replace(config, model=subject.run.config.model, task=replace(task, step=subject.run.step))
+
+
+def output_file(task: AnswersConfig) -> Path | None:
+    """Raises UserError where ``task.output`` exists or cannot be made."""
+    if task.output is None:
+        return None
+    output = Path(os.path.expanduser(task.output)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+    if os.path.lexists(output):
+        raise UserError(f"task.output ({output}) exists; choose another file, or remove it first")
+    require_room("task.output", output, 0)
+    return output

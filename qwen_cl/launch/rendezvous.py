@@ -1,0 +1,61 @@
+"""Where the ranks of a run meet, and tell the process that started them how they are (qwen_cl/launch/heartbeat.py)."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def open_store() -> TCPStore:
+    """For the ranks to find each other, and to report to this process. Without MASTER_PORT the system picks the port,
+    so it cannot be taken.
+
+    Raises:
+        RuntimeError: MASTER_PORT is taken.
+    """
+    from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]
+
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    except DistNetworkError as error:
+        raise RuntimeError(
+            f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
+        ) from error
+
+
+def free_port() -> int:
+    """Where there is no store to hold one: free now, and in the seconds that the ranks take to get there. None that the
+    system gives to whoever connects somewhere (``ip_local_port_range``), and another each time.
+
+    Raises:
+        OSError: many were tried, and all are taken.
+    """
+    first, last = map(int, EPHEMERAL.read_text(encoding="ascii").split())
+    others = [port for port in range(20_000, 65_536) if not first <= port <= last]
+    *tries, final = random.sample(others, min(100, len(others))) or [0]
+    for port in tries:
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+    with socket.create_server(("", final)) as server:
+        return int(server.getsockname()[1])
+
+
+def meeting_variables(address: str, port: int) -> dict[str, str]:
+    """What tells torch in a rank's process that the store is there already (torch/distributed/rendezvous.py)."""
+    return {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }

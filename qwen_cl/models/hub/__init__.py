@@ -1,0 +1,1 @@
+"""Models on the Hugging Face Hub: pinned, downloaded, verified, and uploaded."""

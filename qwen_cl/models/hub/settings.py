@@ -1,0 +1,45 @@
+"""What ``model`` says of the Hub beside the source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSettings:
+    """The defaults leave everything to huggingface_hub and its environment variables."""
+
+    endpoint: str | None = None
+    offline: bool = False
+    cache: str | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> HubSettings:
+        return cls(endpoint=model.endpoint, offline=model.offline, cache=model.cache)
+
+    @property
+    def url(self) -> str | None:
+        return self.endpoint.rstrip("/") if self.endpoint else None
+
+    @property
+    def may_not_ask(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.offline or constants.HF_HUB_OFFLINE
+
+    @property
+    def cache_directory(self) -> Path:
+        """Absolute: the processes of a run need not start where the launcher did."""
+        from huggingface_hub import constants
+
+        directory = os.path.expanduser(self.cache or constants.HF_HUB_CACHE)  # noqa: PTH111 - Path's raises
+        if directory.startswith("~"):
+            raise UserError(f"model.cache ({self.cache}): no such user; write the directory's path")
+        if os.path.lexists(directory) and not os.path.isdir(directory):  # noqa: PTH112
+            raise UserError(f"model.cache ({directory}) is not a directory")
+        return Path(os.path.abspath(directory))  # noqa: PTH100 - Path's keeps ".."

@@ -1,0 +1,1 @@
+"""Base weights read by slices into Megatron's shards."""

@@ -1,0 +1,114 @@
+"""From ``model.source`` to a directory of files and the commit they are.
+
+Imports neither torch nor NeMo: it runs before anything heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.models.formats.nemo_config import read_nemo_config
+from qwen_cl.models.formats.nemo_layout import (
+    SCHEME,
+    is_nemo_checkpoint,
+    nemo_directory,
+    refuse_half,
+    refuse_other_kinds,
+)
+from qwen_cl.models.formats.tensor_files import ADAPTER_CONFIG, GGUF, no_weights, weights_entry
+from qwen_cl.models.hub.client import cached_directory, fetch_snapshot
+from qwen_cl.models.hub.manifest import ModelManifest
+from qwen_cl.models.hub.settings import HubSettings
+
+HUB_REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
+"""No part of a revision starts with a dot, in git's rules and so that as a path in the cache it cannot leave that."""
+HUB_DEFAULTS = HubSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    source: str
+    """As the recipe names it: ``hf://ORG/NAME@<40-hex commit>``, or the absolute path of a directory."""
+    directory: Path
+    commit: str | None
+    """40-hex commit on the Hub; None for a directory of the user's own."""
+    config: dict[str, Any]
+    """The model's config.json; of a NeMo checkpoint, what it would be."""
+    manifest: ModelManifest | None = None
+    """Files, sizes and licence of the commit; None for a directory, and for a cache that other tools filled."""
+
+
+def is_hub_reference(source: str) -> bool:
+    return source.startswith("hf://")
+
+
+def resolve(source: str, settings: HubSettings = HUB_DEFAULTS, *, weights: bool = True) -> ModelFiles:
+    """Pin the reference to a commit, and make its files present in the Hub's cache and verified.
+
+    With ``weights=False`` only the small files are fetched, which is what a dry run needs.
+
+    Raises:
+        UserError: the reference is malformed, absent, out of reach, incomplete, damaged, or its config.json does not
+            parse.
+    """
+    if source.startswith(SCHEME):
+        source = str(nemo_directory(source))
+    if not is_hub_reference(source):
+        directory = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111 - Path's raises on an unknown user
+        if directory.suffix == ".gguf" and directory.is_file():
+            raise UserError(f"model.source ({source}): {GGUF}: use the safetensors of the model it was made from")
+        if not source.strip() or not directory.is_dir():
+            raise UserError(
+                f"model.source ({source}) is not a directory; give one in Hugging Face layout, a NeMo 2.0 checkpoint, "
+                "or hf://ORG/NAME"
+            )
+        return ModelFiles(str(directory), directory, None, read_model_config(directory))
+    match = HUB_REFERENCE.fullmatch(source)
+    if match is None:
+        raise UserError(f"model.source ({source}) must read hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    snapshot = fetch_snapshot(match["repo"], match["revision"], settings, weights=weights)
+    return ModelFiles(
+        source=f"hf://{match['repo']}@{snapshot.commit}",
+        directory=snapshot.directory,
+        commit=snapshot.commit,
+        config=read_model_config(snapshot.directory),
+        manifest=snapshot.manifest,
+    )
+
+
+def local_directory(source: str) -> Path:
+    """The directory behind a resolved source, without a request: what each rank of the run calls.
+
+    A run's processes find the cache through HF_HUB_CACHE, which the launcher sets for them.
+    """
+    match = HUB_REFERENCE.fullmatch(source)
+    return cached_directory(match["repo"], match["revision"]) if match else Path(source)
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    refuse_other_kinds(directory)
+    refuse_half(directory)
+    if is_nemo_checkpoint(directory):
+        return read_nemo_config(directory)
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        names = {entry.name for entry in directory.iterdir()}
+        if weights_entry(names) is None and (ADAPTER_CONFIG in names or any(name.endswith(".gguf") for name in names)):
+            raise UserError(f"model.source ({directory}) {no_weights(names)}") from error
+        raise UserError(
+            f"{path} is missing: model.source must be in Hugging Face layout (config.json, tokenizer.json, "
+            "*.safetensors)"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config

@@ -1,0 +1,1 @@
+"""Tokenizer files of any transformers version, normalized to one form. No torch."""

@@ -1,0 +1,68 @@
+"""The special tokens that a tokenizer's files name, in every form they have been written in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.models.tokenizer.classes import NAMED
+from qwen_cl.models.tokenizer.files import CONFIG
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """Contents, or objects with flags where the author gives any."""
+
+    named: dict[str, Any]
+    """By attribute: eos_token."""
+    extra: list[Any]
+    own: dict[str, Any]
+    """Named ones that only this tokenizer has: image_token."""
+
+    def in_order(self, by_5: bool) -> list[Any]:
+        """As each version gives ids to those that have none yet."""
+        named, own = self.named.values(), self.own.values()
+        return [*named, *own, *self.extra] if by_5 else [*named, *self.extra, *own]
+
+
+def read_special_tokens(
+    config: dict[str, Any], special_map: dict[str, Any], defaults: dict[str, Any], by_5: bool, directory: Path
+) -> SpecialTokens:
+    """Where tokenizer_config.json does not list what was added, special_tokens_map.json counts too, and more.
+
+    Raises:
+        UserError: a token is no text, or what should list tokens does not.
+    """
+    found = config if "added_tokens_decoder" in config else {**config, **special_map}
+    extra: Any = found.get("extra_special_tokens") or []
+    own = {**_object(found, "model_specific_special_tokens", directory)}
+    if isinstance(extra, dict):
+        extra, own = [], {**own, **extra}
+    if by_5:
+        own |= {key: found[key] for key in found if key.endswith("_token") and isinstance(found[key], str | dict)}
+    special = SpecialTokens(
+        named={key: found.get(key, defaults.get(key)) for key in NAMED},
+        extra=extra or found.get("additional_special_tokens") or [],
+        own={key: value for key, value in own.items() if key not in NAMED},
+    )
+    if not isinstance(special.extra, list):
+        raise UserError(f"{directory / CONFIG}: extra_special_tokens ({special.extra}) must be a list of tokens")
+    listed = [("extra_special_tokens", value) for value in special.extra]
+    for key, value in [*special.named.items(), *special.own.items(), *listed]:
+        if not isinstance(content(value), str) and (value is not None or key not in NAMED):
+            raise UserError(f"{directory / CONFIG}: {key} ({value}) must be the text of a token")
+    return special
+
+
+def _object(found: dict[str, Any], key: str, directory: Path) -> dict[str, Any]:
+    value = found.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{directory / CONFIG}: {key} ({value}) must name tokens, each with its text")
+    return value
+
+
+def content(token: Any) -> Any:
+    """A token's text, whatever form it was written in."""
+    return token.get("content") if isinstance(token, dict) else token

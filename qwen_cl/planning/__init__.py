@@ -1,0 +1,1 @@
+"""Checks and decisions before a run: data, devices, parallelism, memory, and speed."""

@@ -1,0 +1,101 @@
+"""How much memory a run will want, from its shapes alone.
+
+Model state follows Megatron's distributed optimizer: bf16 weights, fp32 gradients, and fp32 masters with Adam's two
+moments divided over data parallel ranks. Activations count what autograd keeps of one layer without recomputation,
+in the terms of arXiv 2205.05198 but for a gated MLP and a flash attention kernel. Caching allocators add to it. With
+the levers of ``speed=fast`` an H200 took 10 % (LoRA) to 20 % (every weight) less than this says (benchmarks/results).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_cl.config.cluster import ClusterConfig, Precision
+from qwen_cl.config.peft import PeftConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.speed import LOSS_CHUNK_BYTES, SpeedConfig, When
+from qwen_cl.models.adapter_methods import adapter_parameters
+from qwen_cl.models.architecture import Architecture
+from qwen_cl.models.weight_mapping import count_parameters, expected_shapes, layer_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    gradients_and_optimizer: int
+    activations: int
+    trainable_parameters: int
+    """Of the whole model, over all ranks."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients_and_optimizer + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What one rank computes on in a step."""
+
+    sequence_length: int
+    micro_batch_size: int
+    micro_batches: int
+
+
+def batch_of(config: RunConfig) -> BatchShape:
+    task = config.training
+    micro_batches = task.global_batch_size // (task.rows_per_pass * config.cluster.data_parallel)
+    return BatchShape(task.sequence_length, task.rows_per_pass, micro_batches)
+
+
+def estimate_memory(
+    architecture: Architecture,
+    batch: BatchShape,
+    peft: PeftConfig,
+    cluster: ClusterConfig,
+    precision: Precision,
+    speed: SpeedConfig | None = None,
+) -> MemoryEstimate:
+    """``speed`` is settled; None for a run without levers."""
+    value_bytes = 2 if precision is Precision.bf16 else 4
+    layers = architecture.num_layers / cluster.pipeline_parallel
+    # The first stage holds the embedding, the last one the head: the same size where they are not tied.
+    local = (layers * count_parameters(layer_shapes(0, architecture))) / cluster.tensor_parallel
+    local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
+    if not architecture.tied_embeddings and cluster.pipeline_parallel == 1:
+        local += architecture.vocab_size * architecture.hidden_size / cluster.tensor_parallel
+    adapter = adapter_parameters(peft, architecture)
+    trainable = count_parameters(expected_shapes(architecture)) if adapter is None else adapter
+    local_trainable = local if adapter is None else adapter / (cluster.tensor_parallel * cluster.pipeline_parallel)
+    master_bytes = 4 if precision is Precision.bf16 else 0
+    state = local_trainable * (4 + (master_bytes + 8) / (cluster.data_parallel * cluster.context_parallel))
+    return MemoryEstimate(
+        weights=int(local * value_bytes),
+        gradients_and_optimizer=int(state),
+        activations=int(_activations(batch, cluster, architecture, value_bytes, speed)),
+        trainable_parameters=trainable,
+    )
+
+
+def _activations(
+    batch: BatchShape, cluster: ClusterConfig, architecture: Architecture, value_bytes: int, speed: SpeedConfig | None
+) -> float:
+    tokens = batch.micro_batch_size * batch.sequence_length / cluster.context_parallel
+    qkv = architecture.query_size + 2 * architecture.key_value_size
+    # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
+    # embedding, and the gated MLP (gate and up, their halves, silu, its product; compiled, gate, up and the product).
+    of_mlp = 3 if speed is not None and speed.compile is When.always else 7
+    per_token = 8 * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
+    per_token += (2 * qkv + of_mlp * architecture.ffn_hidden_size) / cluster.tensor_parallel
+    in_flight = min(cluster.pipeline_parallel, batch.micro_batches)
+    layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
+    # Logits in the compute type, and their softmax in fp32, kept for the backward pass; or of a chunk of the tokens.
+    logits = tokens * architecture.vocab_size / cluster.tensor_parallel
+    if speed is not None and speed.linear_cross_entropy is When.always:
+        logits = min(logits, LOSS_CHUNK_BYTES / value_bytes)
+    kept = layers * per_token
+    if speed is not None and speed.recompute is When.always:  # each layer's input, and one layer at a time
+        kept = layers * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
+        kept += per_token
+    return tokens * kept * value_bytes + logits * (value_bytes + 4)

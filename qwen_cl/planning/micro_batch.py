@@ -1,0 +1,120 @@
+"""``task.micro_batch_size=auto``: as many rows in a pass as gain something and fit, and fewer once they did not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from qwen_cl.config.cluster import Accelerator
+from qwen_cl.config.errors import RunFailed, UserError
+from qwen_cl.config.resume import AutoResumeConfig
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.saved import read_run_config
+from qwen_cl.config.speed import When
+from qwen_cl.config.task.training import AUTO, TrainingConfig
+from qwen_cl.models.architecture import Architecture
+from qwen_cl.planning.devices import Device
+from qwen_cl.planning.memory import batch_of, estimate_memory
+from qwen_cl.planning.speed import resolve_speed
+from qwen_cl.runs.failure import FailureKind
+from qwen_cl.runs.folder import RunFolder
+
+ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
+"""Of a pass. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); a CPU's is a choice, not a measurement."""
+USABLE = 0.85
+"""Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
+SHARE = "QWEN_CL_DEVICE_SHARE"
+"""Environment variable: the part of its devices that is a trial's, where trials share them."""
+
+
+def resolve_for_device(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
+    """With levers and micro batch settled. What is computed again where ``speed.recompute`` is auto is what no longer
+    fits, by an estimate that says 10 to 20 % too much.
+
+    Raises:
+        UserError: of settle_speed, or of settle_micro_batch.
+    """
+    settled = resolve_micro_batch(_with_levers(config, device), architecture, device)
+    known = device.memory_bytes is not None and config.speed.recompute is When.auto
+    if not known or _fits(settled, architecture, device, usable=1.0):
+        return settled
+    again = replace(config, speed=replace(config.speed, recompute=When.always))
+    try:
+        return resolve_micro_batch(_with_levers(again, device), architecture, device)
+    except UserError:  # a lever is asked for that does not go with it
+        return settled
+
+
+def _with_levers(config: RunConfig, device: Device) -> RunConfig:
+    return replace(config, speed=resolve_speed(config, device.kind))
+
+
+def resolve_micro_batch(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
+    """With a number for ``auto``. ``config.speed`` is settled.
+
+    Raises:
+        UserError: it is auto, and the run is another machine's.
+    """
+    if not is_automatic(config):
+        return config
+    if device.memory_bytes is None:
+        raise UserError(
+            "task.micro_batch_size=auto looks at the memory of this machine's devices, and the run is another's; "
+            "write a number"
+        )
+    tokens = ENOUGH_TOKENS[device.kind]
+    sizes = [size for size in _sizes(config) if size == 1 or size * config.training.sequence_length <= tokens]
+    fitting = [size for size in sizes if _fits(with_micro_batch(config, size), architecture, device)]
+    return with_micro_batch(config, fitting[-1] if fitting else 1)
+
+
+def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+    return replace(config, task=replace(config.training, micro_batch_size=size))
+
+
+def is_automatic(config: RunConfig) -> bool:
+    return isinstance(config.task, TrainingConfig) and config.task.micro_batch_size == AUTO
+
+
+def reuse_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """A run that goes on has what fitted before, if its layout still has such passes."""
+    if not is_automatic(config) or not folder.config.exists():
+        return config
+    before = read_run_config(folder.config).task
+    if not isinstance(before, TrainingConfig) or before.micro_batch_size not in _sizes(config):
+        return config
+    return with_micro_batch(config, before.rows_per_pass)
+
+
+def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunConfig], None]) -> None:
+    """``attempt`` once, and with fewer rows in a pass each time that the devices' memory was full.
+
+    Raises:
+        RunFailed: of the last attempt.
+    """
+    while True:
+        try:
+            attempt(config)
+            return
+        except RunFailed:
+            smaller = [size for size in _sizes(config) if size <= config.training.rows_per_pass / 2]
+            if folder.status().failure_kind is not FailureKind.out_of_memory or not smaller:
+                raise
+            config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
+
+
+def _sizes(config: RunConfig) -> list[int]:
+    """Those that divide what one rank computes in a step, the smallest first."""
+    rows = config.training.global_batch_size // config.cluster.data_parallel
+    return [size for size in range(1, rows + 1) if rows % size == 0]
+
+
+def _fits(config: RunConfig, architecture: Architecture, device: Device, usable: float = USABLE) -> bool:
+    estimate = estimate_memory(
+        architecture, batch_of(config), config.peft, config.cluster, device.precision, config.speed
+    )
+    assert device.memory_bytes is not None
+    on_one = config.cluster.devices if device.kind is Accelerator.cpu else 1  # ranks share a CPU's memory
+    share = float(os.environ.get(SHARE, "1"))
+    return estimate.total * on_one <= device.memory_bytes * usable * share

@@ -1,0 +1,129 @@
+"""Which levers of the group ``speed`` a run uses: settles ``auto`` and refuses what cannot work."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from qwen_cl.config.cluster import Accelerator, LocalConfig, Precision, SlurmConfig
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.models.adapter_methods import adapter_of
+
+GAIN_ON_CPU = ("low_rank_products",)
+"""Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
+COMPILED = ("compile", "linear_cross_entropy", "fused_accumulation")
+OF_OUR_LAYERS = ("compile", "cuda_graphs", "fused_accumulation")
+"""What nobody has tried with Transformer Engine's."""
+NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or what CC and CXX name)"
+SETTLED = (*COMPILED, "low_rank_products", "cuda_graphs")
+
+
+def resolve_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
+    """``kind`` is the run's device. Afterwards nothing is auto.
+
+    Raises:
+        UserError: a lever is asked for that this run cannot use.
+    """
+    speed = config.speed
+    chosen: dict[str, Any] = {}
+    for name in SETTLED:
+        wanted = getattr(speed, name)
+        obstacle = _obstacle(name, config, kind)
+        if wanted is When.always and obstacle:
+            raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
+        taken = wanted is When.auto and not obstacle and _gains(name, config, kind)
+        chosen[name] = When.always if wanted is When.always or taken else When.never
+    if speed.recompute is When.auto:
+        chosen["recompute"] = When.never  # for qwen_cl/planning/micro_batch.py to change, which knows the memory
+    return replace(speed, **chosen)
+
+
+def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
+    """Why this run cannot use the lever; None where it can."""
+    cluster, adapter = config.cluster, adapter_of(config.peft)
+    dropout = 0.0 if adapter is None else adapter.dropout
+    if name == "low_rank_products" and (adapter is None or not adapter.entry.fused):
+        return "there is no LoRA in this run (peft=lora)"
+    if name == "low_rank_products" and dropout > 0:
+        return f"with peft.dropout ({dropout}) adapter and layer have different inputs"
+    if isinstance(cluster, LocalConfig) and _wants_compiler(name, kind) and not _has_compiler(kind):
+        return NO_COMPILER.format("this machine")
+    if name == "compile" and (obstacle := _compile_obstacle(config, kind)):
+        return obstacle
+    if name == "cuda_graphs" and kind is not Accelerator.gpu:
+        return "there is no GPU"
+    if name == "cuda_graphs" and config.speed.recompute is When.always:
+        return "recorded passes cannot be computed again in parts, and speed.recompute is always"
+    if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
+        return "it records passes through the whole model, of which each process has a part in this layout of cluster"
+    if name in ("compile", "cuda_graphs") and config.training.is_packed and cluster.precision is Precision.fp32:
+        return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
+    if name == "cuda_graphs" and dropout > 0:
+        return f"recorded passes do not draw from the run's seed, and peft.dropout is {dropout}"
+    return None
+
+
+def _compile_obstacle(config: RunConfig, kind: Accelerator) -> str | None:
+    if config.cluster.context_parallel > 1:
+        return f"attention talks to other ranks, and cluster.context_parallel is {config.cluster.context_parallel}"
+    if kind is not Accelerator.gpu and config.training.is_packed:
+        return "attention of packed rows has no kernel on a CPU, and task.packing is true"
+    return None
+
+
+def has_static_shapes(config: RunConfig) -> bool:
+    """Whether packed rows are all as long as task.sequence_length and a batch has as many segments: what is compiled or
+    recorded is so for one shape. ``config.speed`` is settled."""
+    return config.training.is_packed and When.always in (config.speed.compile, config.speed.cuda_graphs)
+
+
+def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
+    """All together train 3.1 times as fast on one H200 (benchmarks/levers.py), and faster at data and pipeline
+    parallel 2. At tensor parallel 2 they did not: 27,000 tokens/s with them and 31,000 without (0.5B,
+    benchmarks/two_gpus.py)."""
+    cluster = config.cluster
+    if cluster.tensor_parallel > 1:
+        return False
+    if kind is Accelerator.cpu:
+        return name in GAIN_ON_CPU
+    same_packages = isinstance(cluster, LocalConfig) or (
+        isinstance(cluster, SlurmConfig) and cluster.container_image is None
+    )
+    if same_packages and name in COMPILED and not _has_compiler(kind):
+        return False  # a node mostly has what the machine has from which jobs are submitted
+    return name not in OF_OUR_LAYERS or (same_packages and find_spec("transformer_engine") is None)
+
+
+def require_compiler(config: RunConfig) -> None:
+    """On the node where the run runs, which may not be the machine that settled its levers.
+
+    Raises:
+        UserError: a lever needs a C compiler, and there is none.
+    """
+    kind = config.cluster.accelerator
+    wanting = [
+        name
+        for name in SETTLED
+        if getattr(config.speed, name) is When.always and _wants_compiler(name, kind) and not _has_compiler(kind)
+    ]
+    if wanting:
+        raise UserError(
+            f"speed.{wanting[0]}=always: {NO_COMPILER.format(platform.node())}; load one in cluster.setup, or set "
+            + " ".join(f"speed.{name}=never" for name in wanting)
+        )
+
+
+def _wants_compiler(name: str, kind: Accelerator) -> bool:
+    return name in COMPILED and (name != "linear_cross_entropy" or kind is Accelerator.gpu)
+
+
+def _has_compiler(kind: Accelerator) -> bool:
+    """The one that torch and Triton would call."""
+    variable, usual = ("CC", ["gcc", "clang"]) if kind is Accelerator.gpu else ("CXX", ["g++"])
+    return any(shutil.which(name) for name in ([os.environ[variable]] if os.environ.get(variable) else usual))

@@ -1,0 +1,1 @@
+"""Where metrics show: the console, figures, and the page."""

@@ -1,1 +1,0 @@
-"""A model's tokenizer, read from whatever form of its files the author wrote."""

@@ -1,0 +1,17 @@
+"""Mask the padded rows of the vocabulary."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from qwen_cl.training.model.step import mask_padded_vocabulary
+
+
+class MaskPaddedVocabulary(pl.Callback):
+    """See :func:`qwen_cl.training.model.step.mask_padded_vocabulary`."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mask_padded_vocabulary(trainer.strategy.megatron_parallel, self.vocab_size)

@@ -1,0 +1,1 @@
+"""The Megatron model, its training step, and its loss."""

@@ -1,0 +1,1 @@
+"""Speed optimizations that need no Transformer Engine."""

@@ -1,0 +1,121 @@
+"""Puts the levers of the group ``speed`` into a run's model and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning.megatron_parallel import MegatronStep
+
+from qwen_cl.runs.folder import RunFolder
+from qwen_cl.training.callbacks.base import RunCallback
+from qwen_cl.training.speed import (
+    activation_recompute,
+    fused_grad_accumulation,
+    fused_linear_cross_entropy,
+    fused_lora,
+    grad_norm,
+    rope_cache,
+)
+from qwen_cl.training.speed.compile import compile_layers
+from qwen_cl.training.speed.cuda_graphs import CudaGraphSchedule
+
+
+class SpeedOptimizations(RunCallback):
+    """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without. status.json says under
+    ``speed_optimizations`` what is in place, and on how many things."""
+
+    def __init__(
+        self,
+        output_dir: str,
+        *,
+        compile: bool,
+        linear_cross_entropy: bool,
+        low_rank_products: bool,
+        cuda_graphs: bool,
+        fused_accumulation: bool,
+        recompute: bool,
+        rotary_tables: bool,
+        fused_adam: bool,
+        foreach_gradients: bool,
+    ) -> None:
+        self.folder = RunFolder(output_dir)
+        self.compile = compile
+        self.linear_cross_entropy = linear_cross_entropy
+        self.low_rank_products = low_rank_products
+        self.cuda_graphs = cuda_graphs
+        self.fused_accumulation = fused_accumulation
+        self.recompute = recompute
+        self.rotary_tables = rotary_tables
+        self.fused_adam = fused_adam
+        self.foreach_gradients = foreach_gradients
+        self._schedule: CudaGraphSchedule | None = None
+
+    def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = trainer.strategy.megatron_parallel
+        done = {}
+        if self.rotary_tables:
+            done["rotary_tables"] = rope_cache.install(model)
+        if self.low_rank_products:
+            done["low_rank_products"] = fused_lora.fuse_lora(model)
+        if self.linear_cross_entropy:
+            # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
+            compiled = self.compile or torch.cuda.is_available()
+            done["linear_cross_entropy"] = fused_linear_cross_entropy.install(model, compiled)
+        if self.recompute:
+            done["recompute"] = activation_recompute.install(model)
+        if self.compile:
+            done["compile"] = compile_layers(model)
+        if self.fused_accumulation:
+            done["fused_accumulation"] = fused_grad_accumulation.install(model)
+        if self.foreach_gradients:
+            done["foreach_gradients"] = grad_norm.install(model)
+        optimizers = [optimizer.mcore_optimizer for optimizer in trainer.optimizers]
+        done["fused_adam"] = sum(fuse_adam(optimizer, self.fused_adam) for optimizer in optimizers)
+        if self.cuda_graphs:
+            data = trainer.datamodule
+            width, segments = (data.seq_length, 1) if data.shape is None else (data.shape.width, data.shape.segments)
+            self._schedule = CudaGraphSchedule(data.micro_batch_size, width, segments)
+            done["cuda_graphs"] = 1
+        if trainer.is_global_zero:
+            self.folder.update_status(speed_optimizations={name: count for name, count in done.items() if count})
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        """NeMo takes what this returns for the step."""
+        if self._schedule is None or step.forward_only:
+            return step
+        fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(MegatronStep)}
+        return _ScheduledStep(**fields, schedule=self._schedule)
+
+
+@dataclasses.dataclass
+class _ScheduledStep(MegatronStep):
+    schedule: CudaGraphSchedule | None = None
+
+    @property
+    def forward_backward_func(self) -> Any:
+        return self.schedule
+
+
+def fuse_adam(optimizer: Any, fused: bool) -> int:
+    """Of torch's Adam; Transformer Engine's and apex's are fused already. Returns how many are fused now.
+
+    What was read from a checkpoint says how the optimizer was set that wrote it, and has its step count where that
+    optimizer wanted it: with the parameter if fused, else on the CPU.
+    """
+    count = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        count += fused
+        for group in adam.param_groups:
+            group.update(fused=fused, foreach=False if fused else None)
+            for parameter in group["params"]:
+                state = adam.state.get(parameter, {})
+                if "step" in state:
+                    place = parameter.device if fused else torch.device("cpu")
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=place)
+    return count

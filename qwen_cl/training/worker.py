@@ -1,0 +1,151 @@
+"""One process of a run: ``python -m qwen_cl.training.worker RUN_DIRECTORY``, one per rank.
+
+This module stays light: a run that is asked to stop while NeMo is imported says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from qwen_cl.config.cluster import Accelerator
+from qwen_cl.config.errors import EXIT_PREEMPTED, NO_ROOM_ADVICE, NOT_FINITE_ADVICE, UserError
+from qwen_cl.config.run import RunConfig
+from qwen_cl.config.saved import load_config
+from qwen_cl.config.speed import SpeedConfig, When
+from qwen_cl.config.store import register_schemas
+from qwen_cl.launch import heartbeat
+from qwen_cl.planning.speed import require_compiler
+from qwen_cl.runs.failure import MEGATRON_NOT_FINITE, FailureKind, SaveError, failure_kind_of
+from qwen_cl.runs.folder import RunFolder
+from qwen_cl.runs.status import State
+from qwen_cl.training.stop import Preempted, StopRequest
+
+if TYPE_CHECKING:
+    import nemo_run
+
+    from qwen_cl.reporting.tracking.connection import Dashboard
+
+
+def main(directory: str) -> int:
+    register_schemas()
+    folder = RunFolder(directory)
+    config = load_config(folder.config)
+    stop = StopRequest(config.training.max_seconds)
+    try:
+        with folder.worker_lock() if _rank() == 0 else nullcontext():
+            return _run(config, folder, stop)
+    except UserError as error:  # another process writes to the folder: its status is not ours to write
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
+    """Returns the exit code, which says on rank 0 how the run ended."""
+    try:
+        heartbeat.start_heartbeat()
+        _train(config, folder, stop)
+    except Preempted as error:
+        folder.finish(State.PREEMPTED, f"stopped by {error} before training began", FailureKind.interrupted)
+        return EXIT_PREEMPTED
+    except BaseException as error:  # the folder must say why, whatever it was
+        traceback.print_exc()
+        if stop.came_before_training:
+            folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
+            return EXIT_PREEMPTED
+        kind = failure_kind_of(error)
+        why = _reason(error, kind, config.speed)
+        if not heartbeat.report_failure(why, kind):
+            folder.finish(State.FAILED, why, kind)
+        return 1
+    heartbeat.mark_done()
+    if _rank() != 0:
+        return 0
+    if stop.kind is not None and folder.status().step < config.training.max_steps:
+        folder.finish(State.PREEMPTED, stop.reason, stop.kind)
+        return EXIT_PREEMPTED
+    folder.finish(State.COMPLETED)
+    return 0
+
+
+def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
+    if _rank() == 0:
+        folder.update_status(phase="importing NeMo")
+    require_compiler(config)
+    gc.disable()  # a tenth of the time NeMo takes to import
+    prepare(config)
+    from qwen_cl.training.callbacks.base import RunContext, build_bound
+    from qwen_cl.training.callbacks.metrics import peak_memory_gib
+
+    recipe = load_recipe(config, folder)
+    gc.freeze()
+    gc.enable()
+    with _dashboard(config, folder) as dashboard:
+        task = build_bound(recipe, RunContext(stop=stop, dashboard=dashboard))
+        task()
+        if dashboard is not None:
+            dashboard.log_adapter(config.wandb.log_adapter)
+    if _rank() == 0:
+        folder.update_status(peak_memory_gib=peak_memory_gib())
+
+
+@contextmanager
+def _dashboard(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | None]:
+    """Of the first rank, which speaks for all."""
+    if _rank() != 0:
+        yield None
+        return
+    from qwen_cl.reporting.tracking.start import dashboard_of
+
+    folder.update_status(phase="starting W&B")
+    with dashboard_of(config, folder) as dashboard:
+        folder.update_status(phase="loading the model")
+        yield dashboard
+
+
+def prepare(config: RunConfig) -> None:
+    """Import NeMo and Megatron, changed for the device this run is on."""
+    from qwen_cl.training import setup
+
+    logging.basicConfig(format="[qwen_cl] %(message)s")  # after what others have set up, which stays
+    logging.getLogger("qwen_cl").setLevel(logging.INFO)
+    setup.prepare(cpu=config.cluster.accelerator is Accelerator.cpu)
+
+
+def load_recipe(config: RunConfig, folder: RunFolder) -> nemo_run.Partial:
+    from qwen_cl.models.architecture import read_architecture
+    from qwen_cl.models.reference import local_directory, read_model_config
+    from qwen_cl.training.recipe import build_recipe
+
+    model_directory = local_directory(config.model.source)
+    architecture = read_architecture(read_model_config(model_directory), model_directory)
+    return build_recipe(config, architecture, folder, folder.status().resume_from)
+
+
+def _reason(error: BaseException, kind: FailureKind, speed: SpeedConfig) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    if found := MEGATRON_NOT_FINITE.search(text):
+        return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
+    if isinstance(error, UserError | SaveError):
+        return text[:500]
+    if kind is FailureKind.disk_full:
+        return f"{text}: the disk is full. {NO_ROOM_ADVICE}"
+    fix = ""
+    if kind is FailureKind.out_of_memory:
+        fix = "; lower task.micro_batch_size or task.sequence_length"
+        fix += "" if speed.recompute is When.always else ", or set speed.recompute=always"
+    return f"{type(error).__name__}: {text[:500]}{fix}"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

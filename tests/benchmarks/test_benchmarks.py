@@ -1,0 +1,88 @@
+"""Each benchmark that anybody can run, at its smallest: what it measures is there, and its sides do the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.warm import warm_environment
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", "--device", "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=warm_environment(dict(os.environ)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_throughput_beside_another_library(tmp_path: Path) -> None:
+    arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full"]
+    arguments += ["--sides", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
+    assert "losses of all sides agree at step 1" in run("throughput", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 4, 2]
+    phases = results["visits"][0]["began"]
+    assert 0 < phases["starting"] < phases["training"] < results["visits"][0]["first_step"]
+    assert str(tmp_path) not in results["command"]
+
+
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        ("--sides nobody", "argument --sides: invalid choice: 'nobody'"),
+        ("--steps 0", "argument --steps: 0 must be a whole number, 1 or more"),
+        ("--global-batch 9", "--micro-batch 2 must divide the rows of a step, --global-batch 9"),
+        ("--table nothing.json", "argument --table: there is no file nothing.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(said: str, rule: str) -> None:
+    command = [sys.executable, "benchmarks/throughput.py", "--device", "cpu", *said.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"throughput.py: error: {rule}")
+
+
+def test_the_order_of_the_sides() -> None:
+    """A-B-C-C-B-A, of which the two in the middle are one process."""
+    from benchmarks.throughput import _order
+
+    assert _order(["a", "b", "c"], 2) == [("a", 1), ("b", 1), ("c", 2), ("b", 1), ("a", 1)]
+    assert _order(["a", "b", "c"], 1) == [("a", 1), ("b", 1), ("c", 1)]
+    assert _order(["a"], 2) == [("a", 1), ("a", 1)]
+
+
+def test_a_lever_alone(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    said = run(
+        *("levers", "--levers", "low_rank_products", "--steps", "1", "--warmup-steps", "1", "--output", str(output))
+    )
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"]
+    assert list(runs) == ["none", "low_rank_products"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == list(runs)
+    assert all(0 <= float(apart) < 1e-5 for row in rows[2:] for apart in row[4:])
+
+
+def test_packed_rows_beside_padded_ones() -> None:
+    rows = [
+        line.split("|")
+        for line in run("packing", "--warmup-steps", "1", "--steps", "1").splitlines()
+        if line.startswith("|")
+    ]
+    assert [row[1].strip() for row in rows[2:]] == ["qwen_cl, packed", "qwen_cl, one to a row", "transformers, padded"]
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows[2:])
+    before, after = ([float(row[place]) for row in rows[2:4]] for place in (4, 5))
+    assert before[0] == before[1] and after[0] == pytest.approx(after[1], rel=0.01)
+    assert before[0] - after[0] > 0.5  # it learned something

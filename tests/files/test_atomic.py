@@ -1,0 +1,29 @@
+"""A file is there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_cl.files.atomic import atomic_write, flush
+
+
+def test_what_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "before"
+        _ = 1 / 0
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_it_takes_the_files_place_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_write(path) as temporary:
+        temporary.write_text("whole")
+        flush(temporary)
+        assert not path.exists()
+    flush(tmp_path)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file", "whole")]

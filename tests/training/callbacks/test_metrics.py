@@ -1,0 +1,126 @@
+"""What keeps a GPU from waiting between steps: the gradients' norm stays on it, and a step is read a step later."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_cl.runs.folder import RunFolder
+from tests.conftest import ROOT
+from tests.support.interrupted_runs import AtRecord, losses, measured, overrides_of, train, whole_and_killed
+from tests.support.ranks import run_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLate:
+    """As on a GPU. Notes each step that is recorded, and the one that was over by then."""
+
+    killed_at: int | None = None
+
+    def __call__(self, folder: RunFolder) -> None:
+        from qwen_cl.training.callbacks.metrics import RunRecorder
+
+        stock = RunRecorder._record
+
+        def record(self: Any, trainer: Any, step: Any, *measured: Any) -> None:
+            with (folder.directory / "recorded").open("a") as stream:
+                stream.write(f"{step.number}:{trainer.global_step} ")
+            waits = trainer.strategy.megatron_parallel[0].ddp_config.check_for_nan_in_grad
+            (folder.directory / "waits for each gradient").write_text(str(waits))
+            stock(self, trainer, step, *measured)
+
+        patched: Any = RunRecorder
+        patched.reads_late, patched._record = True, record
+        if self.killed_at is not None:
+            AtRecord(self.killed_at, signal.SIGKILL)(folder)
+
+
+def test_a_step_that_is_read_later_is_recorded_the_same(shared_directory: Path, tmp_path: Path) -> None:
+    """Also where the run is killed and goes on. Before a validation or a checkpoint nothing is left unread."""
+    whole = whole_and_killed(shared_directory, "lora")[0]
+    folder = RunFolder(tmp_path / "run")
+    killed = [*overrides_of("lora"), "task.async_save=false"]
+    ended = train(folder, *killed, fault=ReadLate(killed_at=5))
+    assert ended.returncode == -signal.SIGKILL, ended.log[-2000:]
+    assert list(losses(folder)) == [1, 2, 3, 4]
+    assert (folder.directory / "recorded").read_text().split() == ["1:2", "2:2", "3:3", "4:4", "5:6"]
+    ended = train(folder, *overrides_of("lora"), fault=ReadLate())
+    assert ended.returncode == 0, ended.log[-2000:]
+    assert (folder.directory / "recorded").read_text().split()[5:] == ["5:6", "6:6"]
+    assert measured(folder) == measured(whole)
+    assert (folder.directory / "waits for each gradient").read_text() == "False"
+
+
+def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    ended = train(folder, *overrides_of("lora"), "lr=1e30", "task.warmup_steps=0", fault=ReadLate())
+    assert ended.returncode == 1
+    assert folder.status().state == "FAILED"
+    assert "lower lr" in str(folder.status().reason)
+    assert not list(folder.checkpoints.glob("*"))
+
+
+def _norms(out: Path) -> None:
+    """Ours and Megatron's, of gradients to clip and of others; and what clipping leaves."""
+    import torch
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+
+    from qwen_cl.training.setup import prepare
+    from qwen_cl.training.speed import grad_norm
+
+    prepare(cpu=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=0, world_size=1)
+    group = torch.distributed.group.WORLD
+    results = []
+    for size in (0.01, 3.0):
+        values = [torch.randn(shape, generator=torch.Generator().manual_seed(7)) * size for shape in (5, 40, 300)]
+        theirs: list[Any] = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
+        ours: list[Any] = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
+        for parameters in (theirs, ours):
+            for parameter, value in zip(parameters, values):
+                parameter.grad = value.clone()
+        norm = get_grad_norm_fp32([parameter.grad for parameter in theirs], grad_stats_parallel_group=group)
+        clip_grad_by_total_norm_fp32(theirs, 1.0, norm)
+        own = grad_norm.norm_on_device([parameter.grad for parameter in ours], group)
+        grad_norm._clip(ours, 1.0, own)
+        apart = [float((one.grad - two.grad).abs().max()) for one, two in zip(theirs, ours)]
+        changed = float((theirs[0].grad - values[0]).abs().max())
+        results.append({"norm": norm, "own": float(own), "apart": max(apart), "changed": changed})
+    out.write_text(json.dumps(results))
+
+
+def test_clipping_on_the_device_is_megatrons(tmp_path: Path) -> None:
+    ended = run_ranks(_norms, tmp_path / "norms.json")
+    assert ended.returncode == 0, ended.log[-3000:]
+    small, large = json.loads((tmp_path / "norms.json").read_text())
+    assert small["changed"] == 0 < large["changed"]
+    assert small["norm"] < 1 < large["norm"]
+    for found in (small, large):
+        assert found["own"] == pytest.approx(found["norm"], rel=1e-6)
+        assert found["apart"] < 1e-6
+    assert small["apart"] == 0
+
+
+def note_progress(folder: RunFolder) -> None:
+    from qwen_cl.training.callbacks.metrics import RunRecorder
+
+    def note(self: Any, done: int, total: int) -> None:
+        with (folder.directory / "read").open("a") as stream:
+            stream.write(f"{done} {total}\n")
+
+    patched: Any = RunRecorder
+    patched.on_weights_read = note
+
+
+def test_reading_the_weights_shows_its_progress(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert train(folder, *overrides_of("none"), "task.max_steps=2", fault=note_progress).returncode == 0
+    done, total = (folder.directory / "read").read_text().splitlines()[-1].split()
+    assert done == total
+    file = (ROOT / "qwen_cl/demo/model/model.safetensors").read_bytes()
+    assert int(total) == len(file) - 8 - int.from_bytes(file[:8], "little")  # all but its header
