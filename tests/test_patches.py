@@ -129,11 +129,11 @@ def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path,
 def test_a_rank_refuses_it_too(changed_megatron: Path) -> None:
     """Of a cluster, whose packages the launcher does not see."""
     done = subprocess.run(
-        [sys.executable, "-c", "from qwen_cl import megatron; megatron.prepare(cpu=True)"],
+        [sys.executable, "-c", "from qwen_cl.training import setup; setup.prepare(cpu=True)"],
         env={**os.environ, "PYTHONPATH": str(changed_megatron)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"qwen_cl.config.errors.UserError: {REFUSED}"
+    assert done.stderr.splitlines()[-1] == f"qwen_cl.patches.registry.UpstreamChanged: {REFUSED}"

@@ -19,8 +19,6 @@ from typing import Any
 
 import yaml
 
-from qwen_cl.config.errors import UserError
-
 VERSIONS = {
     "torch": ("torch", ">=2.11,<2.15"),
     "megatron": ("megatron-core", "==0.15.3"),
@@ -28,6 +26,10 @@ VERSIONS = {
     "lightning": ("lightning", "==2.4.0"),
 }
 """The package of each top-level module, and its versions whose code is known."""
+
+
+class UpstreamChanged(Exception):
+    """The installed upstream code is not the code that a replacement was written for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ def replace(owner: Any, name: str, new: Any) -> None:
     """Set an attribute of an upstream module, class or object to ours. Repeating a call has no effect.
 
     Raises:
-        UserError: upstream's code is not the code that the replacement was written for.
+        UpstreamChanged: upstream's code is not the code that the replacement was written for.
         LookupError: the table does not list the name.
     """
     require_known_code(_listed(owner, name))
@@ -72,7 +74,7 @@ def check_installed(*, cpu: bool) -> None:
     """Check all that a run may replace, in the packages that are installed here. Imports none of them.
 
     Raises:
-        UserError: some upstream code is not the code that a replacement was written for.
+        UpstreamChanged: some upstream code is not the code that a replacement was written for.
     """
     for patch in patches().values():
         if cpu or not patch.cpu:
@@ -92,12 +94,12 @@ def patches() -> dict[str, Patch]:
 
 @cache
 def require_known_code(patch: Patch) -> None:
-    """Raises UserError where the package is installed and has other code."""
+    """Raises UpstreamChanged where the package is installed and has other code."""
     if _folders(patch.code) and fingerprint(patch.code) != patch.fingerprint:
         package, versions = package_of(patch)
         installed = next((each.version for each in metadata.distributions(name=package)), "(unknown version)")
         name, code = patch.name.replace(":", "."), patch.code.replace(":", ".")
-        raise UserError(
+        raise UpstreamChanged(
             f"{package} {installed} is not supported: its {code} is not that of {package}{versions}, "
             f"for which qwen_cl replaces {name}; run pip install --force-reinstall --no-deps '{package}{versions}'"
         )

@@ -25,7 +25,7 @@ from qwen_cl.models.hub.settings import HubSettings
 from qwen_cl.models.loading.base_adapter import BaseAdapter, find_adapter, other_base
 from qwen_cl.models.reference import ModelFiles, resolve
 from qwen_cl.models.tokenizer_checks import tokenizer_hash
-from qwen_cl.patches.registry import check_installed
+from qwen_cl.patches.registry import UpstreamChanged, check_installed
 from qwen_cl.planning.data import (
     ReadData,
     data_hash,
@@ -108,7 +108,7 @@ def make_plan(config: RunConfig, once: Memo | None = None, made_on: str | None =
     said = config
     device = once(lambda: pick_device(said.cluster), "device", said.cluster)
     if isinstance(said.cluster, LocalConfig):  # another machine has its own packages, which its ranks check
-        check_installed(cpu=device.kind is Accelerator.cpu)
+        _check_upstream(device)
     settings = HubSettings.of(config.model)
     model = once(lambda: resolve(said.model.source, settings, weights=False), "model", said.model)
     architecture = read_architecture(model.config, model.directory)
@@ -214,6 +214,13 @@ def check_weights(model: ModelFiles, architecture: Architecture) -> None:
             raise UserError(f"model.source ({model.directory}) is damaged: {error}; put the file back") from error
     check = check_nemo_tensors if is_nemo_checkpoint(model.directory) else check_tensors
     check(model.directory, architecture)
+
+
+def _check_upstream(device: Device) -> None:
+    try:
+        check_installed(cpu=device.kind is Accelerator.cpu)
+    except UpstreamChanged as error:
+        raise UserError(str(error)) from error
 
 
 def _check_sequence_length(config: RunConfig, architecture: Architecture) -> None:

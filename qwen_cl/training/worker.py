@@ -21,6 +21,7 @@ from qwen_cl.config.saved import load_config
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.store import register_schemas
 from qwen_cl.launch import heartbeat
+from qwen_cl.patches.registry import UpstreamChanged
 from qwen_cl.planning.speed import require_compiler
 from qwen_cl.runs.failure import MEGATRON_NOT_FINITE, FailureKind, SaveError, failure_kind_of
 from qwen_cl.runs.folder import RunFolder
@@ -132,7 +133,7 @@ def _reason(error: BaseException, kind: FailureKind, speed: SpeedConfig) -> str:
     text = " ".join(str(error).split()) or "no message"
     if found := MEGATRON_NOT_FINITE.search(text):
         return f"FloatingPointError: the gradient is {found[1]}; {NOT_FINITE_ADVICE}"
-    if isinstance(error, UserError | SaveError):
+    if isinstance(error, UserError | SaveError | UpstreamChanged):
         return text[:500]
     if kind is FailureKind.disk_full:
         return f"{text}: the disk is full. {NO_ROOM_ADVICE}"
