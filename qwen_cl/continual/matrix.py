@@ -15,7 +15,7 @@ from rich.table import Table
 from qwen_cl.config.task.continual import ContinualConfig
 from qwen_cl.continual.evaluation import Measured
 from qwen_cl.continual.transfer import Transfer, measure_transfer
-from qwen_cl.files.atomic import write_whole
+from qwen_cl.files.atomic import write_text
 from qwen_cl.reporting.console import console_for_tables
 
 VALUES = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
@@ -42,14 +42,14 @@ def write_matrix(task: ContinualConfig, rows: Sequence[Measured], directory: Pat
         **matrices,
         "measures": {value: asdict(measure) for value, measure in measures.items()},
     }
-    write_whole(directory / "matrix.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / "matrix.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     block = Group(
         *(_matrix_table(title, names, list(task.sets), matrices[value]) for value, title in VALUES.items()),
         _measures_table(measures),
     )
     text = io.StringIO()
     console_for_tables(text).print(block)
-    write_whole(directory / "matrix.txt", text.getvalue())
+    write_text(directory / "matrix.txt", text.getvalue())
     console.print(block)
 
 

@@ -18,7 +18,7 @@ from qwen_cl.config.replay import FileReplayConfig, GeneratedReplayConfig
 from qwen_cl.config.run import RunConfig
 from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.data.raw_text import document_delimiters
-from qwen_cl.files.atomic import write_whole
+from qwen_cl.files.atomic import write_text
 from qwen_cl.files.cache import cache_home
 from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.target_model import find_model
@@ -91,7 +91,7 @@ def sample_text(config: RunConfig, replay: GeneratedReplayConfig) -> None:
             f"{replay.max_length}); replay text of your own with replay=files"
         )
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    write_whole(sampled_file(config, replay, document_delimiters(tokenizer).bos_id), "".join(lines))
+    write_text(sampled_file(config, replay, document_delimiters(tokenizer).bos_id), "".join(lines))
 
 
 def _bos_id(config: RunConfig) -> int | None:

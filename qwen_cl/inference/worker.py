@@ -20,7 +20,7 @@ from qwen_cl.config.task.inference import EvaluateConfig, GenerateConfig
 from qwen_cl.config.task.training import TrainingConfig
 from qwen_cl.data.eval_sets import read_sets, score_set
 from qwen_cl.data.set_files import set_hash
-from qwen_cl.files.atomic import write_whole
+from qwen_cl.files.atomic import write_text
 from qwen_cl.inference.child_process import report_mistake
 from qwen_cl.inference.generate import prompts_of
 from qwen_cl.inference.prompts import Prompt, read_prompts
@@ -75,7 +75,7 @@ def _generate(config: RunConfig, task: GenerateConfig) -> None:
         print(f"{asked}{answer.text}" + ("" if task.prompt is not None else "\n"), flush=True)
         done.append(answer)
     if output is not None:
-        write_whole(output, "".join(json.dumps(answer.plain(), ensure_ascii=False) + "\n" for answer in done))
+        write_text(output, "".join(json.dumps(answer.plain(), ensure_ascii=False) + "\n" for answer in done))
 
 
 def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
@@ -104,7 +104,7 @@ def _evaluate(config: RunConfig, task: EvaluateConfig) -> None:
     print_scores(scores, console)
     print_samples(samples, console)
     if output is not None:
-        write_whole(output, json.dumps(_record(config, task, subject, losses, scores, samples), **FORMAT) + "\n")
+        write_text(output, json.dumps(_record(config, task, subject, losses, scores, samples), **FORMAT) + "\n")
 
 
 FORMAT: dict[str, Any] = {"indent": 2, "ensure_ascii": False}

@@ -19,7 +19,7 @@ from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.saved import leaves_of_consequence, read_run_config, to_plain
 from qwen_cl.config.store import register_schemas
-from qwen_cl.files.atomic import atomic_write
+from qwen_cl.files.atomic import write_text
 from qwen_cl.runs.checkpoints import Checkpoint, clear_leftovers, latest_valid_checkpoint
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.folder import RunFolder
@@ -204,8 +204,7 @@ def _cut(folder: RunFolder, step: int) -> None:
     for path, last in ((folder.metrics_file, step), (folder.samples, 0)):  # samples are of the beginning and the end
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in (kept if step else [])), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in (kept if step else [])))
     shutil.rmtree(folder.adapter, ignore_errors=True)  # of a step that is trained again
 
 

@@ -17,7 +17,7 @@ from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.saved import leaves_to_compare, to_plain
 from qwen_cl.config.store import GROUPS
 from qwen_cl.config.task.training import AUTO
-from qwen_cl.files.atomic import atomic_write
+from qwen_cl.files.atomic import write_text
 from qwen_cl.planning.plan import Plan
 from qwen_cl.runs.folder import CUT_OFF, RunFolder
 
@@ -158,8 +158,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_json(content: Any, path: Path) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _sanitised(text: str) -> str:

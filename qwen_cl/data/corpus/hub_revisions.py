@@ -8,16 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.files.atomic import atomic_write
+from qwen_cl.files.atomic import write_text
 
 
 def remember(root: Path, source: TextSource, commit: str) -> None:
     """No failure where the cache cannot be written to: this only helps later."""
-    path = _path(root, source)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(commit, encoding="utf-8")
+        write_text(_path(root, source), commit)
 
 
 def recall(root: Path, source: TextSource) -> str | None:

@@ -22,7 +22,7 @@ from qwen_cl.models.hub.download import download
 from qwen_cl.models.hub.errors import refusal
 from qwen_cl.models.hub.http_errors import reason_of, request_errors, status_of
 from qwen_cl.models.hub.http_file import RETRY_AFTER
-from qwen_cl.models.hub.manifest import ModelManifest, from_hub, read_manifest, write_model_manifest, write_whole
+from qwen_cl.models.hub.manifest import ModelManifest, from_hub, read_manifest, write_if_possible, write_model_manifest
 from qwen_cl.models.hub.settings import HubSettings
 from qwen_cl.models.hub.snapshot import Snapshot, damaged_files, is_verified, needed_files, remove
 
@@ -67,7 +67,7 @@ def fetch_snapshot(repo: str, revision: str | None, settings: HubSettings, *, we
         with _quiet(), _alone(snapshot):
             _complete(snapshot, lambda names: _obtain(snapshot, names, settings.url), weights=weights)
     if revision != snapshot.commit:  # for a day without a Hub, where huggingface_hub itself looks
-        write_whole(snapshot.repository / "refs" / (revision or "main"), snapshot.commit)
+        write_if_possible(snapshot.repository / "refs" / (revision or "main"), snapshot.commit)
     return snapshot
 
 

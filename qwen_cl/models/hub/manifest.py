@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_cl.files.atomic import atomic_write
+from qwen_cl.files.atomic import write_text
 
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 OURS = ".qwen_cl"
@@ -58,15 +58,13 @@ def read_manifest(repository: Path, commit: str) -> ModelManifest | None:
 
 
 def write_model_manifest(repository: Path, manifest: ModelManifest) -> None:
-    write_whole(_path(repository, manifest.commit), json.dumps(asdict(manifest), indent=1))
+    write_if_possible(_path(repository, manifest.commit), json.dumps(asdict(manifest), indent=1))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Atomic, and no failure where the cache cannot be written to: what is kept here only saves work later."""
+def write_if_possible(path: Path, text: str) -> None:
+    """Write a file of the cache, and pass over a cache that is read-only: what is kept here only saves work later."""
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def _path(repository: Path, commit: str) -> Path:

@@ -17,7 +17,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.files.hashing import hash_file
 from qwen_cl.files.parallel import for_each
 from qwen_cl.models.formats.tensor_files import ADAPTER_CONFIG, INDEX, SINGLE, indexed_files, no_weights, weights_entry
-from qwen_cl.models.hub.manifest import DIGEST, OURS, ModelManifest, write_whole
+from qwen_cl.models.hub.manifest import DIGEST, OURS, ModelManifest, write_if_possible
 from qwen_cl.models.tokenizer.files import TEMPLATES
 
 JINJA = "*.jinja"
@@ -162,7 +162,7 @@ def damaged_files(snapshot: Snapshot, names: list[str]) -> list[str]:
             if not sound:
                 damaged.append(name)
             elif digest is not None:
-                write_whole(_record(snapshot, digest), stamp)
+                write_if_possible(_record(snapshot, digest), stamp)
 
         for_each(check, unknown)
     return sorted(damaged)
