@@ -9,9 +9,9 @@ import pytest
 
 ASKED = """
 import sys
-from qwen_cl import megatron
+from qwen_cl.training import setup
 
-megatron.prepare(cpu=True)
+setup.prepare(cpu=True)
 import qwen_cl.training.recipe
 from nemo_run.core.execution.lepton import LeptonExecutor, LeptonJobState
 
