@@ -22,6 +22,7 @@ from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, Use
 from qwen_cl.config.hydra_errors import explain, refuse_added_keys
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import quote_arguments
+from qwen_cl.config.renamed_keys import rename_overrides
 from qwen_cl.config.store import register_schemas
 
 register_schemas()
@@ -87,7 +88,7 @@ def main() -> int:
 
 def launch_all() -> int:
     try:
-        sys.argv[1:] = quote_arguments(sys.argv[1:])
+        sys.argv[1:] = quote_arguments(rename_overrides(sys.argv[1:]))
     except UserError as error:
         fail(error)
         return error.exit_code

@@ -28,9 +28,9 @@ FULL, LORA = "full", "LoRA r64"
 _ADAPTER = ["peft=lora", "peft.rank=64", "peft.alpha=128", "lr=5e-4"]  # above, English goes and Japanese gains little
 ARMS = {
     FULL: ["peft=none", "lr=1e-3"],
-    **{f"full, {share} % replay": ["peft=none", "lr=1e-3", f"replay.share={share / 100}"] for share in (1, 5, 25)},
+    **{f"full, {share} % replay": ["peft=none", "lr=1e-3", f"replay.ratio={share / 100}"] for share in (1, 5, 25)},
     LORA: _ADAPTER,
-    f"{LORA}, 25 % replay": [*_ADAPTER, "replay.share=0.25"],
+    f"{LORA}, 25 % replay": [*_ADAPTER, "replay.ratio=0.25"],
 }
 
 
@@ -98,7 +98,7 @@ def _run(arm: str, seed: int, arguments: Any, replay: Path, japanese: list[Path]
         *("task=pretrain", "model=tiny", "data=text", "data.allow_overlap=true", "wandb.mode=disabled"),
         f"data.path='{japanese[0]}'",
         f"data.validation_path='{japanese[1]}'",
-        *("retention=files", f"retention.sets={{english: '{texts / 'english.validation.jsonl'}'}}"),
+        *("retention=files", f"retention.eval_sets={{english: '{texts / 'english.validation.jsonl'}'}}"),
         *(
             "task.sequence_length=512",
             "task.global_batch_size=64",
@@ -108,8 +108,8 @@ def _run(arm: str, seed: int, arguments: Any, replay: Path, japanese: list[Path]
         *(f"task.val_check_interval={arguments.steps}", f"task.checkpoint_interval={arguments.steps}"),
         *("task.log_interval=10", f"seed={1234 + seed}", *ARMS[arm]),
     ]
-    if any(word.startswith("replay.share") for word in said):
-        said += ["replay=files", f"replay.sets={{english: '{replay}'}}"]
+    if any(word.startswith("replay.ratio") for word in said):
+        said += ["replay=files", f"replay.datasets={{english: '{replay}'}}"]
     print(f"{arm}, seed {seed} …", file=sys.stderr, flush=True)
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{folder}'", *said]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))

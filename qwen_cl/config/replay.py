@@ -18,33 +18,33 @@ class ReplayConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MixedReplayConfig(ReplayConfig):
-    share: float
+    ratio: float
     """Of the tokens trained on, between 0 and 1."""
 
     def __post_init__(self) -> None:
-        require("replay.share", self.share, above=0, below=1)
+        require("replay.ratio", self.ratio, above=0, below=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class FileReplayConfig(MixedReplayConfig):
-    sets: dict[str, str]
+    datasets: dict[str, str]
     """Path of each, by name: a file, a glob, a directory, or ``hf://datasets/ORG/NAME[@REVISION][#SPLIT]``."""
     weights: dict[str, float]
-    """Of each set within the share, summing to 1; empty for equal ones."""
+    """Of each set within the ratio, summing to 1; empty for equal ones."""
 
     def __post_init__(self) -> None:
         MixedReplayConfig.__post_init__(self)
-        check_names("replay.sets", self.sets)
-        if not self.sets:
-            raise UserError("replay.sets is empty; write 'replay.sets={english: old.jsonl}', or replay=none")
+        check_names("replay.datasets", self.datasets)
+        if not self.datasets:
+            raise UserError("replay.datasets is empty; write 'replay.datasets={english: old.jsonl}', or replay=none")
         if self.weights:
-            _check_weights(self.weights, list(self.sets))
+            _check_weights(self.weights, list(self.datasets))
 
     @property
     def shares(self) -> dict[str, float]:
         """Of the tokens trained on, by set."""
-        weights = self.weights or dict.fromkeys(self.sets, 1 / len(self.sets))
-        return {name: self.share * weight for name, weight in weights.items()}
+        weights = self.weights or dict.fromkeys(self.datasets, 1 / len(self.datasets))
+        return {name: self.ratio * weight for name, weight in weights.items()}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,11 +68,11 @@ class GeneratedReplayConfig(MixedReplayConfig):
 
 @dataclass(kw_only=True, slots=True)
 class RetentionConfig:
-    sets: dict[str, str]
+    eval_sets: dict[str, str]
     """Path of each, by name, as of replay: what the model should not forget, measured whenever the run validates."""
 
     def __post_init__(self) -> None:
-        check_names("retention.sets", self.sets)
+        check_names("retention.eval_sets", self.eval_sets)
 
 
 def check_names(key: str, sets: dict[str, str]) -> None:
@@ -87,7 +87,7 @@ def check_names(key: str, sets: dict[str, str]) -> None:
 def _check_weights(weights: dict[str, float], names: list[str]) -> None:
     if sorted(weights) != sorted(names):
         raise UserError(
-            f"replay.weights names {', '.join(weights) or 'nothing'}, and replay.sets {', '.join(names)}; "
+            f"replay.weights names {', '.join(weights) or 'nothing'}, and replay.datasets {', '.join(names)}; "
             "give every set a weight, or none for equal ones"
         )
     for name, weight in weights.items():
@@ -95,5 +95,5 @@ def _check_weights(weights: dict[str, float], names: list[str]) -> None:
     total = sum(weights.values())
     if abs(total - 1) > 1e-6:
         raise UserError(
-            f"replay.weights sum to {total:g}; they must sum to 1 (replay.share says how much is replayed in all)"
+            f"replay.weights sum to {total:g}; they must sum to 1 (replay.ratio says how much is replayed in all)"
         )

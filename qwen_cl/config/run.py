@@ -57,7 +57,7 @@ class RunConfig:
             )
         if isinstance(self.replay, MixedReplayConfig) and isinstance(self.data, MockDataConfig):
             raise UserError(
-                f"replay.share ({self.replay.share:g}) would change nothing with data=mock, which is random tokens "
+                f"replay.ratio ({self.replay.ratio:g}) would change nothing with data=mock, which is random tokens "
                 "alone; write replay=none, or choose other data"
             )
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.override_text import escape, map_text, unescape
+from qwen_cl.config.renamed_keys import rename_mapping, rename_overrides
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.store import GROUPS
 
@@ -54,9 +55,20 @@ def _escaped_plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read what :func:`save_config` wrote, as plain values under today's keys."""
+    return rename_mapping(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+
+
+def read_overrides(directory: Path) -> list[str] | None:
+    """Read the overrides that a run was started with, under today's keys; None where its ``directory`` has none."""
+    path = directory / ".hydra" / "overrides.yaml"
+    return rename_overrides(map(str, OmegaConf.load(path))) if path.is_file() else None
+
+
 def load_config(path: Path) -> RunConfig:
     """The inverse of :func:`save_config`, with every rule checked again."""
-    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    plain = read_plain(path)
     base = OmegaConf.structured(RunConfig)
     for group, schemas in GROUPS.items():
         name = plain[group].pop("type") + "_schema"

@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config import cluster, data, model, peft, replay, resume, run, speed, sweep
+from qwen_cl.config.config_files import read_renamed_keys
 from qwen_cl.config.paths import PACKAGE
 from qwen_cl.config.task import continual, export, inference, inspect, job, report, training
 
@@ -58,6 +59,7 @@ HYDRA_GROUPS: dict[str, dict[str, type]] = {
 
 def register_schemas() -> None:
     """Idempotent; also defines ``${package_path:…}``, the path of a file shipped inside this package."""
+    read_renamed_keys()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=run.RunConfig)
     for group, schemas in {**GROUPS, **HYDRA_GROUPS}.items():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.run import RunConfig
-from qwen_cl.config.saved import leaves_to_compare, save_config, to_plain
+from qwen_cl.config.saved import leaves_to_compare, read_plain, save_config, to_plain
 from qwen_cl.continual.stages import Stage
 from qwen_cl.runs.status import State
 
@@ -26,7 +24,7 @@ def is_finished(stage: Stage) -> bool:
     status = stage.folder.status()
     if status.state is not State.COMPLETED:
         return False
-    record = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(stage.folder.directory / RECORD)))
+    record = read_plain(stage.folder.directory / RECORD)
     then, now = leaves_to_compare(record), leaves_to_compare(to_plain(_settled(stage)))
     differing = [
         f"{key} ({_shown(then, key)} then, {_shown(now, key)} now)"

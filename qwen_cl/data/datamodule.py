@@ -148,9 +148,9 @@ class MixedDataModule(TokenDataModule):
     def build_sets(self) -> Sets:
         use_chat_settings(self.tokenizer.tokenizer, self.chat)
         target, validation = self.build_target()
-        replay = read_sets(self.replay, "replay.sets")
+        replay = read_sets(self.replay, "replay.datasets")
         replayed = [(self.to_train(named), self.replay_shares[named.name]) for named in replay]
-        kept = [self.score(named, "retention/") for named in read_sets(self.retention, "retention.sets")]
+        kept = [self.score(named, "retention/") for named in read_sets(self.retention, "retention.eval_sets")]
         own_share = 1 - sum(self.replay_shares.values())
         return Sets(train=[(target, own_share), *replayed], evaluation=[validation, *kept])
 

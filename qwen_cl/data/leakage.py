@@ -110,16 +110,16 @@ def validation_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerpr
 
 
 def replayed(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compared]:
-    return [_set(f"replay.sets.{named.name}", named, fingerprints) for named in sets]
+    return [_set(f"replay.datasets.{named.name}", named, fingerprints) for named in sets]
 
 
 def retained(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compared]:
     return [
         _set(
-            f"row of retention.sets.{named.name}, which measures what is forgotten,",
+            f"row of retention.eval_sets.{named.name}, which measures what is forgotten,",
             named,
             fingerprints,
-            f"rows of retention.sets.{named.name}",
+            f"rows of retention.eval_sets.{named.name}",
         )
         for named in sets
     ]

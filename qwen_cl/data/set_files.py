@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_cl.config.data import TEXT
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.renamed_keys import earlier_names
 from qwen_cl.data.chat.conversations import check_text
 from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
@@ -85,8 +86,9 @@ def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Ma
     """What a run's data is known again by: ``target`` itself where nothing is replayed and nothing retained, so that
     it is the hash of the data's own files; otherwise sha256 over all of it.
 
-    ``sets``: by key (``replay.sets``), the path of each by name. What they hold counts, and their names; where they
-    are does not. ``chat``: what the config says of how conversations are rendered, if anything.
+    ``sets``: by key (``replay.datasets``), the path of each by name. What they hold counts, and their names; where they
+    are does not, and the keys are spelled as they first were. ``chat``: what the config says of how conversations are
+    rendered, if anything.
     """
     found: dict[str, Any] = {
         key: {name: set_hash(path, f"{key}.{name}") for name, path in files.items()}
@@ -97,7 +99,7 @@ def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Ma
         found["chat"] = dict(chat)
     if not found:
         return target
-    return hashlib.sha256(json.dumps({"target": target, **found}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({"target": target, **earlier_names(found)}, sort_keys=True).encode()).hexdigest()
 
 
 def _text(record: Record, whole_file: bool) -> Text:

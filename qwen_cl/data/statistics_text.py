@@ -30,7 +30,7 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
         losses.append(f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are in it too")
     for name, overlap in report.retention_overlap.items():
         if overlap.found:
-            losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.sets.{name} are trained on")
+            losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.eval_sets.{name} are trained on")
     lines = [("training set", rows), ("", "; ".join(losses)), ("", _writing(report, what))]
     lines += [("near duplicates", _near(pairs)) for pairs in report.near_duplicates if pairs.count]
     return lines + ([("", _unused(report))] if report.unused_fields else [])

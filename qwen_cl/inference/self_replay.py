@@ -54,7 +54,7 @@ def with_sampled_text(config: RunConfig, replay: GeneratedReplayConfig) -> RunCo
     with FileLock(f"{path}.lock"):  # another run may be sampling the same
         if not path.exists():
             run_child(config, "the sampling of text to replay")
-    return replace(config, replay=FileReplayConfig(share=replay.share, sets={SET: str(path)}, weights={}))
+    return replace(config, replay=FileReplayConfig(ratio=replay.ratio, datasets={SET: str(path)}, weights={}))
 
 
 def sampled_file(config: RunConfig, replay: GeneratedReplayConfig, bos_id: int | None = None) -> Path:

@@ -94,13 +94,13 @@ def read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> R
 def data_hash(target: str, config: RunConfig) -> str:
     """``target`` is the hash of what the task's own data holds; the sets that are replayed and retained come in too.
     Not text that the model writes itself, which follows from model, seed and config."""
-    sets = {"replay.sets": _replay_sets(config), "retention.sets": config.retention.sets}
+    sets = {"replay.datasets": _replay_sets(config), "retention.eval_sets": config.retention.eval_sets}
     return with_set_hashes(target, sets, chat_settings(config.data).facts())
 
 
 def resolve_template_day(config: RunConfig, model: ModelFiles, made_on: str | None) -> str | None:
     """The day that conversations of the run are rendered with; None where there are none, or none has a date."""
-    if not isinstance(config.task, FinetuneConfig) and not _replay_sets(config) and not config.retention.sets:
+    if not isinstance(config.task, FinetuneConfig) and not _replay_sets(config) and not config.retention.eval_sets:
         return None
     return resolve_template_date(config.data, load_data_tokenizer(str(tokenizer_directory(model.directory))), made_on)
 
@@ -109,9 +109,9 @@ def with_local_sets(config: RunConfig) -> RunConfig:
     """The worker runs elsewhere, and without a network."""
     replay = config.replay
     if isinstance(replay, FileReplayConfig):
-        replay = replace(replay, sets=local_sets(replay.sets, "replay.sets"))
-    kept = local_sets(config.retention.sets, "retention.sets")
-    return replace(config, replay=replay, retention=replace(config.retention, sets=kept))
+        replay = replace(replay, datasets=local_sets(replay.datasets, "replay.datasets"))
+    kept = local_sets(config.retention.eval_sets, "retention.eval_sets")
+    return replace(config, replay=replay, retention=replace(config.retention, eval_sets=kept))
 
 
 def hold_text_apart(
@@ -122,7 +122,7 @@ def hold_text_apart(
     as_corpus = corpus_fingerprinter(tokenizer)
     replay, kept = read_other_sets(config)
     apart = check_leakage(data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)])
-    return apart, dict(zip(config.retention.sets, apart.overlaps[1:]))
+    return apart, dict(zip(config.retention.eval_sets, apart.overlaps[1:]))
 
 
 def load_chat_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerBase:
@@ -134,7 +134,7 @@ def unused_in_sets(
     replay: list[NamedSet], kept: list[NamedSet], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, int]]:
     """Count the fields of each set that cannot change what it is rendered as, by the set's key."""
-    keys = {"replay.sets": replay, "retention.sets": kept}
+    keys = {"replay.datasets": replay, "retention.eval_sets": kept}
     found = {
         f"{key}.{named.name}": count_unused_fields(named.rows, tokenizer)
         for key, sets in keys.items()
@@ -170,11 +170,13 @@ def _other_sets(
 
 def read_other_sets(config: RunConfig) -> tuple[list[NamedSet], list[NamedSet]]:
     """Read what is replayed, and what is retained. Raises UserError."""
-    return read_sets(_replay_sets(config), "replay.sets"), read_sets(config.retention.sets, "retention.sets")
+    return read_sets(_replay_sets(config), "replay.datasets"), read_sets(
+        config.retention.eval_sets, "retention.eval_sets"
+    )
 
 
 def _replay_sets(config: RunConfig) -> dict[str, str]:
-    return config.replay.sets if isinstance(config.replay, FileReplayConfig) else {}
+    return config.replay.datasets if isinstance(config.replay, FileReplayConfig) else {}
 
 
 def _bos_token(config: RunConfig, sets: list[NamedSet], tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.overrides import override_key
+from qwen_cl.config.saved import read_overrides, read_plain
 from qwen_cl.runs.folder import CUT_OFF, RunFolder
 from qwen_cl.runs.metrics import LOSS, TARGET, Curve, median_rate, read_curves, read_metrics
 from qwen_cl.runs.status import RunStatus, State
@@ -135,7 +135,7 @@ def read_trial(folder: RunFolder) -> RunSummary | None:
 
 
 def _read(folder: RunFolder) -> RunSummary | None:
-    plain: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
+    plain = read_plain(folder.config)
     if "max_steps" not in plain["task"]:
         return None
     measured = read_measurements(folder)
@@ -163,9 +163,7 @@ def number(text: str | None) -> float | None:
 
 
 def _overrides(folder: RunFolder) -> dict[str, str]:
-    path = folder.directory / ".hydra" / "overrides.yaml"
-    said = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []
-    pairs = {override_key(text): text.partition("=")[2] for text in map(str, said or [])}
+    pairs = {override_key(text): text.partition("=")[2] for text in read_overrides(folder.directory) or []}
     return {key: value for key, value in pairs.items() if key.partition(".")[0] not in NEVER_MATTERS}
 
 

@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.run import RunConfig
-from qwen_cl.config.saved import leaves_of_consequence, read_run_config, to_plain
+from qwen_cl.config.saved import leaves_of_consequence, read_overrides, read_run_config, to_plain
 from qwen_cl.config.store import register_schemas
 from qwen_cl.files.atomic import write_text
 from qwen_cl.runs.checkpoints import Checkpoint, clear_leftovers, latest_valid_checkpoint
@@ -186,11 +184,8 @@ def _value(leaves: Mapping[str, Any], key: str) -> str:
 
 
 def _said_then(folder: RunFolder) -> str:
-    path = folder.directory / ".hydra" / "overrides.yaml"
-    if not path.is_file():
-        return ""
-    said = " ".join(map(str, OmegaConf.load(path)))
-    return f" ({said})" if said else " (no overrides)"
+    said = read_overrides(folder.directory)
+    return "" if said is None else f" ({' '.join(said) or 'no overrides'})"
 
 
 def _set_aside(checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.overrides import override_key
+from qwen_cl.config.renamed_keys import earlier_names, rename_overrides
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.saved import leaves_to_compare, to_plain
 from qwen_cl.config.store import GROUPS
@@ -126,8 +127,9 @@ def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str]
 
 
 def hash_config(plan: Plan) -> str:
-    """Of everything that the result depends on: the resolved config, with the model's commit, and the data."""
-    leaves = leaves_to_compare(to_plain(plan.config))
+    """Of everything that the result depends on: the resolved config, with the model's commit, and the data. Its keys
+    are spelled as when sweeps first had such a hash."""
+    leaves = earlier_names(leaves_to_compare(to_plain(plan.config)))
     if plan.automatic_micro_batch:  # another machine would settle it otherwise, to the same result
         leaves["task.micro_batch_size"] = AUTO
     text = json.dumps([leaves, plan.content()], sort_keys=True)
@@ -153,7 +155,12 @@ def read_record(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return record
+    differing = rename_overrides(f"{key}={value}" for key, value in record["differing"].items())
+    return {
+        **record,
+        "overrides": rename_overrides(record["overrides"]),
+        "differing": {key: value for key, _, value in (text.partition("=") for text in differing)},
+    }
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -144,9 +144,9 @@ def _mixture(config: RunConfig) -> dict[str, Any]:
     return {
         "loss_on": task.trained_tokens.value,
         "packing": task.is_packed,
-        "replay": dict(replay.sets) if replay else {},
+        "replay": dict(replay.datasets) if replay else {},
         "replay_shares": replay.shares if replay else {},
-        "retention": dict(config.retention.sets),
+        "retention": dict(config.retention.eval_sets),
         "chat": chat_settings(config.data, of_a_run=True).facts(),
     }
 

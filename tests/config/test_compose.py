@@ -41,8 +41,8 @@ MANDATORY: dict[str, Any] = {
     "cluster.image": "nemo:25.07",
     "task.run": "/outputs/run",
     "task.stages": [{"name": "only", **STAGE}],
-    "replay.sets": {"english": "/data/old.jsonl"},
-    "retention.sets": {"english": "/data/english.jsonl"},
+    "replay.datasets": {"english": "/data/old.jsonl"},
+    "retention.eval_sets": {"english": "/data/english.jsonl"},
 }
 # Eight devices do not share a batch of 16 in eights.
 BESIDE = {"cluster=slurm": ["task.global_batch_size=64"]}

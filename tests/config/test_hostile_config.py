@@ -54,8 +54,8 @@ def test_nothing_named_by_a_config_is_called(key: str, tmp_path: Path, row: Row)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["retention=files", f"retention.sets={{{OUTSIDE}: a.jsonl}}"], "must be letters, digits"),
-        (["replay=files", f"replay.sets={{{OUTSIDE}: a.jsonl}}"], "must be letters, digits"),
+        (["retention=files", f"retention.eval_sets={{{OUTSIDE}: a.jsonl}}"], "must be letters, digits"),
+        (["replay=files", f"replay.datasets={{{OUTSIDE}: a.jsonl}}"], "must be letters, digits"),
         (["task=continual", f"task.stages=[{{name: {OUTSIDE}}}]"], "becomes the name of a folder"),
         (["task=evaluate", "task.run=x", f"task.sets={{{OUTSIDE}: a.jsonl}}"], "must be letters, digits"),
         ([f"model=hub model.source=hf://{OUTSIDE}/x".split()[0], f"model.source=hf://{OUTSIDE}/x"], "hf://"),

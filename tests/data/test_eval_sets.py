@@ -35,7 +35,7 @@ ROWS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("form", FORMS)
 def test_texts_of_every_form_are_rows_with_their_places(form: str, tmp_path: Path) -> None:
     path = FORMS[form](tmp_path, TEXTS)
-    (found,) = read_sets({"old": str(path)}, "retention.sets")
+    (found,) = read_sets({"old": str(path)}, "retention.eval_sets")
     assert found.rows == [Text(text) for text in TEXTS]
     assert found.is_text
     assert len(set(found.places)) == len(TEXTS)
@@ -45,7 +45,7 @@ def test_texts_of_every_form_are_rows_with_their_places(form: str, tmp_path: Pat
 def test_places_are_lines() -> None:
     path = DEMO / "retention-english.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
-    (found,) = read_sets({"english": str(path)}, "retention.sets")
+    (found,) = read_sets({"english": str(path)}, "retention.eval_sets")
     for row, place in zip(found.rows, found.places, strict=True):
         name, _, line = place.rpartition(":")
         assert isinstance(row, Text)
@@ -61,7 +61,7 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
     else:
         (tmp_path / name).write_bytes(gzip.compress(lines, mtime=0) if name.endswith("gz") else lines)
         expected = [pair("a", "b"), pair("c", "d")]
-    (found,) = read_sets({"old": str(tmp_path / name)}, "replay.sets")
+    (found,) = read_sets({"old": str(tmp_path / name)}, "replay.datasets")
     assert found.rows == expected
     assert not found.is_text
 
@@ -88,14 +88,14 @@ def test_conversations_may_be_packed_too(name: str, tmp_path: Path) -> None:
             "{path} is empty; it must hold rows, or a text",
         ),
         ("a.txt.gz", gzip.compress(b"\n", mtime=0), "{path}: the text is empty; remove the row or fill it"),
-        ("a.doc", b"text\nx\n", "retention.sets.old: {path} is of an unknown format; known are .txt, .jsonl"),
+        ("a.doc", b"text\nx\n", "retention.eval_sets.old: {path} is of an unknown format; known are .txt, .jsonl"),
     ],
 )
 def test_what_cannot_be_read_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as refused:
-        read_sets({"old": str(path)}, "retention.sets")
+        read_sets({"old": str(path)}, "retention.eval_sets")
     assert str(refused.value).startswith(message.format(path=path))
     assert "\n" not in str(refused.value)
 
@@ -122,14 +122,14 @@ def plan_hash(*said: str) -> str | None:
 def test_a_run_that_replays_or_retains_something_else_is_another(tmp_path: Path) -> None:
     (tmp_path / "old.jsonl").write_bytes(json_lines(["Something old."]))
     (tmp_path / "moved.jsonl").write_bytes(json_lines(["Something old."]))
-    replay = ["replay=files", "retention=none", "replay.share=0.1"]
-    found = plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'old.jsonl'}'}}")
-    assert plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'moved.jsonl'}'}}") == found
+    replay = ["replay=files", "retention=none", "replay.ratio=0.1"]
+    found = plan_hash(*replay, f"replay.datasets={{a: '{tmp_path / 'old.jsonl'}'}}")
+    assert plan_hash(*replay, f"replay.datasets={{a: '{tmp_path / 'moved.jsonl'}'}}") == found
     (tmp_path / "moved.jsonl").write_bytes(json_lines(["Something else."]))
     others = [
-        plan_hash(*replay, f"replay.sets={{a: '{tmp_path / 'moved.jsonl'}'}}"),
-        plan_hash(*replay, f"replay.sets={{b: '{tmp_path / 'old.jsonl'}'}}"),
-        plan_hash("retention=files", f"retention.sets={{a: '{tmp_path / 'old.jsonl'}'}}"),
+        plan_hash(*replay, f"replay.datasets={{a: '{tmp_path / 'moved.jsonl'}'}}"),
+        plan_hash(*replay, f"replay.datasets={{b: '{tmp_path / 'old.jsonl'}'}}"),
+        plan_hash("retention=files", f"retention.eval_sets={{a: '{tmp_path / 'old.jsonl'}'}}"),
         plan_hash("retention=none"),
         plan_hash(),
     ]
@@ -142,7 +142,7 @@ def test_where_nothing_is_replayed_or_retained_the_hash_is_that_of_the_data_alon
     assert plan_hash("retention=none") == alone
     # Text that the model writes itself follows from model, seed and config.
     assert plan_hash("retention=none", "replay=generated") == alone
-    assert with_set_hashes(alone, {"replay.sets": {}, "retention.sets": {}}) == alone
+    assert with_set_hashes(alone, {"replay.datasets": {}, "retention.eval_sets": {}}) == alone
     kept = hashlib.sha256((DEMO / "retention-english.jsonl").read_bytes()).hexdigest()
     spelled_out = json.dumps({"retention.sets": {"english": kept}, "target": alone})
     assert plan_hash() == hashlib.sha256(spelled_out.encode()).hexdigest()

@@ -252,6 +252,6 @@ def test_prompts_that_ask_twice_are_refused(tmp_path: Path) -> None:
 def test_a_set_that_is_texts_and_conversations_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"instruction": "A", "output": "B", "text": "A B"})
     with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has a text and a conversation \(found: 'instruction'"):
-        read_sets({"old": str(path)}, "retention.sets")
-    (found,) = read_sets({"old": str(write(tmp_path, {"question": "A", "answer": "B"}))}, "retention.sets")
+        read_sets({"old": str(path)}, "retention.eval_sets")
+    (found,) = read_sets({"old": str(write(tmp_path, {"question": "A", "answer": "B"}))}, "retention.eval_sets")
     assert found.rows == [pair("A", "B")]

@@ -213,4 +213,4 @@ def test_embedded_data_stays_strict(tmp_path: Path) -> None:
     first = demo_rows("text.train.jsonl", 1)[0]["text"]
     kept = written(tmp_path / "kept.jsonl", [edited(first)])
     with pytest.raises(UserError, match=r"remove them from one side$"):
-        make_plan(compose_run("task=pretrain", "retention=files", f"retention.sets={{a: '{kept}'}}"))
+        make_plan(compose_run("task=pretrain", "retention=files", f"retention.eval_sets={{a: '{kept}'}}"))

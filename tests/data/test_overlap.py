@@ -210,7 +210,7 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
     replay = set_of(tmp_path / "replay.jsonl", *OLD)
     validation = set_of(tmp_path / "validation.jsonl", "五")
     common = ["task=pretrain", "cluster.accelerator=cpu", f"data={kind}", f"data.validation_path={validation}"]
-    common += ["retention=files", f"retention.sets={{old: '{kept}'}}"]
+    common += ["retention=files", f"retention.eval_sets={{old: '{kept}'}}"]
 
     def planned(path: str, *said: str) -> Plan:
         config = compose_run(*common, f"data.path={path}", *said)
@@ -218,15 +218,15 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
         return with_text(plan, config.data) if isinstance(config.data, TextDataConfig) else plan
 
     message = (
-        f"{kept}:2: this row of retention.sets.old, which measures what is forgotten, is in {{}} too ({{}}), as are 1 "
-        "of 2 (0 whole, 1 by more than half of their 13-token pieces); their loss would show what was learnt by heart: "
-        "remove them from one side, or write data.near_duplicates=report"
+        f"{kept}:2: this row of retention.eval_sets.old, which measures what is forgotten, is in {{}} too ({{}}), as "
+        "are 1 of 2 (0 whole, 1 by more than half of their 13-token pieces); their loss would show what was learnt by "
+        "heart: remove them from one side, or write data.near_duplicates=report"
     )
-    replayed = ["replay=files", f"replay.sets={{tales: '{replay}'}}"]
+    replayed = ["replay=files", f"replay.datasets={{tales: '{replay}'}}"]
     own = "the training set" if kind == "jsonl" else "the training text"
     for said, where in (
         ((train,), (own, f"{train}:4")),
-        ((fresh, *replayed), ("replay.sets.tales", f"{replay}:1")),
+        ((fresh, *replayed), ("replay.datasets.tales", f"{replay}:1")),
     ):
         with pytest.raises(UserError) as refused:
             planned(*said, "data.near_duplicates=refuse")
@@ -236,7 +236,7 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
             assert report is not None
             assert report.retention_overlap["old"].found == 1
             (near,) = [pairs for pairs in report.near_duplicates if pairs.count]
-            assert (near.what, near.count, near.of, near.moved) == ("rows of retention.sets.old", 1, 2, False)
+            assert (near.what, near.count, near.of, near.moved) == ("rows of retention.eval_sets.old", 1, 2, False)
             assert near.examples == [(f"{kept}:2", where[1])]
     planned(fresh)
 
@@ -246,8 +246,10 @@ def test_replayed_rows_do_not_validate_either(tmp_path: Path) -> None:
     validation, replay = (set_of(tmp_path / f"{name}.jsonl", *OLD) for name in ("validation", "replay"))
     said = ["task=pretrain", "data=jsonl", f"data.path={train}", f"data.validation_path={validation}"]
     with pytest.raises(UserError) as refused:
-        make_plan(compose_run(*said, "replay=files", f"replay.sets={{tales: '{replay}'}}"))
-    start = f"{validation}:1: this row, which validates, is in replay.sets.tales too ({replay}:1), as are 2 of 2 (2 "
+        make_plan(compose_run(*said, "replay=files", f"replay.datasets={{tales: '{replay}'}}"))
+    start = (
+        f"{validation}:1: this row, which validates, is in replay.datasets.tales too ({replay}:1), as are 2 of 2 (2 "
+    )
     assert str(refused.value).startswith(start)
 
 
@@ -255,7 +257,9 @@ def test_embedded_data_cannot_allow_an_overlap(tmp_path: Path) -> None:
     first = (ROOT / "qwen_cl/demo/data/text.train.jsonl").read_text(encoding="utf-8").splitlines()[0]
     (tmp_path / "kept.jsonl").write_text(first + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"remove them from one side$"):
-        make_plan(compose_run("task=pretrain", "retention=files", f"retention.sets={{a: '{tmp_path / 'kept.jsonl'}'}}"))
+        make_plan(
+            compose_run("task=pretrain", "retention=files", f"retention.eval_sets={{a: '{tmp_path / 'kept.jsonl'}'}}")
+        )
 
 
 @pytest.mark.parametrize("vocabulary", [2, 90])

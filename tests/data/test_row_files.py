@@ -122,7 +122,9 @@ def test_a_directory_and_a_glob_are_read_in_the_order_of_names(tmp_path: Path) -
 def test_sets_and_raw_text_are_read_from_tables_and_arrays_too(tmp_path: Path) -> None:
     (tmp_path / "old.tsv").write_text('text\tid\nA text.\t1\n"Two\nlines."\t2\n', encoding="utf-8")
     (tmp_path / "chat.json").write_text(indented(ROWS[:2]), encoding="utf-8")
-    texts, chat = read_sets({"old": str(tmp_path / "old.tsv"), "chat": str(tmp_path / "chat.json")}, "retention.sets")
+    texts, chat = read_sets(
+        {"old": str(tmp_path / "old.tsv"), "chat": str(tmp_path / "chat.json")}, "retention.eval_sets"
+    )
     assert texts.rows == [Text("A text."), Text("Two\nlines.")]
     assert texts.places == [f"{tmp_path}/old.tsv:2", f"{tmp_path}/old.tsv:3"]
     assert chat.rows == [pair(*each) for each in PAIRS[:2]]

@@ -152,7 +152,7 @@ def test_overlap_that_is_allowed_is_told() -> None:
     kept = {"old": Overlap(7, 2, 0, (3, 0)), "chat": Overlap(4, 0, 0, None)}
     found = describe(rows, tokenizer(), layout(), Overlap(5, 1, 2, (0, 0)), kept)
     said = summary(found)[1][1]
-    assert said.endswith("3 of 5 validation rows are in it too; 2 of 7 rows of retention.sets.old are trained on")
+    assert said.endswith("3 of 5 validation rows are in it too; 2 of 7 rows of retention.eval_sets.old are trained on")
 
 
 def test_a_run_leaves_its_report_and_prints_three_lines(trained: Launched) -> None:

@@ -32,7 +32,7 @@ def write_data(directory: Path) -> list[str]:
         f"data.path={directory}/train.jsonl",
         f"data.validation_path={directory}/validation.jsonl",
         "retention=files",
-        f"retention.sets={{old: {directory}/old.jsonl}}",
+        f"retention.eval_sets={{old: {directory}/old.jsonl}}",
         "task.max_steps=2",
         "task.sequence_length=64",
         "task.packing=false",

@@ -67,8 +67,8 @@ def trained(shared_directory: Path) -> Trained:
             (place / "kept.jsonl").write_bytes(json_lines(texts[:5]))
     command = ["task=pretrain", "model=local", f"model.source={place / 'model'}", "peft=none", "data=text"]
     command += [f"data.path={place / 'texts.jsonl'}", f"data.validation_share={SHARE}", "data.workers=1"]
-    command += ["retention=files", f"retention.sets={{kept: '{place / 'kept.jsonl'}'}}", "data.allow_overlap=true"]
-    command += ["replay=generated", "replay.share=0.4", "replay.tokens=300", "replay.max_length=32"]
+    command += ["retention=files", f"retention.eval_sets={{kept: '{place / 'kept.jsonl'}'}}", "data.allow_overlap=true"]
+    command += ["replay=generated", "replay.ratio=0.4", "replay.tokens=300", "replay.max_length=32"]
     command += ["cluster.accelerator=cpu", "wandb.mode=disabled", f"seed={SEED}", "task.max_steps=1"]
     command += [f"task.global_batch_size={BATCH}", "task.micro_batch_size=2", f"task.sequence_length={LENGTH}"]
     run = launch_once(shared_directory, "bos", *command, "task.warmup_steps=0", warm=True)
@@ -96,7 +96,7 @@ def test_it_trains_on_texts_after_bos_and_on_what_was_sampled_after_bos(trained:
     register_schemas()
     replay = load_config(trained.run.folder.config).replay
     assert isinstance(replay, FileReplayConfig)
-    lines = Path(replay.sets["generated"]).read_text(encoding="utf-8").splitlines()
+    lines = Path(replay.datasets["generated"]).read_text(encoding="utf-8").splitlines()
     texts, _ = held_out(DOCUMENTS, share=SHARE, seed=SEED)
     sets = [
         [_example(*pair) for pair in expected_examples(trained.tokenizer, documents, LENGTH)]

@@ -36,7 +36,7 @@ from tests.training.test_forgetting import demo_rows
 
 LENGTH, STEPS, BATCH, SEED, SHARE = 64, 4, 4, 5, 0.25
 DOCUMENTS = 20
-REPLAY = ["replay=generated", "replay.share=0.4", "replay.tokens=400", "replay.max_length=32", "replay.batch_size=8"]
+REPLAY = ["replay=generated", "replay.ratio=0.4", "replay.tokens=400", "replay.max_length=32", "replay.batch_size=8"]
 
 
 def write_corpus(path: Path) -> list[str]:
@@ -68,7 +68,7 @@ class TextRun:
     @property
     def sampled(self) -> Path:
         assert isinstance(self.config.replay, FileReplayConfig)
-        return Path(self.config.replay.sets["generated"])
+        return Path(self.config.replay.datasets["generated"])
 
     def before_sampling(self) -> tuple[RunConfig, GeneratedReplayConfig]:
         """Settled as the run's own, but with the replay that was asked for."""
@@ -168,7 +168,9 @@ def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None
     assert page.count("\n--- ") == 10
     plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
     assert text_run.run.folder.status().data_sha256 == TextTarget.parse(plain).content
-    assert text_run.config.replay == FileReplayConfig(share=0.4, sets={"generated": str(text_run.sampled)}, weights={})
+    assert text_run.config.replay == FileReplayConfig(
+        ratio=0.4, datasets={"generated": str(text_run.sampled)}, weights={}
+    )
 
 
 def test_text_is_sampled_once(text_run: TextRun, capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +197,7 @@ def test_text_sampled_another_way_is_another_file(text_run: TextRun) -> None:
         sampled_file(replace(config, model=replace(config.model, source=f"hf://org/name@{'a' * 40}")), replay),
     ]
     assert len({text_run.sampled, *others}) == 7
-    assert sampled_file(config, replace(replay, share=0.1)) == text_run.sampled
+    assert sampled_file(config, replace(replay, ratio=0.1)) == text_run.sampled
 
 
 def test_a_cache_that_cannot_be_made_is_refused(

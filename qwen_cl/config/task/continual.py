@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.renamed_keys import rename_overrides
 from qwen_cl.config.replay import check_names
 from qwen_cl.config.task.training import TaskConfig
 
@@ -39,6 +40,9 @@ class ContinualConfig(TaskConfig):
     def __post_init__(self) -> None:
         if not self.stages:
             raise UserError("task.stages is empty; name at least one stage")
+        self.overrides, self.evaluation = rename_overrides(self.overrides), rename_overrides(self.evaluation)
+        for stage in self.stages:
+            stage.overrides = rename_overrides(stage.overrides)
         names = [stage.name for stage in self.stages]
         for number, stage in enumerate(self.stages):
             _check_stage(stage, f"task.stages[{number}]", names[:number], self.sets)

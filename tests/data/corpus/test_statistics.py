@@ -98,7 +98,7 @@ def test_ten_documents_are_shown_from_their_start(target: TextTarget) -> None:
     assert "\nDocuments, from their start:\n" in page
     assert "\nTokens a document: min " in page
     assert all(text in page for text in found.rendered)
-    assert "1 duplicates; 2 of 3 rows of retention.sets.old are trained on" in page
+    assert "1 duplicates; 2 of 3 rows of retention.eval_sets.old are trained on" in page
 
 
 def test_only_what_trains_is_described(target: TextTarget, tmp_path: Path) -> None:

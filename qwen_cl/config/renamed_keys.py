@@ -1,0 +1,153 @@
+"""Keys and values that had another name, as older commands, files and run folders still write them.
+
+One table for all of them; a line on stderr says each new name, once in a process.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qwen_cl.config.errors import UserError
+from qwen_cl.config.overrides import override_key
+
+KEYS: dict[str, str] = {
+    "replay.sets": "replay.datasets",
+    "replay.share": "replay.ratio",
+    "retention.sets": "retention.eval_sets",
+}
+"""By full key; those of a list's items have the list's key before them."""
+VALUES: dict[str, dict[str, str]] = {}
+"""By the key's new name, or by the group whose choices they are."""
+SYNONYMS: tuple[str, ...] = ()
+"""Keys whose earlier values stay valid names, which needs no line."""
+_reported: set[str] = set()
+
+
+def rename_overrides(arguments: Iterable[str]) -> list[str]:
+    """Rewrite overrides as a shell hands them over; what is no override stays as it is.
+
+    Raises:
+        UserError: a key is given under its old name and under its new one.
+    """
+    arguments = list(arguments)
+    names: dict[str, str] = {}
+    for key in map(override_key, arguments):
+        now = _replaced(key, KEYS)
+        if names.setdefault(now, key) != key:
+            _refuse_both(names[now] if key == now else key, now)
+    return [_rename_override(argument) for argument in arguments]
+
+
+def rename_mapping(content: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
+    """Rewrite what a YAML file holds; ``owner`` is the key that it is the content of.
+
+    Raises:
+        UserError: it has a key under its old name and under its new one.
+    """
+    changes: dict[str, str] = {}
+    renamed: dict[str, Any] = _rename_content(content, owner, changes)
+    _report(changes)
+    return renamed
+
+
+def rename_choices(defaults: list[Any]) -> list[Any]:
+    """Rewrite the choices of a defaults list of Hydra's."""
+    changes: dict[str, str] = {}
+    renamed = [
+        {key: _rename_content(choice, _group_of(key), changes) for key, choice in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in defaults
+    ]
+    _report(changes)
+    return renamed
+
+
+def earlier_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrite a config's leaves as they were spelled before anything was renamed: what is known by a hash of them
+    stays known."""
+    earlier_keys = {new: old for old, new in KEYS.items()}
+    earlier_values = {key: {new: old for old, new in names.items()} for key, names in VALUES.items()}
+    return {
+        _replaced(key, earlier_keys): earlier_values.get(key, {}).get(value, value) if isinstance(value, str) else value
+        for key, value in leaves.items()
+    }
+
+
+def _rename_override(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    key = override_key(argument)
+    now = _replaced(key, KEYS)
+    changes = {} if now == key else {key: now}
+    values = VALUES.get(now, {})
+    if now == "task.stages":  # a list of mappings, in Hydra's grammar
+        names = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in KEYS.items() if old.startswith(now)}
+        value = _replaced_words(value, names, r"(?=\s*:)", changes, f"{now}[].")
+    elif values:
+        value = _replaced_words(value, values, r"(?![\w])", changes, "" if values is KEYS else f"{now}=")
+    if now not in SYNONYMS:
+        _report(changes)
+    return f"{name.replace(key, now, 1)}{equals}{value}"
+
+
+def _replaced_words(text: str, names: Mapping[str, str], end: str, changes: dict[str, str], prefix: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        changes[f"{prefix}{match[0]}"] = f"{prefix}{names[match[0]]}"
+        return names[match[0]]
+
+    return re.sub(rf"(?<![\w.])(?:{'|'.join(map(re.escape, names))}){end}", replace, text)
+
+
+def _rename_content(content: Any, key: str, changes: dict[str, str]) -> Any:
+    if isinstance(content, Mapping):
+        return _rename_keys(content, key, changes)
+    if isinstance(content, list):
+        return [_rename_content(item, key, changes) for item in content]
+    names = VALUES.get(key, {})
+    if not isinstance(content, str) or (now := _replaced(content, names)) == content:
+        return content
+    if key not in SYNONYMS:
+        prefix = "" if names is KEYS else f"{key}="
+        changes[f"{prefix}{content}"] = f"{prefix}{now}"
+    return now
+
+
+def _rename_keys(content: Mapping[str, Any], owner: str, changes: dict[str, str]) -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{owner}.{name}" if owner else str(name)
+        now = KEYS.get(key, key)
+        if now != key:
+            changes[key] = now
+            if now.rpartition(".")[2] in content:
+                _refuse_both(key, now)
+        renamed[name if now == key else now.rpartition(".")[2]] = _rename_content(value, now, changes)
+    return renamed
+
+
+def _group_of(key: str) -> str:
+    """Find the group in a key of a defaults list: ``speed`` in ``override /speed@_global_``."""
+    return key.split()[-1].lstrip("/").partition("@")[0]
+
+
+def _replaced(key: str, names: Mapping[str, str]) -> str:
+    """Put a name, or the longest beginning of it that ends at a dot, by its new one."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):
+        if (start := ".".join(parts[:count])) in names:
+            return ".".join([names[start], *parts[count:]])
+    return key
+
+
+def _refuse_both(old: str, new: str) -> None:
+    raise UserError(f"{old} and {new} are both given, the earlier and today's name of one key; give {new} alone")
+
+
+def _report(changes: Mapping[str, str]) -> None:
+    unknown = {old: new for old, new in changes.items() if old not in _reported}
+    if unknown:
+        _reported.update(unknown)
+        print(", ".join(f"{old} is now {new}" for old, new in unknown.items()), file=sys.stderr)
