@@ -15,6 +15,7 @@ import pytest
 
 from qwen_cl.patches.registry import Patch, patches, replace
 from tests.conftest import ROOT, launch
+from tests.support.fault_table import Row
 
 AT_THE_END = """
 import atexit, json, os, sys
@@ -119,11 +120,16 @@ REFUSED = (
 )
 
 
-def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path, tmp_path: Path, row: Row) -> None:
     environment = {"PYTHONPATH": str(changed_megatron)}
     done = launch("experiment=smoke", directory=tmp_path / "run", environment=environment)
     assert (done.returncode, done.stderr) == (2, f"{REFUSED}\n")
     assert not (tmp_path / "run").exists()
+    row(
+        "another release of NeMo, Megatron, Lightning or torch, whose replaced code differs",
+        "refused with exit code 2, with the command that installs the right one",
+        "nothing",
+    )
 
 
 def test_a_rank_refuses_it_too(changed_megatron: Path) -> None:

@@ -65,6 +65,8 @@ def install() -> None:
         "Stream": _Stream,
         "current_stream": lambda *args: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
+        "LongTensor": torch.LongTensor,
+        "FloatTensor": torch.FloatTensor,
     }
     for name, meaning in meanings.items():
         replace(torch.cuda, name, meaning)
