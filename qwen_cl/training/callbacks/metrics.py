@@ -21,7 +21,7 @@ from qwen_cl.runs.metrics import TARGET
 from qwen_cl.training.callbacks.base import RunCallback, RunContext
 from qwen_cl.training.callbacks.step_timer import StepClock
 from qwen_cl.training.model.evaluation import sum_losses
-from qwen_cl.training.model.step import TokenWeightedLoss
+from qwen_cl.training.model.loss import TokenWeightedLoss
 
 LOSS, GRADIENT = "reduced_train_loss", "grad_norm"
 """NeMo's names of what it logs and is recorded here."""

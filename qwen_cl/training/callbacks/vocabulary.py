@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from qwen_cl.training.model.step import mask_padded_vocabulary
+from qwen_cl.training.model.loss import mask_padded_vocabulary
 
 
 class MaskPaddedVocabulary(pl.Callback):
-    """See :func:`qwen_cl.training.model.step.mask_padded_vocabulary`."""
+    """See :func:`qwen_cl.training.model.loss.mask_padded_vocabulary`."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -1,4 +1,4 @@
-"""What one micro batch goes through: onto the device, through the model, into a loss that counts tokens."""
+"""The forward pass of one micro batch: onto the device, and through the model to the loss of each token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_batch_on_this_cp_rank
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from qwen_cl.patches.cpu_device import without_function_mode
+from qwen_cl.training.model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
-IGNORE_INDEX = -100
-"""The label of a token whose loss is not counted, as everywhere in PyTorch."""
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
@@ -51,40 +49,3 @@ def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
             # NeMo's model takes no mask; Megatron's loss takes any label outside the vocabulary.
             labels=labels if labels is None else labels.masked_fill(counted == 0, IGNORE_INDEX),
         )
-
-
-class TokenWeightedLoss(MaskedTokenLossReduction):
-    """NeMo's reduction over a global batch, by tokens; NeMo's own averages the means of its micro batches."""
-
-    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        if not losses_reduced_per_micro_batch:
-            return torch.tensor(0.0, device=torch.cuda.current_device())  # not the last pipeline stage
-        sums = torch.stack([output["loss_sum_and_ub_size"] for output in losses_reduced_per_micro_batch]).sum(dim=0)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        return sums[0] / sums[1].clamp(min=1)
-
-
-def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Keep rows that only pad the vocabulary out of the softmax; a zero logit is not a small one.
-
-    Changes nothing on the stages without an output layer and on ranks whose slice holds no padding. Output layers say
-    as ``kept_rows`` how many of their rows are tokens.
-    """
-    for module in model.modules():
-        if not isinstance(module, GPTModel) or not module.post_process:
-            continue
-        rows = module.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
-        first = rows * parallel_state.get_tensor_model_parallel_rank()
-        kept = max(0, min(rows, vocab_size - first))
-        module.output_layer.kept_rows = kept
-        if kept < rows:
-            module.output_layer.register_forward_hook(_masking_hook(kept))
-
-
-def _masking_hook(kept: int) -> Any:
-    def hook(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-        logits, bias = output
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= kept
-        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
-
-    return hook

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from qwen_cl.config.speed import LOSS_CHUNK_BYTES
 from qwen_cl.patches.registry import replace
-from qwen_cl.training.model.step import IGNORE_INDEX
+from qwen_cl.training.model.loss import IGNORE_INDEX
 from qwen_cl.training.speed.tensor_parallel import whole_input
 
 

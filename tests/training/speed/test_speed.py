@@ -19,7 +19,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.config.task.training import FinetuneConfig
-from qwen_cl.training.model.step import IGNORE_INDEX
+from qwen_cl.training.model.loss import IGNORE_INDEX
 from tests.conftest import FEW, ROOT, Launched, launch, launch_once
 from tests.support.exporting import composed
 
