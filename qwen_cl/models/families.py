@@ -5,11 +5,10 @@ Tensors of other names or shapes are the mapping's matter as well (see docs/exte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-_CLASSES = r"nemo\.collections\.llm\.gpt\.model\."
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The kinds of layers that ``layer_types`` of a config.json may name."""
@@ -76,6 +75,11 @@ class Family:
     rope_types: tuple[str, ...] = ("default",)
     unsupported_flags: tuple[str, ...] = ()
     """Fields of config.json that must be false: the layers they add are not built."""
+
+    def is_nemo_config(self, name: Any) -> bool:
+        """Tell whether a NeMo checkpoint of that config class, by its full name, is read as this family."""
+        pattern = rf"nemo\.collections\.llm\.gpt\.model\.{self.nemo_checkpoints}"
+        return self.nemo_checkpoints is not None and isinstance(name, str) and re.fullmatch(pattern, name) is not None
 
 
 QWEN_WINDOW = SlidingWindow(opt_in=True, by_layer=True, first_layer=28)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.models.families import _CLASSES, FAMILIES, Family
+from qwen_cl.models.families import FAMILIES, Family
 from qwen_cl.models.formats.nemo_layout import WEIGHTS, read_model_yaml, short, tokenizer_directory, tokenizer_size
 from qwen_cl.models.formats.torch_dist_metadata import DistributedMetadata
 
@@ -84,10 +83,7 @@ def _read_model(directory: Path) -> tuple[dict[str, Any], Path]:
 
 def _family(settings: dict[str, Any]) -> Family | None:
     target = settings.get("_target_")
-    if not isinstance(target, str):
-        return None
-    classes = ((family, family.nemo_checkpoints) for family in FAMILIES.values())
-    return next((family for family, names in classes if names and re.fullmatch(_CLASSES + names, target)), None)
+    return next((family for family in FAMILIES.values() if family.is_nemo_config(target)), None)
 
 
 def _refuse_unbuilt(settings: dict[str, Any], family: Family, path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 
+from qwen_cl.models.adapter_methods import ADAPTER, DOWN
 from qwen_cl.models.loading.megatron_shards import layer_of, local_shards
 from qwen_cl.patches.registry import replace
 
-DRAWN = ".adapter.linear_in.weight"
+DRAWN = f"{ADAPTER}{DOWN.nemo}"
 """linear_out begins with zeros, and DoRA's magnitudes follow from the frozen weights."""
 
 _seeds: list[int] = []
