@@ -31,7 +31,15 @@ FEW = f"data.instructions={ROOT}/tests/few/instructions"
 """The demo's rows, of which five validate: for runs whose validation is no more than a step among others."""
 
 
-SLOWEST = ("test_sweep", "test_slurm", "test_faults", "test_parallel", "test_continual", "test_library", "test_run")
+SLOWEST = (
+    "test_sweep",
+    "test_slurm",
+    "test_faults",
+    "test_parallel",
+    "test_run_stages",
+    "test_hugging_face",
+    "test_run",
+)
 """Files that start first: each is one process's work, and the last to start would be waited for."""
 
 

@@ -26,7 +26,7 @@ from qwen_cl.continual.run_stages import continual
 from qwen_cl.continual.stages import last_values
 from tests import conftest as launcher
 from tests.conftest import ROOT
-from tests.invocations import invocation
+from tests.support.invocations import invocation
 from tests.support.models import DEMO_MODEL
 
 DATA = ROOT / "qwen_cl/demo/data"

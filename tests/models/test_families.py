@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen_cl.models.families import FAMILIES
-from tests import family_probe
-from tests.support import layout_probe
+from tests.support import family_probe, layout_probe
 from tests.support.models import LLAMA_3, save_random_model
 from tests.support.ranks import run_ranks
 

@@ -23,7 +23,7 @@ from qwen_cl.reporting.forgetting import draw_comparison, draw_report
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.metrics import Curve, read_curves
 from tests.conftest import ROOT
-from tests.invocations import invocation
+from tests.support.invocations import invocation
 
 RECORDS: list[dict[str, Any]] = [
     {

@@ -26,7 +26,7 @@ from qwen_cl.reporting.run_summary import read_trials
 from qwen_cl.runs.folder import RunFolder
 from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, Launched, launch
-from tests.invocations import invocation
+from tests.support.invocations import invocation
 from tests.support.wandb_server import wandb_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,8 +7,8 @@ from qwen_cl.inference.evaluate import evaluate
 from qwen_cl.inference.generate import generate
 from qwen_cl.inference.target_model import resolve_target
 from qwen_cl.inference.worker import work
-from tests.invocations import invocation
 from tests.support.exporting import composed
+from tests.support.invocations import invocation
 
 
 def ask(*said: str) -> None:

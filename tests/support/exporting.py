@@ -14,7 +14,7 @@ from qwen_cl.config.task.export import ExportConfig
 from qwen_cl.inference.export import export
 from qwen_cl.runs.manifest import CheckpointManifest, SavedFile, file_names, hash_files, write_checkpoint_manifest
 from tests.conftest import ROOT
-from tests.invocations import invocation
+from tests.support.invocations import invocation
 
 
 def composed(*overrides: str) -> RunConfig:

@@ -24,7 +24,7 @@ from qwen_cl.launch.slurm import commands
 from qwen_cl.launch.slurm.job_status import refresh
 from qwen_cl.runs.folder import RunFolder
 from tests.conftest import ROOT, launch
-from tests.job_task import job_task
+from tests.support.job_task import job_task
 from tests.support.slurm_cluster import slurm_cluster, why_not
 from tests.support.sweeping import start_sweep, states, trial_folders, write_data
 

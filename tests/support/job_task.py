@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qwen_cl.config.task.job import JobConfig
 from qwen_cl.launch.slurm.job import act
-from tests.invocations import invocation
 from tests.support.exporting import composed
+from tests.support.invocations import invocation
 
 
 def job_task(run: object, action: str, *overrides: str) -> None:

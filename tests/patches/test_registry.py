@@ -22,7 +22,7 @@ import atexit, json, os, sys
 
 def report():
     if "nemo.lightning" in sys.modules:
-        from tests.patched_names import patched_names
+        from tests.support.patched_names import patched_names
 
         with open(os.environ["PATCHED_NAMES"], "w") as stream:
             json.dump(patched_names(), stream)

@@ -19,7 +19,7 @@ from qwen_cl.runs.failure import FailureKind, SaveError, failure_kind_of
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import JobRecord, RunStatus, State, WandbRecord, parse_status
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 WRITER = """
 import sys
