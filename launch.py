@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, comes_of_an_interrupt
+from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, caused_by_interrupt
 from qwen_cl.config.hydra_errors import explain, refuse_added_keys
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import quote_arguments
@@ -79,7 +79,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return launch_all()
     except BaseException as error:
-        if not comes_of_an_interrupt(error):
+        if not caused_by_interrupt(error):
             raise
         return next((each.exit_code for each in failures if isinstance(each, RunPreempted)), EXIT_INTERRUPTED)
     finally:

@@ -18,9 +18,9 @@ from qwen_cl.config.task.inspect import InspectConfig
 from qwen_cl.config.task.job import JobConfig
 from qwen_cl.config.task.report import ReportConfig
 from qwen_cl.config.task.training import FinetuneConfig, PretrainConfig, TaskConfig, TrainingConfig
-from qwen_cl.data.chat.settings import kept_template_date
+from qwen_cl.data.chat.settings import previous_template_date
 from qwen_cl.launch.slurm.job_status import require_no_job
-from qwen_cl.planning.data import keep_datasets
+from qwen_cl.planning.data import reuse_datasets
 from qwen_cl.planning.micro_batch import is_automatic, reuse_micro_batch
 from qwen_cl.planning.plan import make_plan
 from qwen_cl.runs.folder import RunFolder
@@ -57,8 +57,8 @@ def run(config: object, invocation: Invocation) -> None:
 def train(config: RunConfig, task: TrainingConfig, invocation: Invocation) -> None:
     """Plan a run, then show it, submit it, or run it here, in Hydra's output folder."""
     folder = RunFolder(invocation.output_dir)
-    made_on = kept_template_date([folder.config])
-    plan = make_plan(keep_datasets(reuse_micro_batch(config, folder), folder), made_on=made_on)
+    run_date = previous_template_date([folder.config])
+    plan = make_plan(reuse_datasets(reuse_micro_batch(config, folder), folder), run_date=run_date)
     if plan.config.dry_run:
         from qwen_cl.training.dry_run import print_plan
 

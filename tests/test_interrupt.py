@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_cl.config.errors import EXIT_INTERRUPTED, comes_of_an_interrupt
+from qwen_cl.config.errors import EXIT_INTERRUPTED, caused_by_interrupt
 from tests.conftest import ROOT
 
 MOMENTS = {
@@ -53,9 +53,9 @@ def test_what_fails_because_of_an_interrupt_is_one() -> None:
 
     with pytest.raises(AttributeError) as caught:
         fails_while_it_cleans_up()
-    assert comes_of_an_interrupt(caught.value)
-    assert comes_of_an_interrupt(KeyboardInterrupt())
-    assert not comes_of_an_interrupt(AttributeError())
+    assert caused_by_interrupt(caught.value)
+    assert caused_by_interrupt(KeyboardInterrupt())
+    assert not caused_by_interrupt(AttributeError())
 
 
 def test_who_imports_the_launcher_keeps_its_environment() -> None:

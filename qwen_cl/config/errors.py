@@ -33,7 +33,7 @@ class RunPreempted(RunFailed):
         self.exit_code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
-def comes_of_an_interrupt(error: BaseException | None) -> bool:
+def caused_by_interrupt(error: BaseException | None) -> bool:
     """Also where a library, cut short by it, fails of something else while it cleans up."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__

@@ -20,7 +20,7 @@ from qwen_cl.config.overrides import override_key, quoted
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.continual import MODEL, ContinualConfig, StageConfig
 from qwen_cl.config.task.training import TrainingConfig
-from qwen_cl.data.chat.settings import kept_template_date
+from qwen_cl.data.chat.settings import previous_template_date
 from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.planning.plan import Plan, make_plan
 from qwen_cl.runs.folder import RunFolder
@@ -132,4 +132,4 @@ def _plan(config: RunConfig, start: Stage | None, folder: RunFolder) -> Plan:
     while start is not None:
         config = replace(config, model=start.config.model)
         start = start.start
-    return make_plan(config, made_on=kept_template_date([folder.config]))
+    return make_plan(config, run_date=previous_template_date([folder.config]))

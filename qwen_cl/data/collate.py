@@ -48,13 +48,13 @@ def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[s
 def _fill_row(example: Example, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
     """The last id of a segment is a label only, so the next segment's first takes the position after it."""
     ids = torch.tensor(example.ids)
-    counted = torch.zeros(len(ids))
-    for start, stop in example.counted:
-        counted[start:stop] = 1.0
+    in_loss = torch.zeros(len(ids))
+    for start, stop in example.loss_spans:
+        in_loss[start:stop] = 1.0
     position = 0
     for start, stop in example.segments():
         end = position + stop - start - 1
         tokens[position:end] = ids[start : stop - 1]
         labels[position:end] = ids[start + 1 : stop]
-        loss_mask[position:end] = counted[start + 1 : stop]
+        loss_mask[position:end] = in_loss[start + 1 : stop]
         position = end

@@ -81,5 +81,5 @@ def _label_bytes(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
             ).encode()
         )
         for example in examples
-        for start, stop in example.counted
+        for start, stop in example.loss_spans
     )

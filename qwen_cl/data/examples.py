@@ -12,7 +12,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.task.training import LossOn
 from qwen_cl.data.chat.conversations import Conversation
 from qwen_cl.data.chat.encode import check_conversation, render_conversation
-from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, loss_spans
+from qwen_cl.data.raw_text import Delimiters, document_delimiters, encode_text, spans_without
 from qwen_cl.data.rows import Row, Text
 from qwen_cl.models.tokenizer.normalized import open_tokenizer
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class Example:
     ids: list[int]
     """One more for each segment than the positions trained on: each id but a segment's first is somebody's label."""
-    counted: tuple[tuple[int, int], ...]
+    loss_spans: tuple[tuple[int, int], ...]
     """Half-open ranges of indices in ``ids``, in order and none with a segment's first, whose ids count as labels."""
     starts: tuple[int, ...] = (0,)
     """Index in ``ids`` of each segment's first; segments know nothing of each other."""
 
     @property
     def num_labels(self) -> int:
-        return sum(stop - start for start, stop in self.counted)
+        return sum(stop - start for start, stop in self.loss_spans)
 
     @property
     def num_positions(self) -> int:
@@ -44,7 +44,7 @@ class Example:
 
     def cut(self, length: int) -> Example:
         """The first ``length`` ids of an example of one segment, and the labels among them."""
-        kept = tuple((start, min(stop, length)) for start, stop in self.counted if start < length)
+        kept = tuple((start, min(stop, length)) for start, stop in self.loss_spans if start < length)
         return Example(self.ids[:length], kept)
 
 
@@ -61,11 +61,11 @@ def build_examples(
     if isinstance(first, Text):
         yield from _pack(everything, tokenizer, sequence_length)
     else:
-        for example in whole_examples(everything, tokenizer, loss_on):
+        for example in untruncated_examples(everything, tokenizer, loss_on):
             yield example.cut(sequence_length + 1)
 
 
-def whole_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Iterator[Example]:
+def untruncated_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Iterator[Example]:
     """Each row by itself, of any length."""
     delimiters = None
     for row in rows:
@@ -75,7 +75,7 @@ def whole_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss
             continue
         delimiters = delimiters or document_delimiters(tokenizer)
         ids = _document(row, tokenizer, delimiters)
-        yield Example(ids, loss_spans(len(ids), []))
+        yield Example(ids, spans_without(len(ids), []))
 
 
 def check_examples(
@@ -97,7 +97,7 @@ def check_labels(
     """
     if any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length, loss_on)):
         return
-    if not any(example.num_labels for example in whole_examples(rows, tokenizer, loss_on)):
+    if not any(example.num_labels for example in untruncated_examples(rows, tokenizer, loss_on)):
         raise UserError(f"{path}: no row has an answer that is trained on: all have weight 0; give one weight 1")
     raise UserError(
         f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
@@ -121,11 +121,11 @@ def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_leng
         while len(buffer) - start > sequence_length:
             stop = start + sequence_length + 1
             within = [place - start for place in bos_places if start <= place < stop]
-            yield Example(buffer[start:stop], loss_spans(stop - start, within))
+            yield Example(buffer[start:stop], spans_without(stop - start, within))
             start += sequence_length
         buffer, bos_places = buffer[start:], [place - start for place in bos_places if place >= start]
     if len(buffer) > 1:
-        yield Example(buffer, loss_spans(len(buffer), bos_places))
+        yield Example(buffer, spans_without(len(buffer), bos_places))
 
 
 def _document(row: Text, tokenizer: PreTrainedTokenizerBase, delimiters: Delimiters) -> list[int]:

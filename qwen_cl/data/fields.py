@@ -30,15 +30,15 @@ class NamedRow:
     fields: dict[str, Any]
     """By the names that rows are read by; what is no part of a form keeps its own."""
     where: str
-    called: dict[str, str]
+    original_names: dict[str, str]
     """What the row calls those that were renamed."""
     left_out: tuple[str, ...]
     """Fields of another form, where the config chose one."""
 
-    def in_its_words(self, error: UserError) -> UserError:
+    def with_original_names(self, error: UserError) -> UserError:
         """Name fields as the row's author does."""
         message = str(error)
-        for name, column in self.called.items():
+        for name, column in self.original_names.items():
             message = message.replace(f"field {name!r}", f"field {column!r}")
         return UserError(message)
 
@@ -70,17 +70,19 @@ def name_fields(row: Mapping[str, Any], columns: Mapping[str, str], where: str, 
         renamed = dict(columns)
         own = {*chosen, *columns, *columns.values()}
         kept = {name: value for name, value in row.items() if name in own or not any(name in form for form in FORMS)}
-    left_out = tuple(name for name in row if name not in kept and _says(row, name))
-    called = {name: column for name, column in renamed.items() if name != column and column in row}
-    _refuse_taken(kept, called, where, key)
-    names = {column: name for name, column in called.items()}
+    left_out = tuple(name for name in row if name not in kept and _has_value(row, name))
+    original_names = {name: column for name, column in renamed.items() if name != column and column in row}
+    _refuse_taken(kept, original_names, where, key)
+    names = {column: name for name, column in original_names.items()}
     fields = {
-        names.get(column, column): value for column, value in kept.items() if column in names or column not in called
+        names.get(column, column): value
+        for column, value in kept.items()
+        if column in names or column not in original_names
     }
     for name in TURNS:
         if _is_json(fields.get(name)):
-            fields[name] = _decoded(fields[name], called.get(name, name), where)
-    return NamedRow(fields, where, called, left_out)
+            fields[name] = _decode(fields[name], original_names.get(name, name), where)
+    return NamedRow(fields, where, original_names, left_out)
 
 
 def name_prompt(row: Mapping[str, Any], where: str) -> NamedRow:
@@ -89,24 +91,24 @@ def name_prompt(row: Mapping[str, Any], where: str) -> NamedRow:
     Raises:
         UserError: it asks twice.
     """
-    asked = list(dict.fromkeys(pair[0] for pair in USUAL_PAIRS if _says(row, pair[0])))
+    asked = list(dict.fromkeys(pair[0] for pair in USUAL_PAIRS if _has_value(row, pair[0])))
     if INSTRUCTION in asked:  # whose input is no question
         asked = [name for name in asked if name != INPUT]
     turns = any(_has_turns(row, name) for name in TURNS)
     if len(asked) > 1 and not turns:
         raise UserError(f"{where}: the row has {' and '.join(map(repr, asked))}, which both may ask; keep one")
-    called = {PAIR[0]: asked[0]} if asked and not turns and asked[0] not in (PAIR[0], INSTRUCTION) else {}
-    if asked == [INSTRUCTION] and not turns and not _says(row, INPUT) and _says(row, "context"):
-        called = {INPUT: "context"}
-    names = {column: name for name, column in called.items()}
-    fields = {names.get(name, name): value for name, value in row.items() if name not in called}
+    original_names = {PAIR[0]: asked[0]} if asked and not turns and asked[0] not in (PAIR[0], INSTRUCTION) else {}
+    if asked == [INSTRUCTION] and not turns and not _has_value(row, INPUT) and _has_value(row, "context"):
+        original_names = {INPUT: "context"}
+    names = {column: name for name, column in original_names.items()}
+    fields = {names.get(name, name): value for name, value in row.items() if name not in original_names}
     for name in TURNS:
         if _is_json(fields.get(name)):
-            fields[name] = _decoded(fields[name], name, where)
-    return NamedRow(fields, where, called, ())
+            fields[name] = _decode(fields[name], name, where)
+    return NamedRow(fields, where, original_names, ())
 
 
-def missing_field(
+def missing_field_error(
     found: Iterable[str], field: str, where: str, fix: str = "rename it, or set data.fields={text: NAME}"
 ) -> UserError:
     names = ", ".join(map(repr, found)) or "none"
@@ -120,7 +122,7 @@ def has_conversation(row: Mapping[str, Any]) -> bool:
 
 def _usual_forms(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     forms: list[tuple[str, ...]] = [(name,) for name in TURNS if _has_turns(row, name)]
-    forms += [pair for pair in USUAL_PAIRS if all(_says(row, name) for name in pair)]
+    forms += [pair for pair in USUAL_PAIRS if all(_has_value(row, name) for name in pair)]
     return [form for form in forms if form != (INPUT, OUTPUT) or (INSTRUCTION, OUTPUT) not in forms]
 
 
@@ -133,7 +135,7 @@ def _usual_names(row: Mapping[str, Any], where: str, key: str) -> dict[str, str]
     if not forms or forms[0][0] in TURNS:
         return {}
     pair = forms[0]
-    contexts = [name for name in CONTEXTS if name not in pair and _says(row, name)]
+    contexts = [name for name in CONTEXTS if name not in pair and _has_value(row, name)]
     if contexts and (pair[0] != INSTRUCTION or len(contexts) > 1):
         with_it = _mapping(_read_as(pair, contexts[-1], alpaca=True))
         without = _mapping(_read_as(pair, contexts[0] if len(contexts) > 1 else None))
@@ -155,13 +157,13 @@ def _mapping(columns: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{name}: {column}" for name, column in columns.items()) + "}"
 
 
-def _says(row: Mapping[str, Any], name: str) -> bool:
+def _has_value(row: Mapping[str, Any], name: str) -> bool:
     value = row.get(name)
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
 def _has_turns(row: Mapping[str, Any], name: str) -> bool:
-    return _says(row, name) and (isinstance(row[name], list) or _is_json(row[name]))
+    return _has_value(row, name) and (isinstance(row[name], list) or _is_json(row[name]))
 
 
 def _is_json(value: Any) -> bool:
@@ -174,7 +176,7 @@ def _without_empty_forms(row: Mapping[str, Any], renamed: Mapping[str, str]) -> 
     if not (renamed or any(_has_turns(row, name) for name in TURNS)):
         return dict(row)
     own = {*renamed.values()}
-    return {name: value for name, value in row.items() if name in own or name not in KNOWN or _says(row, name)}
+    return {name: value for name, value in row.items() if name in own or name not in KNOWN or _has_value(row, name)}
 
 
 def _require(row: Mapping[str, Any], form: tuple[str, ...], columns: Mapping[str, str], where: str, key: str) -> None:
@@ -184,19 +186,19 @@ def _require(row: Mapping[str, Any], form: tuple[str, ...], columns: Mapping[str
             fix = (
                 f"{key}.{name} names it: correct that" if name in columns else f"set {key}.{name} to what it is called"
             )
-            raise missing_field(row, column, where, fix)
+            raise missing_field_error(row, column, where, fix)
 
 
-def _refuse_taken(row: Mapping[str, Any], called: Mapping[str, str], where: str, key: str) -> None:
-    for name, column in called.items():
-        if name not in called.values() and _says(row, name):
+def _refuse_taken(row: Mapping[str, Any], original_names: Mapping[str, str], where: str, key: str) -> None:
+    for name, column in original_names.items():
+        if name not in original_names.values() and _has_value(row, name):
             raise UserError(
                 f"{where}: field {column!r} is read as {name}, and the row has a field {name!r} too; remove or rename "
                 f"one of them"
             )
 
 
-def _decoded(text: str, column: str, where: str) -> Any:
+def _decode(text: str, column: str, where: str) -> Any:
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:

@@ -58,7 +58,7 @@ def pin_dataset(path: str, key: str, *, split: str = SPLIT, subset: str | None =
     return pinned
 
 
-def keep_commit(said: str, then: str) -> str:
+def reuse_commit(said: str, then: str) -> str:
     """``then``, pinned, where it is the same dataset that ``said`` means without a revision; else ``said``."""
     if not (is_hub_dataset(said) and is_hub_dataset(then)):
         return said

@@ -10,7 +10,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.eval_sets import NamedSet
 from qwen_cl.data.fingerprints import Fingerprints
 from qwen_cl.data.normalize import row_text
-from qwen_cl.data.overlap import Compared, Comparison, Match, Overlap, refuse_overlap
+from qwen_cl.data.overlap import ComparedTexts, Comparison, Match, Overlap, refuse_overlap
 from qwen_cl.data.rows import Row, RowFiles, row_location
 
 TRAINING_SET = "the training set"
@@ -34,7 +34,7 @@ class NearPairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class LeakageReport:
     overlaps: list[Overlap]
     """Of each set that is measured with what is trained on, after what was moved."""
     moved: tuple[int, ...]
@@ -43,7 +43,7 @@ class Apart:
     """Of each set that is measured."""
 
 
-def check_leakage(data: DataConfig, train: Sequence[Compared], measured: Sequence[Compared]) -> Apart:
+def check_leakage(data: DataConfig, train: Sequence[ComparedTexts], measured: Sequence[ComparedTexts]) -> LeakageReport:
     """The overlap of each of ``measured``, of which the first validates, with all of ``train``.
 
     Raises:
@@ -53,7 +53,7 @@ def check_leakage(data: DataConfig, train: Sequence[Compared], measured: Sequenc
     comparison = Comparison(train, measured)
     if not isinstance(data, FileDataConfig | TextDataConfig):  # the embedded sets
         refuse_overlap(comparison, "", exact_only=False)
-        return Apart(comparison.overlaps(), (), [])
+        return LeakageReport(comparison.overlaps(), (), [])
     if not data.allow_overlap:
         refuse_overlap(comparison, ", or write data.allow_overlap=true", exact_only=True)
         if data.near_duplicates is NearDuplicates.refuse:
@@ -76,7 +76,7 @@ def check_leakage(data: DataConfig, train: Sequence[Compared], measured: Sequenc
         _pairs(comparison, number, matches, moved=number == 0 and bool(comparison.moved))
         for number, matches in enumerate(found)
     ]
-    return Apart(comparison.overlaps(), tuple(sorted(comparison.moved)), near)
+    return LeakageReport(comparison.overlaps(), tuple(sorted(comparison.moved)), near)
 
 
 def _pairs(comparison: Comparison, number: int, matches: list[Match], *, moved: bool) -> NearPairs:
@@ -85,20 +85,20 @@ def _pairs(comparison: Comparison, number: int, matches: list[Match], *, moved: 
     return NearPairs(side.plural, len(matches), side.count, moved, examples)
 
 
-def training_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerprints) -> Compared:
+def training_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerprints) -> ComparedTexts:
     def locate(index: int) -> str:
         return row_location(files, index, validation=False)
 
-    return Compared(TRAINING_SET, len(rows), fingerprints(map(row_text, rows)), locate)
+    return ComparedTexts(TRAINING_SET, len(rows), fingerprints(map(row_text, rows)), locate)
 
 
-def validation_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerprints) -> Compared:
+def validation_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerprints) -> ComparedTexts:
     def locate(index: int) -> str:
         return row_location(files, index, validation=True)
 
     held_out = files.validation is None
     how = f"held out by data.validation_every ({files.validation_every})" if held_out else "which validates"
-    return Compared(
+    return ComparedTexts(
         f"row, {how},",
         len(rows),
         fingerprints(map(row_text, rows)),
@@ -109,11 +109,11 @@ def validation_rows(rows: Sequence[Row], files: RowFiles, fingerprints: Fingerpr
     )
 
 
-def replayed(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compared]:
+def replayed(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[ComparedTexts]:
     return [_set(f"replay.datasets.{named.name}", named, fingerprints) for named in sets]
 
 
-def retained(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compared]:
+def retained(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[ComparedTexts]:
     return [
         _set(
             f"row of retention.eval_sets.{named.name}, which measures what is forgotten,",
@@ -125,6 +125,6 @@ def retained(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compa
     ]
 
 
-def _set(name: str, named: NamedSet, fingerprints: Fingerprints, plural: str = "") -> Compared:
+def _set(name: str, named: NamedSet, fingerprints: Fingerprints, plural: str = "") -> ComparedTexts:
     texts = fingerprints(map(row_text, named.rows))
-    return Compared(name, len(named.rows), texts, named.places.__getitem__, plural=plural)
+    return ComparedTexts(name, len(named.rows), texts, named.places.__getitem__, plural=plural)

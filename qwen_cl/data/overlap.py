@@ -34,7 +34,7 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparedTexts:
     """Texts of one origin, on either side."""
 
     name: str
@@ -76,7 +76,7 @@ def find_overlap(train: Iterable[Fingerprint], measured: Iterable[Fingerprint]) 
 class Comparison:
     """What of several sets that are measured the training texts contain, whose indices go on from one to the next."""
 
-    def __init__(self, train: Sequence[Compared], measured: Sequence[Compared]) -> None:
+    def __init__(self, train: Sequence[ComparedTexts], measured: Sequence[ComparedTexts]) -> None:
         self.train, self.measured = train, measured
         self.moved: list[int] = []
         """Indices of those texts of the first set that train after all, in the order they were moved in."""

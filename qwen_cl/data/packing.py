@@ -45,10 +45,10 @@ def plan_packs(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 def _joined(examples: list[Example]) -> Example:
     ids: list[int] = []
     starts: list[int] = []
-    counted: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for example in examples:
         offset = len(ids)
         ids += example.ids
         starts += [offset + start for start in example.starts]
-        counted += [(offset + start, offset + stop) for start, stop in example.counted]
-    return Example(ids, tuple(counted), tuple(starts))
+        spans += [(offset + start, offset + stop) for start, stop in example.loss_spans]
+    return Example(ids, tuple(spans), tuple(starts))

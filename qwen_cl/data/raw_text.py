@@ -60,7 +60,7 @@ def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*_added_before(tokenizer), *encode_text(tokenizer, text)]
 
 
-def loss_spans(length: int, uncounted: Iterable[int]) -> tuple[tuple[int, int], ...]:
+def spans_without(length: int, uncounted: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of [1, length) without these indices, which rise."""
     spans, start = [], 1
     for index in uncounted:

@@ -17,7 +17,7 @@ from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.fields import KEY, missing_field, name_rows
+from qwen_cl.data.fields import KEY, missing_field_error, name_rows
 from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.files.hashing import hash_file
 
@@ -158,7 +158,7 @@ def conversations(
             found = parse_conversation(row.fields, PAIR, row.where)
             yield replace(found, unused=(*found.unused, *row.left_out)) if row.left_out else found
         except UserError as error:
-            raise row.in_its_words(error) from error
+            raise row.with_original_names(error) from error
 
 
 def _local(path: str) -> str:
@@ -202,5 +202,5 @@ def _records(files: RowFiles, key: str, path: str) -> Iterator[Record]:
 
 def _text(record: Record, column: str) -> Text:
     if column not in record.fields:
-        raise missing_field(record.fields, column, record.where)
+        raise missing_field_error(record.fields, column, record.where)
     return Text(check_text(record.fields[column], f"field {column!r}", record.where))

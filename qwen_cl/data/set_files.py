@@ -17,7 +17,7 @@ from qwen_cl.data.corpus.documents import read_records
 from qwen_cl.data.corpus.files import Format, find_files, hash_files
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.corpus.record import Record
-from qwen_cl.data.fields import has_conversation, missing_field
+from qwen_cl.data.fields import has_conversation, missing_field_error
 from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.data.rows import Row, Text, conversations
 from qwen_cl.files.hashing import hash_file
@@ -105,6 +105,6 @@ def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Ma
 def _text(record: Record, whole_file: bool) -> Text:
     if TEXT not in record.fields:
         fix = "every row of a set must have it where the first has"
-        raise missing_field(record.fields, TEXT, record.where, fix)
+        raise missing_field_error(record.fields, TEXT, record.where, fix)
     name = "the text" if whole_file else f"field {TEXT!r}"
     return Text(check_text(record.fields[TEXT], name, record.where))

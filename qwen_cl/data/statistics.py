@@ -14,7 +14,7 @@ from qwen_cl.config.task.training import LossOn
 from qwen_cl.data.batching import padded_width, padding_share
 from qwen_cl.data.chat.conversations import Conversation
 from qwen_cl.data.chat.encode import unused_fields
-from qwen_cl.data.examples import Example, whole_examples
+from qwen_cl.data.examples import Example, untruncated_examples
 from qwen_cl.data.leakage import NearPairs
 from qwen_cl.data.normalize import normalize, row_text, text_key
 from qwen_cl.data.overlap import Overlap
@@ -102,7 +102,7 @@ def describe(
     labels = truncated = truncated_labels = 0
     keys: set[bytes] = set()
     characters: Counter[str] = Counter()
-    for number, (row, whole) in enumerate(zip(rows, whole_examples(rows, tokenizer, layout.loss_on))):
+    for number, (row, whole) in enumerate(zip(rows, untruncated_examples(rows, tokenizer, layout.loss_on))):
         cut = whole if documents else whole.cut(layout.sequence_length + 1)
         lengths.append(len(whole.ids))
         labels += cut.num_labels
@@ -185,7 +185,7 @@ def histogram(lengths: Iterable[int]) -> list[tuple[int, int, int]]:
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     shown = example.cut(RENDERED_TOKENS)
     parts, done = [], 0
-    for start, stop in [*shown.counted, (len(shown.ids), len(shown.ids))]:
+    for start, stop in [*shown.loss_spans, (len(shown.ids), len(shown.ids))]:
         if start > done:
             parts.append(f"[[{tokenizer.decode(shown.ids[done:start])}]]")
         parts.append(tokenizer.decode(shown.ids[start:stop]))

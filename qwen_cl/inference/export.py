@@ -15,8 +15,8 @@ from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.overrides import refuse_ignored
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.export import ExportConfig, ExportDtype, ExportFormat
-from qwen_cl.data.chat.settings import write_template_of_run
-from qwen_cl.data.chat.stop_tokens import end_of_turn_tokens, learns_answers
+from qwen_cl.data.chat.settings import write_run_template
+from qwen_cl.data.chat.stop_tokens import end_of_turn_tokens, trains_on_conversations
 from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.data.rows import row_files
 from qwen_cl.files.atomic_folder import require_room
@@ -96,11 +96,11 @@ def _write(task: ExportConfig, run: Run, base: Path | None, output: Path) -> Non
     from qwen_cl.models.export.writer import export_adapter, export_merged
 
     tokenizer = load_data_tokenizer(str(run.folder.tokenizer))
-    stops = end_of_turn_tokens(tokenizer) if run.step > 0 and learns_answers(run.config) else []
+    stops = end_of_turn_tokens(tokenizer) if run.step > 0 and trains_on_conversations(run.config) else []
     card = model_card(_card_facts(task, run), licence_of(run.config.model))
     if task.format is ExportFormat.adapter:
         export_adapter(trained, output, card, stops)
-        write_template_of_run(run.config.data, run.folder.tokenizer, output)
+        write_run_template(run.config.data, run.folder.tokenizer, output)
     else:
         model = MergedModel(trained, _dtype(task.dtype))
         export_merged(model, output, task.max_shard_size, card, stops, say=lambda line: print(line, flush=True))

@@ -11,7 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.inference import GenerateConfig
-from qwen_cl.data.chat.stop_tokens import no_end_warning, teaches_to_stop
+from qwen_cl.data.chat.stop_tokens import has_stop_token, missing_stop_token_warning
 from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.prompts import Prompt, check_prompts, one_prompt, read_prompts
 from qwen_cl.inference.target_model import find_subject, output_file, pinned, resolve_target
@@ -35,8 +35,8 @@ def generate(config: RunConfig, task: GenerateConfig, invocation: Invocation) ->
     check_prompts(
         prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
     )
-    if not task.raw and not teaches_to_stop(subject.tokenizer()):
-        print(no_end_warning(str(subject.small_files)), file=sys.stderr)
+    if not task.raw and not has_stop_token(subject.tokenizer()):
+        print(missing_stop_token_warning(str(subject.small_files)), file=sys.stderr)
     if config.dry_run:
         facts = [("model", subject.label), ("prompts", str(len(prompts))), ("output", str(output or "the terminal"))]
         print_facts(facts, Console())

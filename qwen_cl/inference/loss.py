@@ -69,6 +69,6 @@ def _padded(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     counted = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        for start, stop in example.counted:
+        for start, stop in example.loss_spans:
             counted[row, start:stop] = True
     return ids, counted

@@ -90,7 +90,7 @@ def _parse_row(record: Record) -> Prompt:
     try:
         return Prompt(parse_prompt(row.fields, record.where), plain_json(record.fields))
     except UserError as error:
-        raise row.in_its_words(error) from error
+        raise row.with_original_names(error) from error
 
 
 def _is_text(prompt: Prompt) -> bool:

@@ -25,7 +25,7 @@ from qwen_cl.models.hub.settings import HubSettings
 from qwen_cl.models.loading.base_adapter import BaseAdapter, find_adapter
 from qwen_cl.models.normalized import normalized_config
 from qwen_cl.models.reference import read_model_config, resolve
-from qwen_cl.planning.devices import alone, pick_device
+from qwen_cl.planning.devices import pick_device, single_process
 from qwen_cl.planning.plan import check_weights
 from qwen_cl.runs.status import State
 
@@ -57,7 +57,7 @@ class TargetModel:
         from qwen_cl.data.chat.settings import chat_settings
         from qwen_cl.data.examples import load_data_tokenizer
 
-        settings = chat_settings(self.data, of_a_run=self.run is not None)
+        settings = chat_settings(self.data, from_run=self.run is not None)
         return use_chat_settings(load_data_tokenizer(str(self.small_files)), settings)
 
 
@@ -72,7 +72,7 @@ def resolve_target(config: RunConfig, task: AnswersConfig, overrides: Sequence[s
         refuse_ignored(overrides, (*COMPUTE, *CHAT_KEYS, "model", "experiment"), reason)
     else:
         refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
-    device = pick_device(alone(config.cluster))
+    device = pick_device(single_process(config.cluster))
     return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
 
 

@@ -15,13 +15,13 @@ from qwen_cl.config.saved import read_run_config
 from qwen_cl.config.task.training import FinetuneConfig, PretrainConfig
 from qwen_cl.data.chat.encode import check_chat_template, use_chat_settings
 from qwen_cl.data.chat.settings import chat_settings, resolve_template_date
-from qwen_cl.data.chat.stop_tokens import learns_answers, no_end_warning, teaches_to_stop
-from qwen_cl.data.corpus.text_dataset import TextTarget, compared_documents
+from qwen_cl.data.chat.stop_tokens import has_stop_token, missing_stop_token_warning, trains_on_conversations
+from qwen_cl.data.corpus.text_dataset import TextTarget, documents_to_compare
 from qwen_cl.data.eval_sets import NamedSet, local_sets, read_sets
 from qwen_cl.data.examples import check_examples, check_labels, load_data_tokenizer
 from qwen_cl.data.fingerprints import corpus_fingerprinter, row_fingerprinter
-from qwen_cl.data.hub_copy import keep_commit
-from qwen_cl.data.leakage import Apart, check_leakage, replayed, retained, training_rows, validation_rows
+from qwen_cl.data.hub_copy import reuse_commit
+from qwen_cl.data.leakage import LeakageReport, check_leakage, replayed, retained, training_rows, validation_rows
 from qwen_cl.data.overlap import Overlap
 from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.rows import RowFiles, read_rows
@@ -58,8 +58,8 @@ def read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> R
         raise UserError("data=text is raw text, for task=pretrain; task=finetune takes data=jsonl")
     if isinstance(task, FinetuneConfig):
         check_chat_template(tokenizer, str(directory))
-        if learns_answers(config) and not teaches_to_stop(tokenizer):
-            print(no_end_warning(str(directory)), file=sys.stderr)
+        if trains_on_conversations(config) and not has_stop_token(tokenizer):
+            print(missing_stop_token_warning(str(directory)), file=sys.stderr)
     check_tokenizer(tokenizer, model.config, directory)
     layout = row_layout(config)
     replay, kept = _other_sets(config, tokenizer, directory, layout)
@@ -71,23 +71,23 @@ def read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> R
     train, validation = read_rows(files)
     check_labels(train, tokenizer, layout.sequence_length, layout.loss_on, files.train)  # describe() renders every row
     check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.validation or files.train)
-    apart = check_leakage(
+    leakage = check_leakage(
         config.data,
         [training_rows(train, files, of_texts), *replayed(replay, of_texts)],
         [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
     )
-    if apart.moved:
-        files = replace(files, moved=tuple(number * files.validation_every for number in apart.moved))
+    if leakage.moved:
+        files = replace(files, moved=tuple(number * files.validation_every for number in leakage.moved))
         train, validation = read_rows(files)
         check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.train)
-    overlap, *of_kept = apart.overlaps
+    overlap, *of_kept = leakage.overlaps
     unused = {
         "the training set": count_unused_fields(train, tokenizer),
         "the validation set": count_unused_fields(validation, tokenizer),
         **unused_in_sets(replay, kept, tokenizer),
     }
     of_sets = {named.name: each for named, each in zip(kept, of_kept)}
-    report = replace(describe(train, tokenizer, layout, overlap, of_sets, unused), near_duplicates=apart.near)
+    report = replace(describe(train, tokenizer, layout, overlap, of_sets, unused), near_duplicates=leakage.near)
     return ReadData(report, files.moved, bos_token)
 
 
@@ -95,14 +95,14 @@ def data_hash(target: str, config: RunConfig) -> str:
     """``target`` is the hash of what the task's own data holds; the sets that are replayed and retained come in too.
     Not text that the model writes itself, which follows from model, seed and config."""
     sets = {"replay.datasets": _replay_sets(config), "retention.eval_sets": config.retention.eval_sets}
-    return with_set_hashes(target, sets, chat_settings(config.data).facts())
+    return with_set_hashes(target, sets, chat_settings(config.data).non_defaults())
 
 
-def resolve_template_day(config: RunConfig, model: ModelFiles, made_on: str | None) -> str | None:
+def resolve_run_template_date(config: RunConfig, model: ModelFiles, run_date: str | None) -> str | None:
     """The day that conversations of the run are rendered with; None where there are none, or none has a date."""
     if not isinstance(config.task, FinetuneConfig) and not _replay_sets(config) and not config.retention.eval_sets:
         return None
-    return resolve_template_date(config.data, load_data_tokenizer(str(tokenizer_directory(model.directory))), made_on)
+    return resolve_template_date(config.data, load_data_tokenizer(str(tokenizer_directory(model.directory))), run_date)
 
 
 def with_local_sets(config: RunConfig) -> RunConfig:
@@ -114,15 +114,15 @@ def with_local_sets(config: RunConfig) -> RunConfig:
     return replace(config, replay=replay, retention=replace(config.retention, eval_sets=kept))
 
 
-def hold_text_apart(
+def check_text_leakage(
     text: TextTarget, data: TextDataConfig, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Apart, dict[str, Overlap]]:
+) -> tuple[LeakageReport, dict[str, Overlap]]:
     """What validates, and each retention set, beside what is trained on. Raises UserError where it must not be."""
-    train, validation = compared_documents(text, data, tokenizer)
+    train, validation = documents_to_compare(text, data, tokenizer)
     as_corpus = corpus_fingerprinter(tokenizer)
     replay, kept = read_other_sets(config)
-    apart = check_leakage(data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)])
-    return apart, dict(zip(config.retention.eval_sets, apart.overlaps[1:]))
+    leakage = check_leakage(data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)])
+    return leakage, dict(zip(config.retention.eval_sets, leakage.overlaps[1:]))
 
 
 def load_chat_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerBase:
@@ -148,7 +148,7 @@ def row_layout(config: RunConfig) -> SequenceLayout:
     task = config.training
     return SequenceLayout(
         sequence_length=task.sequence_length,
-        micro_batch_size=task.rows_per_pass,
+        micro_batch_size=task.resolved_micro_batch_size,
         seed=config.seed,
         loss_on=task.trained_tokens,
         packing=task.is_packed,
@@ -187,14 +187,14 @@ def _bos_token(config: RunConfig, sets: list[NamedSet], tokenizer: PreTrainedTok
     return None if bos_id is None else str(tokenizer.convert_ids_to_tokens(bos_id))
 
 
-def keep_datasets(config: RunConfig, folder: RunFolder) -> RunConfig:
+def reuse_datasets(config: RunConfig, folder: RunFolder) -> RunConfig:
     """A run that resumes reads the commits it began with where the command names none."""
     if not isinstance(config.data, FileDataConfig) or not folder.config.exists():
         return config
     before = read_run_config(folder.config).data
     if not isinstance(before, FileDataConfig):
         return config
-    path, validation = keep_commit(config.data.path, before.path), config.data.validation_path
+    path, validation = reuse_commit(config.data.path, before.path), config.data.validation_path
     if validation is not None and before.validation_path is not None:
-        validation = keep_commit(validation, before.validation_path)
+        validation = reuse_commit(validation, before.validation_path)
     return replace(config, data=replace(config.data, path=path, validation_path=validation))

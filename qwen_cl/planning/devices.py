@@ -74,7 +74,7 @@ def pick_device(cluster: ClusterConfig) -> Device:
     return Device(Accelerator.gpu, _precision(cluster, Precision.bf16), gpus[0].name, gpus[0].memory_bytes)
 
 
-def alone(cluster: ClusterConfig) -> ClusterConfig:
+def single_process(cluster: ClusterConfig) -> ClusterConfig:
     """One process of it, which has the whole model."""
     return replace(
         cluster, devices=1, tensor_parallel=1, pipeline_parallel=1, context_parallel=1, sequence_parallel=False

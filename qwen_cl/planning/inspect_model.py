@@ -27,7 +27,7 @@ from qwen_cl.models.hub.settings import HubSettings
 from qwen_cl.models.loading.base_adapter import find_adapter
 from qwen_cl.models.reference import ModelFiles, resolve
 from qwen_cl.models.weight_mapping import count_parameters, expected_shapes
-from qwen_cl.planning.devices import Device, alone, pick_device
+from qwen_cl.planning.devices import Device, pick_device, single_process
 from qwen_cl.planning.memory import BatchShape, estimate_memory
 from qwen_cl.planning.parallelism import pipeline_parallel_sizes, tensor_parallel_sizes
 from qwen_cl.planning.plan import check_weights
@@ -134,7 +134,7 @@ def _layout_table(config: RunConfig, batch: BatchShape, device: Device, architec
         for pipeline_parallel in (size for size in SIZES if size in pipeline_parallel_sizes(architecture)):
             devices = tensor_parallel * pipeline_parallel
             cluster = dataclasses.replace(
-                alone(config.cluster),
+                single_process(config.cluster),
                 devices=devices,
                 tensor_parallel=tensor_parallel,
                 pipeline_parallel=pipeline_parallel,

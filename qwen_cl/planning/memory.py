@@ -43,10 +43,10 @@ class BatchShape:
     micro_batches: int
 
 
-def batch_of(config: RunConfig) -> BatchShape:
+def batch_shape(config: RunConfig) -> BatchShape:
     task = config.training
-    micro_batches = task.global_batch_size // (task.rows_per_pass * config.cluster.data_parallel)
-    return BatchShape(task.sequence_length, task.rows_per_pass, micro_batches)
+    micro_batches = task.global_batch_size // (task.resolved_micro_batch_size * config.cluster.data_parallel)
+    return BatchShape(task.sequence_length, task.resolved_micro_batch_size, micro_batches)
 
 
 def estimate_memory(

@@ -15,14 +15,14 @@ from qwen_cl.config.speed import When
 from qwen_cl.config.task.training import AUTO, TrainingConfig
 from qwen_cl.models.architecture import Architecture
 from qwen_cl.planning.devices import Device
-from qwen_cl.planning.memory import batch_of, estimate_memory
+from qwen_cl.planning.memory import batch_shape, estimate_memory
 from qwen_cl.planning.speed import resolve_speed
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.folder import RunFolder
 
-ENOUGH_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
+TARGET_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
 """Of a pass. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); a CPU's is a choice, not a measurement."""
-USABLE = 0.85
+USABLE_FRACTION = 0.85
 """Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
 SHARE = "QWEN_CL_DEVICE_SHARE"
 """Environment variable: the part of its devices that is a trial's, where trials share them."""
@@ -63,7 +63,7 @@ def resolve_micro_batch(config: RunConfig, architecture: Architecture, device: D
             "task.micro_batch_size=auto looks at the memory of this machine's devices, and the run is another's; "
             "write a number"
         )
-    tokens = ENOUGH_TOKENS[device.kind]
+    tokens = TARGET_TOKENS[device.kind]
     sizes = [size for size in _sizes(config) if size == 1 or size * config.training.sequence_length <= tokens]
     fitting = [size for size in sizes if _fits(with_micro_batch(config, size), architecture, device)]
     return with_micro_batch(config, fitting[-1] if fitting else 1)
@@ -84,7 +84,7 @@ def reuse_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
     before = read_run_config(folder.config).task
     if not isinstance(before, TrainingConfig) or before.micro_batch_size not in _sizes(config):
         return config
-    return with_micro_batch(config, before.rows_per_pass)
+    return with_micro_batch(config, before.resolved_micro_batch_size)
 
 
 def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunConfig], None]) -> None:
@@ -98,7 +98,7 @@ def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunCon
             attempt(config)
             return
         except RunFailed:
-            smaller = [size for size in _sizes(config) if size <= config.training.rows_per_pass / 2]
+            smaller = [size for size in _sizes(config) if size <= config.training.resolved_micro_batch_size / 2]
             if folder.status().failure_kind is not FailureKind.out_of_memory or not smaller:
                 raise
             config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
@@ -110,9 +110,9 @@ def _sizes(config: RunConfig) -> list[int]:
     return [size for size in range(1, rows + 1) if rows % size == 0]
 
 
-def _fits(config: RunConfig, architecture: Architecture, device: Device, usable: float = USABLE) -> bool:
+def _fits(config: RunConfig, architecture: Architecture, device: Device, usable: float = USABLE_FRACTION) -> bool:
     estimate = estimate_memory(
-        architecture, batch_of(config), config.peft, config.cluster, device.precision, config.speed
+        architecture, batch_shape(config), config.peft, config.cluster, device.precision, config.speed
     )
     assert device.memory_bytes is not None
     on_one = config.cluster.devices if device.kind is Accelerator.cpu else 1  # ranks share a CPU's memory

@@ -28,12 +28,12 @@ from qwen_cl.models.tokenizer_checks import tokenizer_hash
 from qwen_cl.patches.registry import UpstreamChanged, check_installed
 from qwen_cl.planning.data import (
     ReadData,
+    check_text_leakage,
     data_hash,
-    hold_text_apart,
     load_chat_tokenizer,
     read_data,
     read_other_sets,
-    resolve_template_day,
+    resolve_run_template_date,
     row_layout,
     unused_in_sets,
     with_local_sets,
@@ -95,10 +95,10 @@ class Memo:
         return made
 
 
-def make_plan(config: RunConfig, once: Memo | None = None, made_on: str | None = None) -> Plan:
+def make_plan(config: RunConfig, once: Memo | None = None, run_date: str | None = None) -> Plan:
     """Settle what is open in the config and check the rest, cheapest first.
 
-    Fetches the model's small files, not its weights. ``made_on`` is the day that the run was made on, if it is not
+    Fetches the model's small files, not its weights. ``run_date`` is the day that the run was made on, if it is not
     today.
 
     Raises:
@@ -123,8 +123,8 @@ def make_plan(config: RunConfig, once: Memo | None = None, made_on: str | None =
     config = resolve_for_device(config, architecture, device)
     if isinstance(config.data, TextDataConfig):
         config = replace(config, data=resolve_separator(config.data))
-    on_day = (said.model, said.data, said.replay, said.retention, type(said.task), made_on)
-    day = once(lambda: resolve_template_day(said, model, made_on), "template date", on_day)
+    on_day = (said.model, said.data, said.replay, said.retention, type(said.task), run_date)
+    day = once(lambda: resolve_run_template_date(said, model, run_date), "template date", on_day)
     config = replace(config, data=with_template_date(config.data, day))
     files = row_files(config.data, config.training)
     read = config
@@ -166,12 +166,12 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
     """
     tokenizer = load_chat_tokenizer(plan.config, tokenizer_directory(plan.model.directory))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
-    apart, kept = hold_text_apart(text, data, plan.config, tokenizer)
-    text = text.with_moved(apart.moved)
+    leakage, kept = check_text_leakage(text, data, plan.config, tokenizer)
+    text = text.with_moved(leakage.moved)
     replay, retention = read_other_sets(plan.config)
     report = replace(
-        describe_corpus(text, tokenizer, row_layout(plan.config), apart.overlaps[0], kept),
-        near_duplicates=apart.near,
+        describe_corpus(text, tokenizer, row_layout(plan.config), leakage.overlaps[0], kept),
+        near_duplicates=leakage.near,
         unused_fields=unused_in_sets(replay, retention, tokenizer),
     )
     return replace(plan, text=text, data_report=report, data_hash=data_hash(text.content, plan.config))

@@ -15,10 +15,10 @@ from qwen_cl.config.run import RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.models.adapter_methods import adapter_of
 
-GAIN_ON_CPU = ("low_rank_products",)
+FASTER_ON_CPU = ("low_rank_products",)
 """Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
 COMPILED = ("compile", "linear_cross_entropy", "fused_accumulation")
-OF_OUR_LAYERS = ("compile", "cuda_graphs", "fused_accumulation")
+UNTESTED_WITH_TRANSFORMER_ENGINE = ("compile", "cuda_graphs", "fused_accumulation")
 """What nobody has tried with Transformer Engine's."""
 NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or what CC and CXX name)"
 SETTLED = (*COMPILED, "low_rank_products", "cuda_graphs")
@@ -91,13 +91,13 @@ def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
     if cluster.tensor_parallel > 1:
         return False
     if kind is Accelerator.cpu:
-        return name in GAIN_ON_CPU
+        return name in FASTER_ON_CPU
     same_packages = isinstance(cluster, LocalConfig) or (
         isinstance(cluster, SlurmConfig) and cluster.container_image is None
     )
     if same_packages and name in COMPILED and not _has_compiler(kind):
         return False  # a node mostly has what the machine has from which jobs are submitted
-    return name not in OF_OUR_LAYERS or (same_packages and find_spec("transformer_engine") is None)
+    return name not in UNTESTED_WITH_TRANSFORMER_ENGINE or (same_packages and find_spec("transformer_engine") is None)
 
 
 def require_compiler(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from qwen_cl.config.overrides import override_key
 from qwen_cl.config.replay import GeneratedReplayConfig
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.training import TrainingConfig
-from qwen_cl.data.chat.settings import kept_template_date
+from qwen_cl.data.chat.settings import previous_template_date
 from qwen_cl.planning.plan import Memo, Plan, fetch_weights, make_plan, with_text
 
 Compose = Callable[[Sequence[str]], DictConfig]
@@ -46,7 +46,7 @@ class Planner:
     def __init__(self, compose: Compose, directory: Path | None = None) -> None:
         """``directory`` is the sweep's, which may hold trials already."""
         self.compose = compose
-        self._made_on = kept_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
+        self._made_on = previous_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
         self._once = Memo()
         self._fetched: set[str] = set()
         self._tokenised: set[str] = set()

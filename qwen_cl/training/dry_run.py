@@ -27,7 +27,7 @@ from qwen_cl.data.corpus.hub_dataset import is_hub_dataset
 from qwen_cl.data.statistics_text import summary
 from qwen_cl.launch.local import worker_environment
 from qwen_cl.models.weight_mapping import count_parameters, expected_shapes
-from qwen_cl.planning.memory import batch_of, estimate_memory
+from qwen_cl.planning.memory import batch_shape, estimate_memory
 from qwen_cl.planning.plan import Plan
 from qwen_cl.planning.speed import has_static_shapes
 from qwen_cl.reporting.console import adapter_facts, print_facts
@@ -102,7 +102,7 @@ def _padding(config: RunConfig) -> str:
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     config = plan.config
     estimate = estimate_memory(
-        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision, config.speed
+        plan.architecture, batch_shape(config), config.peft, config.cluster, config.cluster.precision, config.speed
     )
     total = f"about {estimate.total / GIB:.2f} GiB per device"
     if plan.device.memory_bytes is not None:

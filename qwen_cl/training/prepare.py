@@ -20,7 +20,7 @@ from qwen_cl.models.architecture import TIED
 from qwen_cl.models.config_files import write_small_files
 from qwen_cl.models.fingerprint import fingerprint
 from qwen_cl.models.normalized import write_normalized_files
-from qwen_cl.planning.memory import batch_of, estimate_memory
+from qwen_cl.planning.memory import batch_shape, estimate_memory
 from qwen_cl.planning.plan import Plan, fetch_weights, with_text
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.manifest import VerifyProgress
@@ -114,7 +114,7 @@ def _write_hydra(invocation: Invocation, folder: RunFolder) -> None:
 def _trainable_parameters(plan: Plan) -> int:
     config = plan.config
     estimate = estimate_memory(
-        plan.architecture, batch_of(config), config.peft, config.cluster, config.cluster.precision
+        plan.architecture, batch_shape(config), config.peft, config.cluster, config.cluster.precision
     )
     return estimate.trainable_parameters
 

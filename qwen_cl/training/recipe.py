@@ -122,7 +122,7 @@ def _data(config: RunConfig, architecture: Architecture, tokenizer: run.Config, 
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "seq_length": task.sequence_length,
-        "micro_batch_size": task.rows_per_pass,
+        "micro_batch_size": task.resolved_micro_batch_size,
         "global_batch_size": task.global_batch_size,
         "max_steps": task.max_steps,
         "seed": config.seed,
@@ -147,7 +147,7 @@ def _mixture(config: RunConfig) -> dict[str, Any]:
         "replay": dict(replay.datasets) if replay else {},
         "replay_shares": replay.shares if replay else {},
         "retention": dict(config.retention.eval_sets),
-        "chat": chat_settings(config.data, of_a_run=True).facts(),
+        "chat": chat_settings(config.data, from_run=True).non_defaults(),
     }
 
 

@@ -45,7 +45,9 @@ def _start(plan: Plan, folder: RunFolder, invocation: Invocation, *, automatic: 
             save_config(replace(config, resume=plan.config.resume), folder.config)
         _print_plan(tried, folder, console, resumption)
         if automatic:
-            print_facts([("micro batch", f"{config.training.rows_per_pass} (task.micro_batch_size=auto)")], console)
+            print_facts(
+                [("micro batch", f"{config.training.resolved_micro_batch_size} (task.micro_batch_size=auto)")], console
+            )
         with ProgressView(folder, config.training.max_steps, console) as view:
             try:
                 execute(config, folder, view.update)

@@ -194,7 +194,7 @@ def test_labels_are_the_answer_and_its_end() -> None:
     for row, example in zip(rows, build_examples(rows, tokenizer(), 2048)):
         assert isinstance(row, Conversation)
         prompt, completion = (message.content for message in row.messages)
-        ((start, stop),) = example.counted
+        ((start, stop),) = example.loss_spans
         masked, labels = example.ids[:start], example.ids[start:]
         assert stop == len(example.ids)
         assert labels == tokens(completion + "<|im_end|>")
@@ -223,16 +223,16 @@ def test_which_tokens_of_a_conversation_count(loss_on: LossOn, counted: list[str
     whole = tokenizer().apply_chat_template(messages, tokenize=False).rstrip("\n")
     assert tokenizer().decode(example.ids) == whole
     if counted is None:
-        assert example.counted == ((1, len(example.ids)),)
+        assert example.loss_spans == ((1, len(example.ids)),)
     else:
-        assert [tokenizer().decode(example.ids[start:stop]) for start, stop in example.counted] == counted
+        assert [tokenizer().decode(example.ids[start:stop]) for start, stop in example.loss_spans] == counted
 
 
 @pytest.mark.parametrize("past_prompt", [-5, 0, 1, 4])
 def test_a_long_row_is_cut_and_keeps_the_labels_before_the_cut(past_prompt: int) -> None:
     rows: list[Row] = [pair("三つ挙げてください。", "青森県、秋田県、宮城県の三県を挙げます。")]
     (whole,) = build_examples(rows, tokenizer(), 2048)
-    start = whole.counted[0][0]
+    start = whole.loss_spans[0][0]
     (cut,) = build_examples(rows, tokenizer(), start - 1 + past_prompt)
     kept = ((start, start + past_prompt),) if past_prompt > 0 else ()
     assert cut == Example(whole.ids[: start + past_prompt], kept)

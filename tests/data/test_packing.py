@@ -37,7 +37,7 @@ def test_rows_are_kept_whole_and_in_order() -> None:
         assert rows == sorted(rows)
         for start, stop in pack.segments():
             found[pack.ids[start]] = pack.ids[start:stop]
-            assert (start + 1, stop) in pack.counted
+            assert (start + 1, stop) in pack.loss_spans
     assert [found[row] for row in range(400)] == [example.ids for example in examples]
     assert [pack.ids[0] for pack in packs] == sorted(pack.ids[0] for pack in packs)
     assert sum(pack.num_labels for pack in packs) == sum(example.num_labels for example in examples)
@@ -142,7 +142,7 @@ def test_packed_losses_are_those_of_each_conversation_alone_in_transformers(
     for example in probe_examples():
         ids = torch.tensor(example.ids)
         losses = torch.nn.functional.cross_entropy(reference(ids[None]).logits[0, :-1], ids[1:], reduction="none")
-        counts = [any(start <= index < stop for start, stop in example.counted) for index in range(1, len(ids))]
+        counts = [any(start <= index < stop for start, stop in example.loss_spans) for index in range(1, len(ids))]
         masked = losses * torch.tensor(counts)
         torch.autograd.backward(masked.sum())
         by_ids[tuple(example.ids)] = masked.tolist()

@@ -17,7 +17,7 @@ from qwen_cl.config.task.training import LossOn
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import Corpus, read_entry
 from qwen_cl.data.corpus.examples import CorpusExamples
-from qwen_cl.data.corpus.prepare import make_order
+from qwen_cl.data.corpus.prepare import make_build_request
 from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.eval_sets import NamedSet, score_set
 from qwen_cl.data.examples import Example, build_examples
@@ -65,7 +65,7 @@ def expected_examples(tokenizer: Any, texts: list[str], length: int) -> list[tup
 
 
 def labels_of(example: Example) -> list[int]:
-    counted = set(itertools.chain(*(range(start, stop) for start, stop in example.counted)))
+    counted = set(itertools.chain(*(range(start, stop) for start, stop in example.loss_spans)))
     return [token if place in counted else -100 for place, token in enumerate(example.ids)]
 
 
@@ -106,9 +106,9 @@ def test_two_tokens_before_a_text_are_refused(tmp_path: Path) -> None:
 
 
 def built(tokenizer: Any, path: Path, cache: Path) -> Corpus:
-    order = make_order(source(path), tokenizer, workers=1, cache=str(cache))
-    build(order)
-    corpus = read_entry(Path(order.entry), order.known.prefix)
+    request = make_build_request(source(path), tokenizer, workers=1, cache=str(cache))
+    build(request)
+    corpus = read_entry(Path(request.entry), request.known.prefix)
     assert corpus is not None
     return corpus
 
@@ -147,7 +147,7 @@ def test_nothing_changes_where_the_tokenizer_adds_no_bos(without_bos: Any, tmp_p
     selection = Selection(corpus, np.arange(len(TEXTS)))
     assert list(CorpusExamples(selection, 16, document_delimiters(without_bos))) == examples
     assert [example.ids for example in examples] == [stream[cut : cut + 17] for cut in range(0, len(stream) - 1, 16)]
-    assert all(example.counted == ((1, len(example.ids)),) for example in examples)
+    assert all(example.loss_spans == ((1, len(example.ids)),) for example in examples)
 
 
 def test_what_reads_like_a_special_token_is_text(tokenizer: Any) -> None:

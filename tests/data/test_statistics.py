@@ -62,7 +62,7 @@ def test_what_is_cut_is_counted() -> None:
         pair("長い" * 80, "はい。"),
     ]
     whole = list(build_examples(rows, tokenizer(), 4096))
-    start, stop = whole[1].counted[0]
+    start, stop = whole[1].loss_spans[0]
     length = start + 3
     assert len(whole[0].ids) <= length < len(whole[2].ids)
     found = report(rows, sequence_length=length - 1)

@@ -21,7 +21,7 @@ from qwen_cl.models.adapter_methods import adapter_parameters
 from qwen_cl.models.architecture import Architecture, read_architecture
 from qwen_cl.models.weight_mapping import count_parameters, expected_shapes, layer_shapes
 from qwen_cl.planning.flops import training_flops
-from qwen_cl.planning.memory import MemoryEstimate, batch_of, estimate_memory
+from qwen_cl.planning.memory import MemoryEstimate, batch_shape, estimate_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN_05B = {
@@ -68,7 +68,7 @@ def estimate(
     *overrides: str, precision: Precision = Precision.bf16, fields: dict[str, Any] = QWEN_05B
 ) -> MemoryEstimate:
     config = run_config(*overrides)
-    return estimate_memory(architecture(fields), batch_of(config), config.peft, config.cluster, precision)
+    return estimate_memory(architecture(fields), batch_shape(config), config.peft, config.cluster, precision)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_layers_that_are_computed_again_keep_little() -> None:
     config = run_config()
     speeds = [replace(config.speed, recompute=recompute) for recompute in (When.never, When.always)]
     before, after = (
-        estimate_memory(architecture(QWEN_05B), batch_of(config), config.peft, config.cluster, Precision.bf16, speed)
+        estimate_memory(architecture(QWEN_05B), batch_shape(config), config.peft, config.cluster, Precision.bf16, speed)
         for speed in speeds
     )
-    logits = config.training.sequence_length * config.training.rows_per_pass * 151936 * 6
+    logits = config.training.sequence_length * config.training.resolved_micro_batch_size * 151936 * 6
     assert (before.activations - logits) / 24 < after.activations - logits < (before.activations - logits) / 12
     assert (after.weights, after.gradients_and_optimizer) == (before.weights, before.gradients_and_optimizer)
 
@@ -173,7 +173,7 @@ def test_an_adapter_costs_less_than_every_weight_at_every_size(path: Path) -> No
     cost = {}
     for peft in ("lora", "none"):
         config = run_config(f"peft={peft}")
-        needed = estimate_memory(shape, batch_of(config), config.peft, config.cluster, Precision.bf16, config.speed)
+        needed = estimate_memory(shape, batch_shape(config), config.peft, config.cluster, Precision.bf16, config.speed)
         cost[peft] = (needed.total, training_flops(shape, adapter_parameters(config.peft, shape)).per_token)
     assert cost["lora"][0] < 0.5 * cost["none"][0]
     assert cost["lora"][1] < 0.8 * cost["none"][1]
@@ -201,6 +201,6 @@ def test_what_a_run_took_is_somewhat_less(name: str) -> None:
         )
         speed = replace(config.speed, compile=When.always, linear_cross_entropy=When.always)
         said = estimate_memory(
-            architecture(QWEN_05B), batch_of(config), config.peft, config.cluster, Precision.bf16, speed
+            architecture(QWEN_05B), batch_shape(config), config.peft, config.cluster, Precision.bf16, speed
         ).total
         assert 0.75 < visit["peak"] / said < 0.95, f"{visit['peak'] / said:.3f}"

@@ -57,7 +57,7 @@ def shape(name: str) -> Architecture:
 def test_it_is_what_gains_and_fits(name: str, said: list[str], on: Device, chosen: int) -> None:
     config = compose_run("task.micro_batch_size=auto", "task.global_batch_size=16", *said)
     settled = resolve_micro_batch(config, shape(name), on)
-    assert settled.training.rows_per_pass == chosen
+    assert settled.training.resolved_micro_batch_size == chosen
     assert replace(settled, task=config.task) == config
     number = compose_run("task.micro_batch_size=2")
     assert resolve_micro_batch(number, shape(name), on) is number
@@ -95,10 +95,10 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
     folder, tried, reasons = RunFolder(tmp_path / "run"), [], []
     folder.directory.mkdir()
     started = plan(*overrides_of("none"), "task.micro_batch_size=auto")
-    assert started.config.training.rows_per_pass == 4
+    assert started.config.training.resolved_micro_batch_size == 4
 
     def attempt(config: RunConfig) -> None:
-        tried.append(config.training.rows_per_pass)
+        tried.append(config.training.resolved_micro_batch_size)
         with folder.lock():
             initialize_run_folder(replace(started, config=config), folder)
         run_ranks(worker, folder.directory, full_from_step_three)
@@ -113,7 +113,7 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
     assert [entry["step"] for entry in folder.status().resumed] == [2, 2]
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)  # of two rows in a pass
     again = compose_run("task.micro_batch_size=auto", "task.global_batch_size=4")
-    assert reuse_micro_batch(again, folder).training.rows_per_pass == 1
+    assert reuse_micro_batch(again, folder).training.resolved_micro_batch_size == 1
     assert reuse_micro_batch(again, RunFolder(tmp_path / "new")).training.micro_batch_size == "auto"
     number = compose_run("task.micro_batch_size=2")
     assert reuse_micro_batch(number, folder) is number
@@ -126,10 +126,10 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
 def test_a_trial_has_its_share_of_what_it_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_run("task.micro_batch_size=auto", "task.global_batch_size=16", "task.sequence_length=2048")
     on = device(Accelerator.gpu, 48 * GB)
-    assert resolve_micro_batch(config, shape("0.5b"), on).training.rows_per_pass == 4
+    assert resolve_micro_batch(config, shape("0.5b"), on).training.resolved_micro_batch_size == 4
     slot = Slot(("0", "1"), 2 / 3, 8)  # three trials on each of two GPUs
     monkeypatch.setenv(SHARE, slot.environment(config.cluster)[SHARE])
-    assert resolve_micro_batch(config, shape("0.5b"), on).training.rows_per_pass == 2
+    assert resolve_micro_batch(config, shape("0.5b"), on).training.resolved_micro_batch_size == 2
 
 
 def test_what_does_not_fit_otherwise_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_what_was_settled_is_nothing_that_tells_trials_apart(monkeypatch: pytest
     for share in ("1", "0.000001"):
         monkeypatch.setenv(SHARE, share)
         made = make_plan(compose_run(*said))
-        hashes.add((made.config.training.rows_per_pass, hash_config(made)))
+        hashes.add((made.config.training.resolved_micro_batch_size, hash_config(made)))
     assert [size for size, _ in sorted(hashes)] == [1, 4]
     assert len({of for _, of in hashes}) == 1
     assert hash_config(make_plan(compose_run(*said[1:], "task.micro_batch_size=1"))) not in {of for _, of in hashes}
@@ -159,7 +159,7 @@ def test_other_failures_and_a_single_row_end_it(tmp_path: Path) -> None:
     tried: list[int] = []
 
     def fails(config: RunConfig) -> None:
-        tried.append(config.training.rows_per_pass)
+        tried.append(config.training.resolved_micro_batch_size)
         raise RunFailed("FAILED")
 
     config = compose_run("task.micro_batch_size=2", "task.global_batch_size=4")

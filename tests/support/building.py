@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import Corpus, read_entry
-from qwen_cl.data.corpus.prepare import make_order
+from qwen_cl.data.corpus.prepare import make_build_request
 from tests.support.corpora import TEXTS, json_lines, source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +36,9 @@ def expected_ids(text: str) -> list[int]:
 
 
 def built(path: Path | str, cache: Path) -> Corpus:
-    order = make_order(source(path), tokenizer(), workers=1, cache=str(cache))
-    build(order)
-    corpus = read_entry(Path(order.entry), order.known.prefix)
+    request = make_build_request(source(path), tokenizer(), workers=1, cache=str(cache))
+    build(request)
+    corpus = read_entry(Path(request.entry), request.known.prefix)
     assert corpus is not None
     return corpus
 

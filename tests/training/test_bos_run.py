@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen_cl.config.replay import FileReplayConfig
 from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
-from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.corpus.split import split_documents
 from qwen_cl.data.examples import Example, build_examples
 from qwen_cl.data.mixing import Mixture
 from qwen_cl.data.rows import Text
@@ -78,7 +78,7 @@ def trained(shared_directory: Path) -> Trained:
 
 
 def test_validation_and_retention_have_the_loss_of_texts_after_bos(trained: Trained) -> None:
-    _, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    _, measured = split_documents(DOCUMENTS, share=SHARE, seed=SEED)
     first = trained.record(0, "val/target/loss")
     for name, texts in (
         ("val/target", [trained.texts[number] for number in measured]),
@@ -97,7 +97,7 @@ def test_it_trains_on_texts_after_bos_and_on_what_was_sampled_after_bos(trained:
     replay = load_config(trained.run.folder.config).replay
     assert isinstance(replay, FileReplayConfig)
     lines = Path(replay.datasets["generated"]).read_text(encoding="utf-8").splitlines()
-    texts, _ = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    texts, _ = split_documents(DOCUMENTS, share=SHARE, seed=SEED)
     sets = [
         [_example(*pair) for pair in expected_examples(trained.tokenizer, documents, LENGTH)]
         for documents in ([trained.texts[number] for number in texts], [json.loads(line)["text"] for line in lines])
@@ -106,7 +106,7 @@ def test_it_trains_on_texts_after_bos_and_on_what_was_sampled_after_bos(trained:
     total, count = 0.0, 0
     for index in range(BATCH):
         labels = [-100] * len(mixture[index].ids)
-        for start, stop in mixture[index].counted:
+        for start, stop in mixture[index].loss_spans:
             labels[start:stop] = mixture[index].ids[start:stop]
         with torch.no_grad():
             loss = trained.model(torch.tensor([mixture[index].ids]), labels=torch.tensor([labels])).loss

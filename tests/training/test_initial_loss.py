@@ -85,7 +85,7 @@ def _loss(model: Any, examples: list[Example]) -> float:
     for example in examples:
         ids = torch.tensor([example.ids])
         labels = torch.full_like(ids, -100)
-        for start, stop in example.counted:
+        for start, stop in example.loss_spans:
             labels[:, start:stop] = ids[:, start:stop]
         for start, stop in example.segments():
             counted = int((labels[:, start:stop] != -100).sum())

@@ -21,7 +21,7 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.config.task.continual import StageConfig
 from qwen_cl.continual.stage_state import is_finished, remember
 from qwen_cl.continual.stages import Stage
-from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.corpus.split import split_documents
 from qwen_cl.data.corpus.text_dataset import TextTarget
 from qwen_cl.data.examples import Example
 from qwen_cl.data.mixing import Mixture
@@ -42,7 +42,7 @@ REPLAY = ["replay=generated", "replay.ratio=0.4", "replay.tokens=400", "replay.m
 def write_corpus(path: Path) -> list[str]:
     """Two documents stand in it twice: one of them validates, its copy trains."""
     texts = [row["text"] for row in demo_rows("text.train.jsonl", DOCUMENTS)]
-    trained, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    trained, measured = split_documents(DOCUMENTS, share=SHARE, seed=SEED)
     texts[trained[0]] = texts[measured[1]]
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
@@ -107,7 +107,7 @@ def text_run(shared_directory: Path) -> TextRun:
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The rule of held_out, spelled out: the documents with the smallest numbers validate."""
+    """The rule of split_documents, spelled out: the documents with the smallest numbers validate."""
     numbers = np.random.PCG64(SEED).random_raw(len(texts))
     smallest = set(np.argsort(numbers)[: round(SHARE * len(texts))].tolist())
     return [text for number, text in enumerate(texts) if number not in smallest], [
@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_made_is_refused(
 
 
 def test_documents_that_validate_and_train_are_refused(text_run: TextRun, tmp_path: Path) -> None:
-    trained, measured = held_out(DOCUMENTS, share=SHARE, seed=SEED)
+    trained, measured = split_documents(DOCUMENTS, share=SHARE, seed=SEED)
     path = text_run.command[5].removeprefix("data.path=")
     done = launch(*text_run.command, directory=tmp_path / "outputs/run")
     assert done.returncode == 2

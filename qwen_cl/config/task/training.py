@@ -110,7 +110,7 @@ class TrainingConfig(TaskConfig):
         return None if self.max_time is None else seconds_of("task.max_time", self.max_time)
 
     @property
-    def rows_per_pass(self) -> int:
+    def resolved_micro_batch_size(self) -> int:
         """``micro_batch_size`` of a plan, which has it settled."""
         assert isinstance(self.micro_batch_size, int)
         return self.micro_batch_size

@@ -8,7 +8,7 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.chat.template import Rendering, Span, TemplateError
 
-STAND_IN = "\ue0f1\ue0f0\ue0f1"
+PLACEHOLDER = "\ue0f1\ue0f0\ue0f1"
 """Private-use characters, in place of an answer whose surroundings are looked for."""
 
 
@@ -48,10 +48,12 @@ def _locate(rendering: Rendering, whole: str, number: int) -> Span:
 def _replaced(rendering: Rendering, number: int) -> Iterator[dict[str, Any]]:
     """The answer with a stand-in for its text, or for the tool that it calls where its text is not rendered."""
     message = rendering.plain[number]
-    yield {**message, "content": STAND_IN}
+    yield {**message, "content": PLACEHOLDER}
     if calls := message.get("tool_calls"):
-        call = {**calls[0], "function": {**calls[0]["function"], "name": STAND_IN}} if "function" in calls[0] else None
-        yield {**message, "tool_calls": [call or {**calls[0], "name": STAND_IN}, *calls[1:]]}
+        call = (
+            {**calls[0], "function": {**calls[0]["function"], "name": PLACEHOLDER}} if "function" in calls[0] else None
+        )
+        yield {**message, "tool_calls": [call or {**calls[0], "name": PLACEHOLDER}, *calls[1:]]}
 
 
 def _by_replacing(
@@ -63,14 +65,14 @@ def _by_replacing(
     alone_before, alone_after = _around(_try(rendering, [*rendering.plain[:number], replaced]))
     # What the template puts between the prompt and the stand-in is the model's to write.
     own = alone_before[len(asked) :] if asked and alone_before and alone_before.startswith(asked) else ""
-    if replaced["content"] != STAND_IN and not before.endswith(own or STAND_IN):
+    if replaced["content"] != PLACEHOLDER and not before.endswith(own or PLACEHOLDER):
         return None
     start = len(before) - (len(own) if before.endswith(own) else 0)
-    closing = _closing(rendering, after, alone_after)
+    closing = _turn_end(rendering, after, alone_after)
     return None if closing is None else (start, len(whole) - len(after) + len(closing))
 
 
-def _closing(rendering: Rendering, after: str, alone: str | None) -> str | None:
+def _turn_end(rendering: Rendering, after: str, alone: str | None) -> str | None:
     """What ends a turn, without newlines at its end. ``alone`` is what follows the answer where nothing else does:
     Phi's template, for one, has an end of text there too, which others do not come before."""
     if alone is None:
@@ -85,9 +87,9 @@ def _closing(rendering: Rendering, after: str, alone: str | None) -> str | None:
 
 
 def _around(text: str | None) -> tuple[str | None, str | None]:
-    if text is None or text.count(STAND_IN) != 1:
+    if text is None or text.count(PLACEHOLDER) != 1:
         return None, None
-    before, _, after = text.partition(STAND_IN)
+    before, _, after = text.partition(PLACEHOLDER)
     return before, after
 
 

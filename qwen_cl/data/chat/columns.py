@@ -97,13 +97,15 @@ def _refuse(rest: dict[str, Any], used: set[str], where: str) -> None:
 
 
 def _system(rest: dict[str, Any], where: str) -> tuple[str, str | None]:
-    given = {name: check_text(rest[name], f"field {name!r}", where) for name in SYSTEM_COLUMNS if _says(rest, name)}
+    given = {
+        name: check_text(rest[name], f"field {name!r}", where) for name in SYSTEM_COLUMNS if _has_value(rest, name)
+    }
     if len(set(given.values())) > 1:
         raise UserError(f"{where}: the row has {' and '.join(given)}, which differ; keep one")
     return next(iter(given.items()), ("", None))
 
 
-def _says(rest: dict[str, Any], name: str) -> bool:
+def _has_value(rest: dict[str, Any], name: str) -> bool:
     return name in rest and not (isinstance(rest[name], str) and not rest[name].strip())
 
 
@@ -127,7 +129,7 @@ def _tools(rest: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     given = [name for name in TOOL_COLUMNS if name in rest]
     if len(given) > 1:
         raise UserError(f"{where}: the row has tools and functions; keep one")
-    if not given or not _says(rest, given[0]):
+    if not given or not _has_value(rest, given[0]):
         return None
     tools = _objects(rest[given[0]], given[0], where)
     if given == ["functions"] and tools:  # OpenAI's older name

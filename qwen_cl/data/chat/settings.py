@@ -37,21 +37,21 @@ class ChatSettings:
     chat_template: str | None = None
     """The text of a template in place of the tokenizer's."""
 
-    def facts(self) -> dict[str, Any]:
+    def non_defaults(self) -> dict[str, Any]:
         """Those that differ from the defaults: a part of what the data's hash is of."""
         default = asdict(ChatSettings())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
 
-def chat_settings(data: DataConfig, *, of_a_run: bool = False) -> ChatSettings:
-    """``of_a_run``: its tokenizer has the template already, and the file it came from may be gone.
+def chat_settings(data: DataConfig, *, from_run: bool = False) -> ChatSettings:
+    """``from_run``: its tokenizer has the template already, and the file it came from may be gone.
 
     Raises:
         UserError: there is no such template, or it is none.
     """
     if not isinstance(data, ChatDataConfig):
         return ChatSettings()
-    read = data.chat_template is not None and not of_a_run
+    read = data.chat_template is not None and not from_run
     return ChatSettings(
         system_prompt=data.system_prompt,
         special_tokens_in_content=data.special_tokens_in_content,
@@ -60,8 +60,8 @@ def chat_settings(data: DataConfig, *, of_a_run: bool = False) -> ChatSettings:
     )
 
 
-def resolve_template_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, made_on: str | None) -> str | None:
-    """The date that the template renders: the config's, ``made_on``, or today's; None where it asks for none.
+def resolve_template_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, run_date: str | None) -> str | None:
+    """The date that the template renders: the config's, ``run_date``, or today's; None where it asks for none.
 
     Raises:
         UserError: the config names one, and the template does not ask.
@@ -71,7 +71,7 @@ def resolve_template_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, 
     template = chat_settings(data).chat_template or tokenizer.chat_template or ""
     texts = template.values() if isinstance(template, dict) else [template]
     if any(CLOCK in text for text in texts):
-        return data.template_date or made_on or today()
+        return data.template_date or run_date or today()
     if data.template_date is not None and template:
         raise UserError(
             f"data.template_date ({data.template_date}) has no effect: the chat template does not render today's "
@@ -88,7 +88,7 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
-def kept_template_date(configs: Iterable[Path]) -> str | None:
+def previous_template_date(configs: Iterable[Path]) -> str | None:
     """The date in the first of these config files of runs that has one: a run that resumes, and the later trials of a
     sweep, go on with the day that they began with."""
     for path in configs:
@@ -121,7 +121,7 @@ def write_template(data: DataConfig, directory: Path) -> None:
         (directory / TEMPLATE_FILE).write_text(text, encoding="utf-8")
 
 
-def write_template_of_run(data: DataConfig, tokenizer: Path, directory: Path) -> None:
+def write_run_template(data: DataConfig, tokenizer: Path, directory: Path) -> None:
     """Beside an adapter, whose base has another template or none: the one that the run's tokenizer files hold."""
     if isinstance(data, ChatDataConfig) and data.chat_template is not None:
         shutil.copyfile(tokenizer / TEMPLATE_FILE, directory / TEMPLATE_FILE)

@@ -46,12 +46,12 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(end for end in ends if end is not None)
 
 
-def teaches_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_stop_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether a conversation's last answer ends with a token."""
     return _first_token(_rest(tokenizer, [ASKED, ANSWERED], ANSWER), tokenizer) is not None
 
 
-def no_end_warning(where: str) -> str:
+def missing_stop_token_warning(where: str) -> str:
     return (
         f"warning: {where}: its chat template ends an answer with no token, so the model is not taught to stop, and "
         "answers go on to their length limit; end answers in the template with eos_token or another special token, or "
@@ -59,7 +59,7 @@ def no_end_warning(where: str) -> str:
     )
 
 
-def learns_answers(config: RunConfig) -> bool:
+def trains_on_conversations(config: RunConfig) -> bool:
     """Tell whether a run is taught by conversations, and so where answers end."""
     return isinstance(config.task, FinetuneConfig) and not isinstance(config.data, MockDataConfig)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.chat.conversations import Conversation
 from qwen_cl.data.chat.messages import Message
-from qwen_cl.data.chat.template_errors import what_it_said
+from qwen_cl.data.chat.template_errors import describe_template_error
 from qwen_cl.data.chat.template_values import as_object, as_text, probe_call, strings_in, with_arguments, with_strings
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class ChatTemplate:
                 **of.arguments,
             )
         except Exception as error:  # a template is code: it may raise anything
-            raise TemplateError(what_it_said(error)) from error
+            raise TemplateError(describe_template_error(error)) from error
 
     def render_generation(self, of: Rendering) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template

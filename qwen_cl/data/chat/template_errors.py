@@ -10,7 +10,7 @@ UNDEFINED = re.compile(r"'(?P<name>\w+)' is undefined")
 LENGTH = 300
 
 
-def what_it_said(error: Exception) -> str:
+def describe_template_error(error: Exception) -> str:
     """Return one line: a template's own words, or where and on what it failed."""
     import jinja2
 

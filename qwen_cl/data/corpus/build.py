@@ -20,24 +20,24 @@ from qwen_cl.data.corpus.cache import STEM, TEXT_BYTES, Counts, read_entry, writ
 from qwen_cl.data.corpus.documents import Document, read_files
 from qwen_cl.data.corpus.files import find_files, stamps
 from qwen_cl.data.corpus.hub_dataset import read_hub_dataset
-from qwen_cl.data.corpus.prepare import Order
+from qwen_cl.data.corpus.prepare import BuildRequest
 from qwen_cl.data.corpus.tokenizer_pool import tokenize
 from qwen_cl.data.raw_text import Delimiters
 
 
-def build(order: Order) -> None:
+def build(request: BuildRequest) -> None:
     """Returns when the entry is there, also where another process has built it meanwhile.
 
     Raises:
         UserError: something in the source is not as it must be, or the cache cannot be written to.
         BrokenProcessPool: a worker was killed.
     """
-    entry, console = Path(order.entry), Console(stderr=True)
+    entry, console = Path(request.entry), Console(stderr=True)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with _alone(entry, console):
-            if read_entry(entry, order.known.prefix) is None:
-                _build_alone(order, entry, console)
+            if read_entry(entry, request.known.prefix) is None:
+                _build_alone(request, entry, console)
     except OSError as error:
         raise UserError(
             f"data.cache ({entry.parent}) cannot be written to: {error.strerror or error}; free space there, or name "
@@ -60,40 +60,40 @@ def _alone(entry: Path, console: Console) -> Iterator[None]:
         lock.release()
 
 
-def _build_alone(order: Order, entry: Path, console: Console) -> None:
+def _build_alone(request: BuildRequest, entry: Path, console: Console) -> None:
     unfinished = entry.with_name(f"{entry.name}.unfinished")
     for left_behind in (unfinished, entry):  # by one that was killed; or without its manifest, or cut short
         if left_behind.exists():
             shutil.rmtree(left_behind)
     unfinished.mkdir()
     try:
-        if order.known.prefix is not None:
+        if request.known.prefix is not None:
             from qwen_cl.data.corpus.indexed import check_indexed
 
-            counts = check_indexed(order.known.prefix, Delimiters(order.bos_id, order.eos_id), order.source)
+            counts = check_indexed(request.known.prefix, Delimiters(request.bos_id, request.eos_id), request.source)
         else:
-            counts = _tokenise_into(unfinished, order, console)
-        write_cache_manifest(unfinished, order.known.content, counts)
+            counts = _tokenise_into(unfinished, request, console)
+        write_cache_manifest(unfinished, request.known.content, counts)
         unfinished.rename(entry)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tokenise_into(directory: Path, order: Order, console: Console) -> Counts:
+def _tokenise_into(directory: Path, request: BuildRequest, console: Console) -> Counts:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(directory / f"{STEM}.bin"), _dtype(order))
-    reading, text_bytes = _Reading(order), []
+    builder = IndexedDatasetBuilder(str(directory / f"{STEM}.bin"), _dtype(request))
+    reading, text_bytes = _Reading(request), []
     documents = tokens = largest = 0
     started = time.monotonic()
     with (
         builder.data_file,
         _bar(console) as bar,
-        closing(tokenize(reading.documents(), order.tokenizer, order.eos_id, order.workers)) as batches,
+        closing(tokenize(reading.documents(), request.tokenizer, request.eos_id, request.workers)) as batches,
     ):
         task = bar.add_task("Tokenising", total=reading.total, documents=0, tokens=0)
         if not console.is_terminal:
-            console.print(f"Tokenising {order.source.path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"Tokenising {request.source.path}", highlight=False, markup=False, soft_wrap=True)
         for batch, read in batches:
             for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
                 builder.add_document(ids, [len(ids)])
@@ -102,7 +102,9 @@ def _tokenise_into(directory: Path, order: Order, console: Console) -> Counts:
             text_bytes.append(batch.text_bytes)
             bar.update(task, completed=read[-1].progress, documents=documents, tokens=tokens)
         if not documents:
-            raise UserError(f"{order.source.key} ({order.source.path}) holds no text; nothing can be learnt from it")
+            raise UserError(
+                f"{request.source.key} ({request.source.path}) holds no text; nothing can be learnt from it"
+            )
         builder.finalize(str(directory / f"{STEM}.idx"))
     np.save(directory / TEXT_BYTES, np.concatenate(text_bytes))
     left_out = f", {reading.blank:,} without text left out" if reading.blank else ""
@@ -111,12 +113,12 @@ def _tokenise_into(directory: Path, order: Order, console: Console) -> Counts:
     return Counts(documents=documents, tokens=tokens, blank=reading.blank, largest_id=largest)
 
 
-def _dtype(order: Order) -> type[np.number[Any]]:
+def _dtype(request: BuildRequest) -> type[np.number[Any]]:
     """The narrowest of Megatron's own that holds every id."""
     from megatron.core.datasets.indexed_dataset import DType
 
-    vocabulary = Tokenizer.from_str(order.tokenizer).get_vocab(with_added_tokens=True)
-    return DType.optimal_dtype(max(*vocabulary.values(), order.eos_id) + 1)
+    vocabulary = Tokenizer.from_str(request.tokenizer).get_vocab(with_added_tokens=True)
+    return DType.optimal_dtype(max(*vocabulary.values(), request.eos_id) + 1)
 
 
 def _bar(console: Console) -> Progress:
@@ -137,8 +139,8 @@ def _bar(console: Console) -> Progress:
 class _Reading:
     """The documents of a source that hold text, counting those that do not."""
 
-    def __init__(self, order: Order) -> None:
-        self.source, self.known = order.source, order.known
+    def __init__(self, request: BuildRequest) -> None:
+        self.source, self.known = request.source, request.known
         self.files = [] if self.known.commit else find_files(self.source.path, self.source.key)
         self.total = sum(file.size for file in self.files) or None
         self.blank = 0

@@ -15,7 +15,7 @@ from qwen_cl.data.corpus.parquet_records import read_parquet
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.corpus.tables import read_table
 from qwen_cl.data.corpus.text_files import read_text
-from qwen_cl.data.fields import missing_field
+from qwen_cl.data.fields import missing_field_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def to_document(record: Record, field: str) -> Document:
 def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
     """A row's text, empty where it is blank. Raises UserError where it has none, or none that can be tokenized."""
     if field not in row:
-        raise missing_field(row, field, where)
+        raise missing_field_error(row, field, where)
     value = row[field]
     if isinstance(value, str) and not value.strip():
         return ""

@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen_cl.data.corpus.selection import Selection
 from qwen_cl.data.examples import Example
-from qwen_cl.data.raw_text import Delimiters, loss_spans
+from qwen_cl.data.raw_text import Delimiters, spans_without
 
 
 class CorpusExamples(Sequence[Example]):
@@ -75,4 +75,4 @@ class CorpusExamples(Sequence[Example]):
             )
             ids += piece.tolist()
             place, number = until, number + 1
-        return Example(ids, loss_spans(len(ids), bos_places))
+        return Example(ids, spans_without(len(ids), bos_places))

@@ -131,7 +131,7 @@ def stamps(files: list[InputFile]) -> list[list[str | int]]:
 
 
 @contextmanager
-def opened(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
+def open_input(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
     """Its bytes, decompressed, and how many of those on disk were read so far.
 
     Raises:
@@ -155,13 +155,13 @@ def opened(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]
 
 
 @contextmanager
-def opened_text(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
-    """As :func:`opened`, of a file that must be text.
+def open_text_input(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
+    """As :func:`open_input`, of a file that must be text.
 
     Raises:
         UserError: also where its first bytes are of something else.
     """
-    with opened(file) as (stream, position):
+    with open_input(file) as (stream, position):
         start = stream.peek(SNIFFED)[:SNIFFED]
         for magic, what in MAGIC.items():
             if start.startswith(magic):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.corpus.files import InputFile, opened_text
+from qwen_cl.data.corpus.files import InputFile, open_text_input
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.jsonl import DECODER, decode, decode_text, json_fault, parse_object, require_object
 
@@ -28,7 +28,7 @@ def read_json(file: InputFile, text_field: str | None) -> Iterator[Record]:
     Raises:
         UserError: names the line where the JSON ends to be JSON, or the row that is no object.
     """
-    with opened_text(file) as (stream, position):
+    with open_text_input(file) as (stream, position):
         lines = enumerate(stream, start=1)
         head = _first_lines(lines)
         if _is_one_text(file.path, [line for _, line in head if not _is_blank(line)]):

@@ -50,7 +50,7 @@ class CorpusIdentity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class BuildRequest:
     """What the builder is told; plain values, as JSON on its standard input."""
 
     source: TextSource
@@ -65,7 +65,7 @@ class Order:
     workers: int
 
     @classmethod
-    def parse(cls, line: str) -> Order:
+    def parse(cls, line: str) -> BuildRequest:
         values = json.loads(line)
         source = {**values["source"], "separator": DocumentSeparator(values["source"]["separator"])}
         return cls(**{**values, "source": TextSource(**source), "known": CorpusIdentity(**values["known"])})
@@ -83,11 +83,11 @@ def prepare_corpus(
         UserError: something in the source is not as it must be, or the cache cannot be written to.
         RunFailed: the builder died.
     """
-    order = make_order(source, tokenizer, workers=workers, cache=cache)
-    entry, prefix = Path(order.entry), order.known.prefix
+    request = make_build_request(source, tokenizer, workers=workers, cache=cache)
+    entry, prefix = Path(request.entry), request.known.prefix
     corpus = read_entry(entry, prefix)
     if corpus is None:
-        _build(order)
+        _build(request)
         corpus = read_entry(entry, prefix)
     if corpus is None:
         raise RunFailed(f"{source.key} ({source.path}): what was tokenized is gone from {entry}; run it again")
@@ -115,9 +115,9 @@ def locate_document(source: TextSource, number: int) -> str:
     return f"{source.path}, document {number + 1}"
 
 
-def make_order(
+def make_build_request(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, *, workers: int | None, cache: str | None
-) -> Order:
+) -> BuildRequest:
     """Says what the source is now, and so which entry of the cache is its."""
     root = cache_directory(cache)
     known = _identify(source, root)
@@ -127,7 +127,7 @@ def make_order(
         parts.append(delimiters.bos_id)
     if source.separator is not DocumentSeparator.file and has_text_files(source.path, source.key):
         parts.append(source.separator.value)
-    return Order(
+    return BuildRequest(
         source=source,
         known=known,
         entry=str(root / _hash(*parts)),
@@ -186,7 +186,7 @@ def _hash(*values: object) -> str:
     return hashlib.sha256(json.dumps([str(value) for value in values]).encode()).hexdigest()
 
 
-def _build(order: Order) -> None:
+def _build(request: BuildRequest) -> None:
     """Its standard input stays open as long as this process lives: that is how the builder knows."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # it is the processes that are parallel
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
@@ -203,7 +203,7 @@ def _build(order: Order) -> None:
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(asdict(order)) + "\n")
+            process.stdin.write(json.dumps(asdict(request)) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # it died; its return code says how
@@ -214,7 +214,7 @@ def _build(order: Order) -> None:
     if process.returncode:
         killed = f"killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "broken off"
         reason = json.loads(answer) if answer else f"the process that tokenizes was {killed}"
-        raise RunFailed(f"{order.source.key} ({order.source.path}): {reason}")
+        raise RunFailed(f"{request.source.key} ({request.source.path}): {reason}")
 
 
 @contextmanager

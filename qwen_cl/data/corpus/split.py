@@ -16,7 +16,7 @@ BEFORE = 8
 """Tokens before a cut that tell what text the first after it stands for: some characters and spaces are in several."""
 
 
-def held_out(
+def split_documents(
     number_of_documents: int, *, share: float, seed: int, key: str = "data.path"
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Indices of the documents that train and of those that validate, both ascending.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.data.corpus.files import Format, InputFile, opened_text
+from qwen_cl.data.corpus.files import Format, InputFile, open_text_input
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.jsonl import decode
 
@@ -24,7 +24,7 @@ def read_table(file: InputFile, text_field: str | None) -> Iterator[Record]:
     """
     separator = SEPARATORS[file.format]
     csv.field_size_limit(sys.maxsize)  # a cell may hold a book
-    with opened_text(file) as (stream, position):
+    with open_text_input(file) as (stream, position):
         rows = _rows(file, _lines(stream, file), separator)
         header, names = next(rows, (0, []))
         if not header:

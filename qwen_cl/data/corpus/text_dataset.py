@@ -17,9 +17,9 @@ from qwen_cl.data.corpus.documents import TextSource
 from qwen_cl.data.corpus.hub_dataset import is_hub_dataset, parse_reference
 from qwen_cl.data.corpus.prepare import has_text_files, locate_document, prepare_corpus, source_content
 from qwen_cl.data.corpus.selection import Part, Selection
-from qwen_cl.data.corpus.split import cut_document, held_out
+from qwen_cl.data.corpus.split import cut_document, split_documents
 from qwen_cl.data.fingerprints import token_fingerprints
-from qwen_cl.data.overlap import Compared
+from qwen_cl.data.overlap import ComparedTexts
 from qwen_cl.data.raw_text import document_delimiters
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TextTarget:
             return _everything(self.train), _everything(self.validation)
         if self.cut is not None:
             return self._cut_in_two(*self.cut)
-        trained, measured = held_out(self.train.counts.documents, share=self.validation_share, seed=self.seed)
+        trained, measured = split_documents(self.train.counts.documents, share=self.validation_share, seed=self.seed)
         trained, measured = np.union1d(trained, self.moved).astype(np.int64), np.setdiff1d(measured, self.moved)
         return Selection(self.train, trained), Selection(self.train, measured)
 
@@ -158,34 +158,34 @@ def _source(data: TextDataConfig, key: str, path: str, split: str) -> TextSource
     )
 
 
-def compared_documents(
+def documents_to_compare(
     target: TextTarget, data: TextDataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Compared, Compared]:
+) -> tuple[ComparedTexts, ComparedTexts]:
     """What trains, and what validates, to be compared."""
     trained, measured = target.split()
     sources = _sources(data)
-    held_out = target.validation is None
+    is_held_out = target.validation is None
     name = "document, which validates,"
-    if held_out:
+    if is_held_out:
         what = "document" if target.cut is None else "end of the text"
         name = f"{what}, held out by data.validation_share ({data.validation_share:g}),"
     validation = replace(
         _compared(name, measured, sources[-1], tokenizer),
-        remove_from="the text" if held_out else "one side",
+        remove_from="the text" if is_held_out else "one side",
         plural="validation documents",
-        can_move=held_out and target.cut is None,
+        can_move=is_held_out and target.cut is None,
         repeats_headings=data.document_separator is not DocumentSeparator.file,
     )
     return _compared("the training text", trained, sources[0], tokenizer), validation
 
 
-def _compared(name: str, selection: Selection, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Compared:
+def _compared(name: str, selection: Selection, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> ComparedTexts:
     documents = selection.documents
 
     def locate(index: int) -> str:
         return locate_document(source, int(documents[index]))
 
-    return Compared(name, len(documents), token_fingerprints(selection.texts(), tokenizer), locate)
+    return ComparedTexts(name, len(documents), token_fingerprints(selection.texts(), tokenizer), locate)
 
 
 def _everything(corpus: Corpus) -> Selection:

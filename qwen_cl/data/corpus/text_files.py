@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qwen_cl.config.data import DocumentSeparator
-from qwen_cl.data.corpus.files import InputFile, opened_text
+from qwen_cl.data.corpus.files import InputFile, open_text_input
 from qwen_cl.data.corpus.record import Record
 from qwen_cl.data.jsonl import decode, decode_text
 
@@ -18,12 +18,12 @@ def read_text(file: InputFile, text_field: str, separator: DocumentSeparator) ->
         UserError: names the line that is not UTF-8.
     """
     if separator is DocumentSeparator.file:
-        with opened_text(file) as (stream, _):
+        with open_text_input(file) as (stream, _):
             text = decode_text(stream.read(), file.path)
         yield Record({text_field: text}, str(file.path), file.size)
         return
     blank = True
-    with opened_text(file) as (stream, position):
+    with open_text_input(file) as (stream, position):
         for text, line in _documents(_lines(stream, file), each_line=separator is DocumentSeparator.line):
             blank = False
             yield Record({text_field: text}, f"{file.path}:{line}", position())

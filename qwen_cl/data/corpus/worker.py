@@ -17,7 +17,7 @@ from typing import Any
 
 from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, UserError
 from qwen_cl.data.corpus.build import build
-from qwen_cl.data.corpus.prepare import Order
+from qwen_cl.data.corpus.prepare import BuildRequest
 from qwen_cl.data.corpus.tokenizer_pool import PoolStuck
 
 
@@ -25,11 +25,11 @@ def main() -> int:
     """Exit code 0: the entry is there. Otherwise one line of JSON says why it is not."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    order = Order.parse(sys.stdin.readline())
+    request = BuildRequest.parse(sys.stdin.readline())
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         _import_megatron()
-        build(order)
+        build(request)
     except UserError as error:
         print(json.dumps(str(error)), flush=True)
         return UserError.exit_code

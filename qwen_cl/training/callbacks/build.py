@@ -10,7 +10,7 @@ import nemo_run as run
 from qwen_cl.config.data import MockDataConfig
 from qwen_cl.config.model import VerifyMode
 from qwen_cl.config.run import RunConfig
-from qwen_cl.data.chat.stop_tokens import learns_answers
+from qwen_cl.data.chat.stop_tokens import trains_on_conversations
 from qwen_cl.models.adapter_methods import Adapter, adapter_of, adapter_parameters
 from qwen_cl.models.architecture import Architecture
 from qwen_cl.models.formats.nemo_layout import is_nemo_checkpoint
@@ -66,7 +66,7 @@ def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
             source=config.model.source,
             base_adapter=config.model.adapter,
             adapter=run.Config(Adapter, **asdict(adapter)),
-            on_answers=learns_answers(config),
+            on_answers=trains_on_conversations(config),
         )
     ]
 

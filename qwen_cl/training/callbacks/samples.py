@@ -100,7 +100,7 @@ def question_of(
     ``bos``: what the tokenizer begins a text with. A sequence that starts in the middle of a document is asked as a
     text of its own.
     """
-    start, stop = example.counted[0]
+    start, stop = example.loss_spans[0]
     between = bos is not None and example.ids[:2] == [eos, bos]  # it starts with the end of the document before
     if start == 1 or between:
         ids = example.ids[1:] if between else example.ids

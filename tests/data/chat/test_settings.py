@@ -14,7 +14,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.saved import load_config
 from qwen_cl.data.chat.conversations import parse_prompt
 from qwen_cl.data.chat.encode import render_prompt
-from qwen_cl.data.chat.settings import BUILT_IN, ChatSettings, chat_settings, kept_template_date
+from qwen_cl.data.chat.settings import BUILT_IN, ChatSettings, chat_settings, previous_template_date
 from qwen_cl.inference.target_model import find_subject
 from qwen_cl.planning.plan import make_plan
 from tests.conftest import ROOT, Launched, launch, launch_once
@@ -90,7 +90,7 @@ def test_who_asks_the_run_later_renders_likewise(dated: tuple[Launched, Path], t
 
 def test_it_resumes_with_its_day_and_refuses_another(dated: tuple[Launched, Path], tmp_path: Path) -> None:
     run, directory = dated
-    assert kept_template_date([run.folder.config]) == DAY
+    assert previous_template_date([run.folder.config]) == DAY
     copy = Path(shutil.copytree(run.folder.directory, tmp_path / "run"))
     more = ["task.max_steps=3", "resume.allow=[task.max_steps,task.lr_schedule]"]
     resumed = launch(*said(directory), *more, directory=copy, warm=True)
@@ -121,8 +121,8 @@ def test_the_datas_hash_is_of_what_was_rendered(tmp_path: Path) -> None:
     (tmp_path / "dated.jinja").write_text(DATED, encoding="utf-8")
     template = f"data.chat_template={tmp_path}/dated.jinja"
 
-    def hashed(*more: str, made_on: str | None = None) -> str | None:
-        return make_plan(composed("cluster.accelerator=cpu", "retention=none", *more), made_on=made_on).data_hash
+    def hashed(*more: str, run_date: str | None = None) -> str | None:
+        return make_plan(composed("cluster.accelerator=cpu", "retention=none", *more), run_date=run_date).data_hash
 
     plain = hashed()
     files = [ROOT / f"qwen_cl/demo/data/instructions.{part}.jsonl" for part in ("train", "validation")]
@@ -135,13 +135,13 @@ def test_the_datas_hash_is_of_what_was_rendered(tmp_path: Path) -> None:
         hashed("data.special_tokens_in_content=true"),
         hashed("data.chat_template=chatml"),
         hashed(template, "data.template_date=2024-02-29"),
-        hashed(template, made_on="2024-03-01"),
+        hashed(template, run_date="2024-03-01"),
     ]
     assert len(set(found)) == len(found)
-    assert hashed(template, made_on="2024-02-29") == found[4]
+    assert hashed(template, run_date="2024-02-29") == found[4]
     before = found[4]
     (tmp_path / "dated.jinja").write_text(DATED + " ", encoding="utf-8")
-    assert hashed(template, made_on="2024-02-29") != before
+    assert hashed(template, run_date="2024-02-29") != before
 
 
 def test_built_in_templates_render_as_models_do() -> None:
@@ -203,5 +203,5 @@ def test_a_base_without_a_template_is_asked_with_one_that_is_named(tmp_path: Pat
 
 
 def test_the_defaults_say_nothing() -> None:
-    assert ChatSettings().facts() == {}
+    assert ChatSettings().non_defaults() == {}
     assert chat_settings(composed().data) == ChatSettings()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwen_cl.data.chat.stop_tokens import end_of_turn_tokens, learns_answers, stop_tokens, teaches_to_stop
+from qwen_cl.data.chat.stop_tokens import end_of_turn_tokens, has_stop_token, stop_tokens, trains_on_conversations
 from qwen_cl.models.generation_config import write_generation_config
 from tests.conftest import Launched, launch, launch_once
 from tests.support.asking import ask
@@ -58,7 +58,7 @@ def test_how_a_template_ends_answers(case: str, tokenizer: Any) -> None:
     try:
         tokenizer.chat_template, ends = TEMPLATES[case]
         assert end_of_turn_tokens(tokenizer) == ends
-        assert teaches_to_stop(tokenizer) == (case not in WITHOUT_A_LAST_END)
+        assert has_stop_token(tokenizer) == (case not in WITHOUT_A_LAST_END)
         assert stop_tokens(tokenizer, [7], raw=False) == sorted({7, END_OF_TEXT, *ends})
         assert stop_tokens(tokenizer, [7], raw=True) == [7, END_OF_TEXT]
     finally:
@@ -66,10 +66,10 @@ def test_how_a_template_ends_answers(case: str, tokenizer: Any) -> None:
 
 
 def test_only_conversations_teach_where_answers_end() -> None:
-    assert learns_answers(composed("task=finetune"))
-    assert learns_answers(composed("task=finetune", "task.loss_on=all"))
-    assert not learns_answers(composed("task=pretrain"))
-    assert not learns_answers(composed("task=finetune", "data=mock"))
+    assert trains_on_conversations(composed("task=finetune"))
+    assert trains_on_conversations(composed("task=finetune", "task.loss_on=all"))
+    assert not trains_on_conversations(composed("task=pretrain"))
+    assert not trains_on_conversations(composed("task=finetune", "data=mock"))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from qwen_cl.config.errors import EXIT_INTERRUPTED
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import read_entry
-from qwen_cl.data.corpus.prepare import Order, make_order
+from qwen_cl.data.corpus.prepare import BuildRequest, make_build_request
 from tests.support.corpora import json_lines, source
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,16 +84,16 @@ def entries(cache: Path) -> list[str]:
     return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def build_alone(order: Order, log: Path) -> None:
+def build_alone(request: BuildRequest, log: Path) -> None:
     with log.open("w", encoding="utf-8") as stream, redirect_stderr(stream):
-        build(order)
+        build(request)
 
 
 def test_a_killed_builder_is_made_good_by_one_of_two_that_start_at_once(text: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "qwen_cl/demo/model"))
-    order = make_order(source(text), tokenizer, workers=2, cache=str(cache))
-    killed = FORK.Process(target=build_alone, args=(order, tmp_path / "killed"))
+    request = make_build_request(source(text), tokenizer, workers=2, cache=str(cache))
+    killed = FORK.Process(target=build_alone, args=(request, tmp_path / "killed"))
     killed.start()
     wait_until_tokenising(cache, killed.is_alive)
     family = psutil.Process(killed.pid).children(recursive=True)
@@ -102,11 +102,11 @@ def test_a_killed_builder_is_made_good_by_one_of_two_that_start_at_once(text: Pa
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     assert gone(family)
-    assert entries(cache) == [f"{Path(order.entry).name}.unfinished"]
-    assert read_entry(Path(order.entry), None) is None
+    assert entries(cache) == [f"{Path(request.entry).name}.unfinished"]
+    assert read_entry(Path(request.entry), None) is None
 
     logs = [tmp_path / "first", tmp_path / "second"]
-    both = [FORK.Process(target=build_alone, args=(order, log)) for log in logs]
+    both = [FORK.Process(target=build_alone, args=(request, log)) for log in logs]
     for process in both:
         process.start()
     for process in both:
@@ -116,10 +116,10 @@ def test_a_killed_builder_is_made_good_by_one_of_two_that_start_at_once(text: Pa
     assert tokenized.startswith("Tokenising ")
     assert f"{DOCUMENTS:,} documents, " in tokenized
     assert waited in ("", "Another run is tokenizing this text; waiting for it\n")
-    corpus = read_entry(Path(order.entry), None)
+    corpus = read_entry(Path(request.entry), None)
     assert corpus is not None
     assert corpus.counts.documents == DOCUMENTS
-    assert entries(cache) == [Path(order.entry).name]
+    assert entries(cache) == [Path(request.entry).name]
 
 
 def prepare(path: Path, cache: Path) -> subprocess.Popen[str]:
@@ -173,7 +173,7 @@ def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) ->
 def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_missed(text: Path, tmp_path: Path) -> None:
     """The pool itself waits for the rest of it, for ever."""
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "qwen_cl/demo/model"))
-    order = make_order(source(text), tokenizer, workers=2, cache=str(tmp_path / "cache"))
+    request = make_build_request(source(text), tokenizer, workers=2, cache=str(tmp_path / "cache"))
     program = tmp_path / "build.py"
     program.write_text(BUILD)
     with subprocess.Popen(
@@ -184,7 +184,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_missed(text: Pat
         text=True,
     ) as builder:
         assert builder.stdin is not None and builder.stdout is not None
-        builder.stdin.write(json.dumps(asdict(order)) + "\n")
+        builder.stdin.write(json.dumps(asdict(request)) + "\n")
         builder.stdin.flush()
         assert "a process that tokenizes was killed" in builder.stdout.readline()
         assert builder.wait(timeout=DEADLINE) == 1

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.build import build
 from qwen_cl.data.corpus.cache import cache_directory, read_entry
-from qwen_cl.data.corpus.prepare import Order, make_order
+from qwen_cl.data.corpus.prepare import BuildRequest, make_build_request
 from tests.support.building import MODEL, built, leftovers, refusal, tokenizer
 from tests.support.corpora import TEXTS, json_lines, source, text_files
 
@@ -22,7 +22,7 @@ def test_the_entry_follows_content_field_and_tokenizer_and_not_the_name(tmp_path
         other = AutoTokenizer.from_pretrained(str(MODEL), eos_token=eos)
         # What a caller did with it in passing is no part of it.
         other("a", truncation=True, max_length=3, padding="max_length")
-        return make_order(source(path, text_field=field), other, workers=1, cache=str(tmp_path / "cache")).entry
+        return make_build_request(source(path, text_field=field), other, workers=1, cache=str(tmp_path / "cache")).entry
 
     first, moved = tmp_path / "a.jsonl", tmp_path / "below" / "b.jsonl"
     moved.parent.mkdir()
@@ -59,13 +59,13 @@ def test_the_cache_is_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Order:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> BuildRequest:
     """What was built, in the cache."""
     directory = tmp_path_factory.mktemp("whole")
     (directory / "a.jsonl").write_bytes(json_lines(TEXTS))
-    order = make_order(source(directory / "a.jsonl"), tokenizer(), workers=1, cache=str(directory / "cache"))
-    build(order)
-    return order
+    request = make_build_request(source(directory / "a.jsonl"), tokenizer(), workers=1, cache=str(directory / "cache"))
+    build(request)
+    return request
 
 
 def contents(entry: Path) -> dict[str, bytes]:
@@ -73,7 +73,7 @@ def contents(entry: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", ["no manifest", "half a manifest", "short", "missing"])
-def test_an_entry_that_is_not_whole_is_built_again(damage: str, whole: Order) -> None:
+def test_an_entry_that_is_not_whole_is_built_again(damage: str, whole: BuildRequest) -> None:
     entry = Path(whole.entry)
     before = contents(entry)
     if damage == "no manifest":
@@ -96,7 +96,7 @@ def test_a_tokenizer_without_its_rules_is_refused(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").touch()
     slow = Qwen2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     with pytest.raises(UserError, match=r"its tokenizer has no tokenizer\.json, which raw text is read with$"):
-        make_order(source(tmp_path / "a.jsonl"), slow, workers=1, cache=str(tmp_path / "cache"))
+        make_build_request(source(tmp_path / "a.jsonl"), slow, workers=1, cache=str(tmp_path / "cache"))
 
 
 def test_a_text_without_text_is_refused(tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_a_broken_line_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
     directory = text_files(tmp_path / "texts", TEXTS)
-    order = make_order(source(directory), tokenizer(), workers=1, cache=str(tmp_path / "cache"))
+    request = make_build_request(source(directory), tokenizer(), workers=1, cache=str(tmp_path / "cache"))
     (directory / "part" / "000a.txt").write_text("one more", encoding="utf-8")
     with pytest.raises(UserError, match=r"^data\.path \(.*/texts\) changed while it was read; run it again"):
-        build(order)
+        build(request)
     assert leftovers(tmp_path / "cache") == []
 
 
@@ -134,6 +134,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     (tmp_path / "file").touch()
-    order = make_order(source(tmp_path / "a.jsonl"), tokenizer(), workers=1, cache=str(tmp_path / "file" / "cache"))
+    request = make_build_request(
+        source(tmp_path / "a.jsonl"), tokenizer(), workers=1, cache=str(tmp_path / "file" / "cache")
+    )
     with pytest.raises(UserError, match=r"^data\.cache \(.*/file/cache\) cannot be written to: Not a directory; "):
-        build(order)
+        build(request)

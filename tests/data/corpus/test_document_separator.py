@@ -17,7 +17,7 @@ from qwen_cl.config.saved import load_config, save_config
 from qwen_cl.data.corpus.documents import read_files
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.files import find_files
-from qwen_cl.data.corpus.prepare import locate_document, make_order
+from qwen_cl.data.corpus.prepare import locate_document, make_build_request
 from qwen_cl.data.corpus.text_dataset import TextTarget, prepare_target, summarize_validation
 from qwen_cl.data.raw_text import document_delimiters
 from qwen_cl.data.set_files import read_set_rows
@@ -156,7 +156,7 @@ def test_what_is_kept_in_the_cache_is_known_by_how_it_was_cut(tmp_path: Path) ->
 
     def entry(name: str, separator: DocumentSeparator) -> str:
         where = type(source(""))(**{**_fields(source(tmp_path / name)), "separator": separator})
-        return make_order(where, tokenizer(), workers=1, cache=str(tmp_path / "cache")).entry
+        return make_build_request(where, tokenizer(), workers=1, cache=str(tmp_path / "cache")).entry
 
     assert len({entry("a.txt", separator) for separator in DocumentSeparator}) == 3
     assert len({entry("a.jsonl", separator) for separator in DocumentSeparator}) == 1

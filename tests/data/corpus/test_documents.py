@@ -178,10 +178,10 @@ IDENTIFY = """
 import sys
 from transformers import AutoTokenizer
 from qwen_cl.data.corpus.documents import TextSource
-from qwen_cl.data.corpus.prepare import make_order
+from qwen_cl.data.corpus.prepare import make_build_request
 source = TextSource(key="data.path", path=sys.argv[1], text_field="text", split="train", subset=None)
-order = make_order(source, AutoTokenizer.from_pretrained("qwen_cl/demo/model"), workers=1, cache=None)
-print(order.known.commit, order.entry)
+request = make_build_request(source, AutoTokenizer.from_pretrained("qwen_cl/demo/model"), workers=1, cache=None)
+print(request.known.commit, request.entry)
 """
 
 

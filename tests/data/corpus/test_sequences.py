@@ -11,7 +11,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.data.corpus.examples import CorpusExamples
 from qwen_cl.data.corpus.selection import Selection
-from qwen_cl.data.corpus.split import held_out
+from qwen_cl.data.corpus.split import split_documents
 from qwen_cl.data.raw_text import Delimiters
 from tests.support.building import corpus_with_blanks, expected_ids, tokenizer
 from tests.support.corpora import TEXTS
@@ -31,7 +31,7 @@ def test_sequences_make_every_token_of_every_document_a_label_once(corpus: Corpu
             expected = [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
             examples = CorpusExamples(Selection(corpus, selection), length, Delimiters(None, eos))
             assert [example.ids for example in examples] == expected
-            assert [example.counted for example in examples] == [((1, len(ids)),) for ids in expected]
+            assert [example.loss_spans for example in examples] == [((1, len(ids)),) for ids in expected]
             assert sum(example.num_labels for example in examples) == examples.num_labels == len(stream) - 1
 
 
@@ -51,7 +51,7 @@ def test_sequences_are_a_sequence(corpus: Corpus) -> None:
     ("documents", "share", "count"), [(2, 0.02, 1), (10, 0.02, 1), (100, 0.02, 2), (1000, 0.1234, 123), (10, 0.85, 8)]
 )
 def test_held_out_documents_are_those_with_the_smallest_numbers(documents: int, share: float, count: int) -> None:
-    train, validation = held_out(documents, share=share, seed=7)
+    train, validation = split_documents(documents, share=share, seed=7)
     stream = np.random.PCG64(7)
     numbers = {number: int(stream.random_raw()) for number in range(documents)}
     expected = sorted(sorted(numbers, key=lambda number: numbers[number])[:count])
@@ -60,9 +60,9 @@ def test_held_out_documents_are_those_with_the_smallest_numbers(documents: int, 
 
 
 def test_the_split_follows_its_seed_alone() -> None:
-    first = [part.tolist() for part in held_out(200, share=0.1, seed=1)]
-    assert [part.tolist() for part in held_out(200, share=0.1, seed=2)] != first
-    assert [part.tolist() for part in held_out(200, share=0.1, seed=1)] == first
+    first = [part.tolist() for part in split_documents(200, share=0.1, seed=1)]
+    assert [part.tolist() for part in split_documents(200, share=0.1, seed=2)] != first
+    assert [part.tolist() for part in split_documents(200, share=0.1, seed=1)] == first
 
 
 @pytest.mark.parametrize(
@@ -74,5 +74,5 @@ def test_the_split_follows_its_seed_alone() -> None:
 )
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(documents: int, share: float, message: str) -> None:
     with pytest.raises(UserError) as refused:
-        held_out(documents, share=share, seed=1)
+        split_documents(documents, share=share, seed=1)
     assert str(refused.value).startswith(message)
