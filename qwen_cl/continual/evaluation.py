@@ -16,7 +16,7 @@ from qwen_cl.continual.stages import Stage, compose_config
 from qwen_cl.data.chat.settings import KEYS as CHAT_KEYS
 from qwen_cl.data.set_files import set_hash
 from qwen_cl.inference.evaluate import plan_evaluation
-from qwen_cl.inference.target_model import COMPUTE
+from qwen_cl.inference.target_model import COMPUTE_KEYS
 from qwen_cl.inference.trained_run import HUB_KEYS
 
 
@@ -60,8 +60,8 @@ def evaluation_overrides(task: ContinualConfig, first: Stage, stage: Stage | Non
     sets = ", ".join(f"{name}: {quoted(path)}" for name, path in task.sets.items())
     said = ["task=evaluate", f"task.sets={{{sets}}}", *task.evaluation]
     if stage is not None:
-        return [*said, f"task.run={quoted(str(stage.folder.directory))}", *_of(stage, (*COMPUTE, *HUB_KEYS))]
-    return [*said, *_of(first, ("model", *COMPUTE, *CHAT_KEYS))]
+        return [*said, f"task.run={quoted(str(stage.folder.directory))}", *_of(stage, (*COMPUTE_KEYS, *HUB_KEYS))]
+    return [*said, *_of(first, ("model", *COMPUTE_KEYS, *CHAT_KEYS))]
 
 
 def _of(stage: Stage, keys: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Tasks on a finished run: evaluate, generate, export."""
+"""The tasks that use a model: evaluate, generate and export."""

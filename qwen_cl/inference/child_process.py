@@ -1,4 +1,4 @@
-"""Work that needs torch, in a process of its own: the launcher has none. No torch."""
+"""The child process for work that needs torch, which the launcher does not import."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from qwen_cl.config.saved import save_config
 from qwen_cl.launch.local import kill_group, terminate_with_parent, worker_environment
 from qwen_cl.launch.signals import handle_signals
 
-MISTAKE = "mistake.json"
+ERROR_FILE = "error.json"
 
 
-def run_child(config: RunConfig, what: str) -> None:
-    """``python -m qwen_cl.inference.worker DIRECTORY``, its output ours, killed with us.
+def run_child(config: RunConfig, description: str) -> None:
+    """Run ``python -m qwen_cl.inference.worker DIRECTORY`` to its end, on this process's terminal.
+
+    The child is killed when this process dies.
 
     Raises:
-        UserError, RunFailed: what the child raised, as its own; RunFailed too where it died.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; the child is gone.
+        UserError, RunFailed: the child raised it. RunFailed also if the child was killed or crashed.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the child has ended.
     """
     sys.stdout.flush()
     as_interrupt = handle_signals(signal.default_int_handler, [signal.SIGTERM])
@@ -34,7 +36,7 @@ def run_child(config: RunConfig, what: str) -> None:
             [sys.executable, "-W", "ignore", "-m", "qwen_cl.inference.worker", directory],
             stdin=subprocess.DEVNULL,
             env=worker_environment(config),
-            start_new_session=True,  # a Ctrl-C is for us, who then kill it
+            start_new_session=True,  # Ctrl-C reaches this process only, which then kills the child
             preexec_fn=terminate_with_parent,
         )
         try:
@@ -42,19 +44,19 @@ def run_child(config: RunConfig, what: str) -> None:
         finally:
             kill_group(process)
         if process.returncode:
-            _raise_again(Path(directory) / MISTAKE, what, process.returncode)
+            _reraise(Path(directory) / ERROR_FILE, description, process.returncode)
 
 
-def report_mistake(directory: str, error: UserError | RunFailed) -> None:
-    """In the child: hand it to the launcher, which says it like any other."""
+def report_error(directory: str, error: UserError | RunFailed) -> None:
+    """Write the child's error for the launcher, which raises it again."""
     content = {"exit_code": error.exit_code, "message": str(error)}
-    (Path(directory) / MISTAKE).write_text(json.dumps(content), encoding="utf-8")
+    (Path(directory) / ERROR_FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
-def _raise_again(path: Path, what: str, returncode: int) -> None:
+def _reraise(path: Path, description: str, returncode: int) -> None:
     with suppress(FileNotFoundError):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        raise (UserError if told["exit_code"] == UserError.exit_code else RunFailed)(told["message"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        raise (UserError if content["exit_code"] == UserError.exit_code else RunFailed)(content["message"])
     killed = returncode == -signal.SIGKILL
-    how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with {returncode}"
-    raise RunFailed(f"{what} {how}{' (out of memory?)' if killed else '; what it said is above'}")
+    ending = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with code {returncode}"
+    raise RunFailed(f"{description} {ending}{' (out of memory?)' if killed else '; see its output above'}")

@@ -1,4 +1,4 @@
-"""``task=evaluate``: losses on named sets, samples, benchmarks. No torch: the child process has it."""
+"""``task=evaluate``: losses on named sets, samples and benchmarks. The child process computes them, with torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.prompts import check_prompts, read_prompts
 from qwen_cl.inference.target_model import (
     TargetModel,
-    find_subject,
+    find_target_model,
     output_file,
     pinned,
     require_length,
@@ -30,53 +30,57 @@ from qwen_cl.reporting.console import print_facts
 
 
 def evaluate(config: RunConfig, task: EvaluateConfig, invocation: Invocation) -> None:
-    """Measure a model on every set of ``task.sets``.
+    """Evaluate a model on ``task.sets``, ``task.prompts`` and ``task.lm_eval``.
 
     Raises:
-        UserError: the model, the run, a set or a prompt is not what it must be; nothing was written.
+        UserError: the model, the run, a set or a prompt is invalid; nothing was written.
         RunFailed: the child process failed.
     """
     task = replace(task, sets=local_sets(task.sets, "task.sets"))
-    config, subject = plan_evaluation(replace(config, task=task), task, invocation.overrides)
+    config, target = plan_evaluation(replace(config, task=task), task, invocation.overrides)
     if config.dry_run:
-        facts = [("model", subject.label), ("sets", ", ".join(task.sets) or "none")]
+        facts = [("model", target.label), ("sets", ", ".join(task.sets) or "none")]
         print_facts([*facts, ("output", task.output or "the terminal")], Console())
         return
-    run_child(pinned(config, task, subject), "task=evaluate")
+    run_child(pinned(config, task, target), "task=evaluate")
 
 
 def plan_evaluation(config: RunConfig, task: EvaluateConfig, overrides: Sequence[str]) -> tuple[RunConfig, TargetModel]:
-    """Settled config and checked model; the sets and prompts are checked too. Raises UserError."""
+    """Return the resolved config and the checked model, after checking the sets and prompts too.
+
+    Raises:
+        UserError: the model, the run, a set or a prompt is invalid.
+    """
     if not task.sets and not task.lm_eval and task.prompts is None:
         raise UserError(
-            "task=evaluate has nothing to do; name sets like 'task.sets={japanese: ja.jsonl}', task.prompts or "
-            "task.lm_eval"
+            "task=evaluate has nothing to evaluate; set task.sets, for example 'task.sets={japanese: ja.jsonl}', "
+            "task.prompts or task.lm_eval"
         )
     config = resolve_target(config, task, overrides)
     output_file(task)
     _check_harness(task)
     sets = read_sets(task.sets, "task.sets")
-    subject = find_subject(config, task)
-    require_length(task.sequence_length, subject.architecture)
-    tokenizer = subject.tokenizer()
+    target = find_target_model(config, task)
+    require_length(task.sequence_length, target.architecture)
+    tokenizer = target.tokenizer()
     for named in sets:
         if not named.is_text:
-            check_chat_template(tokenizer, str(subject.small_files), "evaluate on text")
+            check_chat_template(tokenizer, str(target.small_files), "evaluate on text")
         score_set(named, tokenizer, task.sequence_length, task.loss_on)
-    _check_samples(task, subject)
-    return config, subject
+    _check_samples(task, target)
+    return config, target
 
 
-def _check_samples(task: EvaluateConfig, subject: TargetModel) -> None:
+def _check_samples(task: EvaluateConfig, target: TargetModel) -> None:
     if task.prompts is None:
         return
     prompts = read_prompts(Path(task.prompts).expanduser(), raw=task.raw)
-    longest = subject.architecture.longest_sequence
+    longest = target.architecture.longest_sequence
     check_prompts(
-        prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
+        prompts, target.tokenizer(), target.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
     )
-    if subject.run is not None:
-        find_base(subject.run, ", or leave task.prompts out: its base answers them too")
+    if target.run is not None:
+        find_base(target.run, ", or remove task.prompts, which the base model answers too")
 
 
 def _check_harness(task: EvaluateConfig) -> None:

@@ -1,4 +1,4 @@
-"""``task=export``: from a run's folder to a directory transformers or PEFT reads, and to the Hub."""
+"""``task=export``: a run's model as a directory that transformers or PEFT reads, and its upload to the Hub."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from qwen_cl.reporting.console import print_facts
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
 
-TAKEN = (*HUB_KEYS, "dry_run")
-"""Keys outside the group task that are not the run's own."""
+ACCEPTED_KEYS = (*HUB_KEYS, "dry_run")
+"""The keys outside the group task that have an effect."""
 
 
 def export(config: RunConfig, task: ExportConfig, invocation: Invocation) -> None:
-    """Write what the run of ``task.run`` trained.
+    """Export the model that the run of ``task.run`` trained.
 
     Raises:
-        UserError: the run or the output is not what it must be; nothing was written.
+        UserError: the run or the output is invalid; nothing was written.
         RunFailed: the upload failed; the exported folder stays.
     """
-    refuse_ignored(invocation.overrides, TAKEN, "task=export takes what a run is from its own config.yaml")
+    refuse_ignored(invocation.overrides, ACCEPTED_KEYS, "task=export reads the run's settings from its config.yaml")
     run = with_hub_settings(find_run(task.run, task.step), config.model)
     output = _output(task, run.folder)
-    if config.model.endpoint is not None:  # huggingface_hub takes what it uploads to from here alone, at its import
+    if config.model.endpoint is not None:  # huggingface_hub reads its upload endpoint only here, at import
         os.environ["HF_ENDPOINT"] = config.model.endpoint.rstrip("/")
     base = _base(task, run)
     target = find_target(task.push_to, config.model.endpoint, task.format.value) if task.push_to else None
@@ -70,13 +70,15 @@ def _output(task: ExportConfig, folder: RunFolder) -> Path:
 
 
 def _base(task: ExportConfig, run: Run) -> Path | None:
-    """The base model's directory; None where none of its weights is needed."""
+    """Return the base model's directory, or None if the export needs no base weights."""
     is_full = adapter_of(run.config.peft) is None
     if task.format is ExportFormat.adapter and is_full:
-        raise UserError("task.format=adapter: this run trained every weight and has none; write task.format=merged")
+        raise UserError(
+            "task.format=adapter: this run used full fine-tuning and has no adapter; write task.format=merged"
+        )
     if task.format is ExportFormat.adapter or (is_full and task.dtype is not ExportDtype.auto):
         return None
-    return find_base(run, "; name task.dtype and it is not needed" if is_full else "")
+    return find_base(run, "; or set task.dtype, and the base is not needed" if is_full else "")
 
 
 def _facts(task: ExportConfig, run: Run, output: Path, target: Target | None) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""``task=generate``: a prompt, or a file of them, answered. No torch: the child process has it."""
+"""``task=generate``: answers to a prompt or to a file of prompts. The child process generates them, with torch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from qwen_cl.config.task.inference import GenerateConfig
 from qwen_cl.data.chat.stop_tokens import has_stop_token, missing_stop_token_warning
 from qwen_cl.inference.child_process import run_child
 from qwen_cl.inference.prompts import Prompt, check_prompts, one_prompt, read_prompts
-from qwen_cl.inference.target_model import find_subject, output_file, pinned, resolve_target
+from qwen_cl.inference.target_model import find_target_model, output_file, pinned, resolve_target
 from qwen_cl.reporting.console import print_facts
 
 
 def generate(config: RunConfig, task: GenerateConfig, invocation: Invocation) -> None:
-    """Answer a prompt, or those of a file.
+    """Generate an answer to each prompt.
 
     Raises:
-        UserError: the model, the run or the prompts are not what they must be; nothing was written.
+        UserError: the model, the run or a prompt is invalid; nothing was written.
         RunFailed: the child process failed.
     """
     if (task.prompt is None) == (task.prompts is None):
-        raise UserError("task.prompt or task.prompts must be given, and not both: a prompt, or a file of them")
+        raise UserError("set either task.prompt (one prompt) or task.prompts (a file of prompts)")
     config = resolve_target(config, task, invocation.overrides)
     output = output_file(task)
-    prompts = prompts_of(task)
-    subject = find_subject(config, task)
-    longest = subject.architecture.longest_sequence
+    prompts = task_prompts(task)
+    target = find_target_model(config, task)
+    longest = target.architecture.longest_sequence
     check_prompts(
-        prompts, subject.tokenizer(), subject.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
+        prompts, target.tokenizer(), target.small_files, raw=task.raw, longest=longest, new=task.max_new_tokens
     )
-    if not task.raw and not has_stop_token(subject.tokenizer()):
-        print(missing_stop_token_warning(str(subject.small_files)), file=sys.stderr)
+    if not task.raw and not has_stop_token(target.tokenizer()):
+        print(missing_stop_token_warning(str(target.small_files)), file=sys.stderr)
     if config.dry_run:
-        facts = [("model", subject.label), ("prompts", str(len(prompts))), ("output", str(output or "the terminal"))]
+        facts = [("model", target.label), ("prompts", str(len(prompts))), ("output", str(output or "the terminal"))]
         print_facts(facts, Console())
         return
-    run_child(pinned(config, task, subject), "task=generate")
+    run_child(pinned(config, task, target), "task=generate")
 
 
-def prompts_of(task: GenerateConfig) -> list[Prompt]:
+def task_prompts(task: GenerateConfig) -> list[Prompt]:
+    """Return the prompts of ``task.prompt`` or ``task.prompts``."""
     if task.prompt is not None:
         return [one_prompt(task.prompt)]
     assert task.prompts is not None

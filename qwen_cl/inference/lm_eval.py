@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the model in memory. Its data must be local or cached: the child has no network."""
+"""Benchmarks with lm-evaluation-harness. Their data must be local or cached, as the child process is offline."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def run_harness(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: EvaluateConfig, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Metrics as the harness names them (``acc,none``), by task.
+    """Return the harness's metrics (``acc,none``) by task.
 
     Raises:
-        UserError: there is no such task.
-        RunFailed: the harness failed, most often because its data is not here.
+        UserError: the harness has no such task.
+        RunFailed: the harness failed, most often because its data is not cached.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -28,7 +28,7 @@ def run_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Its own catalogue of thousands of files takes half a minute to read.
+    # The harness's own catalog of thousands of files takes half a minute to read.
     manager = TaskManager(include_path=task.lm_eval_include, include_defaults=False)
     if not all(manager.match_tasks([name]) for name in task.lm_eval):
         manager = TaskManager(include_path=task.lm_eval_include)
@@ -47,7 +47,7 @@ def run_harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except Exception as error:  # whatever a task file, its data or its code raises
+    except Exception as error:  # a task file, its data or its code can raise anything
         text = " ".join(str(error).split())[:300]
         raise RunFailed(f"lm-evaluation-harness failed: {type(error).__name__}: {text}") from error
     return {

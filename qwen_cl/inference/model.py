@@ -1,4 +1,4 @@
-"""A model in memory as transformers has it, filled tensor by tensor: nothing is written."""
+"""The transformers model in memory, filled tensor by tensor; nothing is written to disk."""
 
 from __future__ import annotations
 
@@ -17,52 +17,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Tensors(Protocol):
+class TensorReader(Protocol):
+    """A function that reads a model's tensor by its name in transformers."""
+
     def __call__(self, name: str) -> torch.Tensor: ...
 
 
 @torch.no_grad()
-def load_model(subject: TargetModel, cluster: ClusterConfig) -> PreTrainedModel:
-    """In evaluation mode, on the device and in the precision that ``cluster`` has settled.
+def load_model(target: TargetModel, cluster: ClusterConfig) -> PreTrainedModel:
+    """Load a model in evaluation mode, on the accelerator and in the precision of ``cluster``.
 
-    Needs the model once, and one tensor of it at a time beside that. In fp32 a merged adapter is exact; in bf16 its
-    weights are rounded once, as an export's are.
+    Takes the memory of the model and of one more tensor. In fp32 a merged adapter is exact; in bf16 the merged weights
+    are rounded once, as in an export.
 
     Raises:
-        UserError: the run's checkpoint cannot be read, or is not of this model.
+        UserError: the run's checkpoint cannot be read, or belongs to another model.
     """
     dtype = torch.float32 if cluster.precision is Precision.fp32 else torch.bfloat16
     device = "cpu" if cluster.accelerator is Accelerator.cpu else "cuda"
-    read = _tensors(subject, dtype)
-    model = _empty_model(subject, dtype, device)
+    read = _tensors(target, dtype)
+    model = _empty_model(target, dtype, device)
     for name, parameter in model.named_parameters():
         parameter.copy_(read(name))
     return model.eval()
 
 
-def _tensors(subject: TargetModel, dtype: torch.dtype) -> Tensors:
-    if subject.run is not None:
-        trained = open_trained(subject.run, subject.directory)
+def _tensors(target: TargetModel, dtype: torch.dtype) -> TensorReader:
+    if target.run is not None:
+        trained = open_trained(target.run, target.directory)
         from qwen_cl.models.export.merged import MergedModel
 
         return MergedModel(trained, dtype).read
     import_quietly()
     from qwen_cl.models.loading.base_tensors import open_tensors
 
-    assert subject.directory is not None
-    tensors = open_tensors(subject.directory, subject.architecture, subject.adapter)
+    assert target.directory is not None
+    tensors = open_tensors(target.directory, target.architecture, target.adapter)
     return lambda name: tensors.read(name, slice(None))
 
 
-def _empty_model(subject: TargetModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _empty_model(target: TargetModel, dtype: torch.dtype, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = transformers_config(subject.config)
+    config = transformers_config(target.config)
     with torch.device(device), _no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    if (Path(subject.small_files) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(subject.small_files)
+    if (Path(target.small_files) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(target.small_files)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Prompts from the command line or a file. No torch."""
+"""Prompts from the command line or a file."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """A conversation to answer, or a raw text to continue."""
+
     conversation: Conversation
-    """Ends with what is to be answered; of a raw prompt it is the only message."""
+    """The conversation, whose last message is answered; a raw prompt is its only message."""
     row: dict[str, Any]
-    """As it was given, for the output."""
+    """The row as the file has it, for the output."""
 
     @property
     def last(self) -> str:
+        """The text of the last message."""
         return self.conversation.messages[-1].content
 
 
 def one_prompt(text: str) -> Prompt:
+    """Return ``task.prompt`` as a prompt."""
     return _parse_line(text, "task.prompt")
 
 
 def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
-    """Files of rows, in every format that training reads, have a row each; any other file a prompt a line.
+    """Read a file of prompts: a prompt per row in the formats that training reads, or per line of a text file.
 
     Raises:
-        UserError: names file and line of the first that is none.
+        UserError: names file and line of the first invalid prompt.
     """
     if format_of(path)[0] in (None, Format.text) or not path.is_file():
         prompts = [_parse_line(line, where) for line, where in numbered_lines(path, "task.prompts")]
@@ -60,7 +64,7 @@ def read_prompts(path: Path, *, raw: bool) -> list[Prompt]:
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> list[int]:
-    """Token ids; a conversation tokenized as in training, a raw text as the model's tokenizer starts texts."""
+    """Return the token ids: of a conversation as in training, of a raw text as the tokenizer starts a document."""
     if raw:
         return encode_start(tokenizer, prompt.last)
     return render_prompt(prompt.conversation, tokenizer)
@@ -69,7 +73,11 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> 
 def check_prompts(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, directory: Path, *, raw: bool, longest: int, new: int
 ) -> None:
-    """Raises UserError where the model cannot take them: no chat template, or past its longest sequence."""
+    """Refuse prompts that the model cannot take.
+
+    Raises:
+        UserError: there is no chat template, or a prompt and its answer exceed the model's longest sequence.
+    """
     if not raw:
         check_chat_template(tokenizer, str(directory), "task.raw=true continues prompts without one")
     for prompt in prompts:
@@ -94,8 +102,8 @@ def _parse_row(record: Record) -> Prompt:
 
 
 def _is_text(prompt: Prompt) -> bool:
-    """Whether the prompt is one text, with nothing that only a chat template could say."""
+    """Return True if the prompt is a single text that needs no chat template."""
     conversation = prompt.conversation
-    is_form = any(prompt.row.get(name) for name in (*TURNS, INSTRUCTION))
-    alone = len(conversation.messages) == 1 and conversation.messages[0].more is None and not is_form
-    return alone and not (conversation.tools or conversation.documents or conversation.template_arguments)
+    has_turns = any(prompt.row.get(name) for name in (*TURNS, INSTRUCTION))
+    is_single = len(conversation.messages) == 1 and conversation.messages[0].more is None and not has_turns
+    return is_single and not (conversation.tools or conversation.documents or conversation.template_arguments)

@@ -1,4 +1,4 @@
-"""What the terminal shows of an evaluation. No torch."""
+"""The tables that an evaluation prints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def print_losses(losses: Mapping[str, SetLoss], console: Console) -> None:
+    """Print the losses, a row per set."""
     if not losses:
         return
     table = _table("set", "rows", "tokens", "bytes", "loss", "perplexity", "bits per byte")
@@ -23,7 +24,7 @@ def print_losses(losses: Mapping[str, SetLoss], console: Console) -> None:
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """lm-evaluation-harness' metrics, by task."""
+    """Print the metrics of lm-evaluation-harness by task."""
     if not scores:
         return
     table = _table("lm_eval task", "metric", "value")
@@ -34,22 +35,23 @@ def print_scores(scores: Mapping[str, Mapping[str, Any]], console: Console) -> N
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print every prompt with its answers: of the trained model, and of the base model before training."""
     if not samples:
         return
-    sides = ("before", "after") if "before" in samples[0] else ("after",)
+    columns = ("before", "after") if "before" in samples[0] else ("after",)
     table = Table(show_lines=True)
-    for name in ("prompt", *sides):
+    for name in ("prompt", *columns):
         table.add_column(name, overflow="fold", ratio=1)
     for sample in samples:
         prompt = sample["prompt"] if "prompt" in sample else sample["messages"][-1]["content"]
-        table.add_row(_plain(prompt), *(_plain(sample[side]) for side in sides))
+        table.add_row(_plain(prompt), *(_plain(sample[column]) for column in columns))
     console.print(table)
 
 
 def _plain(text: str) -> Any:
     from rich.text import Text
 
-    return Text(text)  # a model's words are no markup
+    return Text(text)  # not parsed as rich markup
 
 
 def _table(*columns: str) -> Table:

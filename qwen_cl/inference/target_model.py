@@ -1,4 +1,4 @@
-"""The model that is asked. No torch: the launcher checks it, the child process loads it."""
+"""The model to evaluate, or to generate with: checked by the launcher, loaded by the child process."""
 
 from __future__ import annotations
 
@@ -32,27 +32,31 @@ from qwen_cl.runs.status import State
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COMPUTE = ("cluster.accelerator", "cluster.precision", "seed", "dry_run")
+COMPUTE_KEYS = ("cluster.accelerator", "cluster.precision", "seed", "dry_run")
 
 
 @dataclass(frozen=True, slots=True)
 class TargetModel:
+    """A model to evaluate or to generate with: a pretrained model, or the result of a run."""
+
     run: Run | None
+    """The run that trained it; None for a pretrained model."""
     directory: Path | None
-    """Of the model, or of the run's base; None for a run that trained every weight, which needs none."""
+    """Directory of the model, or of the run's base model; None after full fine-tuning, which needs no base."""
     small_files: Path
-    """Config and generation config in Hugging Face layout, and the tokenizer; a NeMo checkpoint has only that."""
+    """Directory of config, generation config (Hugging Face layout) and tokenizer; a NeMo checkpoint has no other."""
     config: dict[str, Any]
     """The model's config.json, normalized."""
     architecture: Architecture
     label: str
-    """What it is, for a person."""
+    """Name for messages and reports."""
     data: DataConfig
-    """How it renders conversations: as the run's, or as the command says; the date is settled."""
+    """Chat settings: the run's, or those of the command line; the template date is resolved."""
     adapter: BaseAdapter | None = None
-    """Merged into a model as it is; a run knows its own."""
+    """Adapter to merge into a pretrained model (``model.adapter``); a run's own is read from its config."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer, with the chat settings of ``data``."""
         from qwen_cl.data.chat.encode import use_chat_settings
         from qwen_cl.data.chat.settings import chat_settings
         from qwen_cl.data.examples import load_data_tokenizer
@@ -62,33 +66,33 @@ class TargetModel:
 
 
 def resolve_target(config: RunConfig, task: AnswersConfig, overrides: Sequence[str]) -> RunConfig:
-    """With accelerator and precision settled, after a look at what the user said.
+    """Return the config with accelerator and precision resolved, after checking the user's overrides.
 
     Raises:
-        UserError: a key would be ignored, or the device is not there.
+        UserError: a key would be ignored, or the device is not available.
     """
     if task.run is None:
-        reason = "no training takes place here; model, task, cluster.accelerator, cluster.precision and seed count"
-        refuse_ignored(overrides, (*COMPUTE, *CHAT_KEYS, "model", "experiment"), reason)
+        reason = "nothing is trained; set model, task, cluster.accelerator, cluster.precision or seed"
+        refuse_ignored(overrides, (*COMPUTE_KEYS, *CHAT_KEYS, "model", "experiment"), reason)
     else:
-        refuse_ignored(overrides, (*COMPUTE, *HUB_KEYS), "with task.run the model is the run's own")
+        refuse_ignored(overrides, (*COMPUTE_KEYS, *HUB_KEYS), "with task.run the model is the one of the run")
     device = pick_device(single_process(config.cluster))
     return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
 
 
-def find_subject(config: RunConfig, task: AnswersConfig) -> TargetModel:
-    """The model that the task asks. Its weights are present afterwards.
+def find_target_model(config: RunConfig, task: AnswersConfig) -> TargetModel:
+    """Find the model of ``model`` or ``task.run``, and download its weights if they are missing.
 
     Raises:
-        UserError: the model, the run or the run's base is out of reach or not what it must be.
+        UserError: the model, the run or the run's base model is missing or invalid.
     """
     if task.run is None:
-        return find_model(config.model, config.data)
-    return trained_subject(with_hub_settings(find_run(task.run, task.step), config.model))
+        return find_pretrained_model(config.model, config.data)
+    return find_trained_model(with_hub_settings(find_run(task.run, task.step), config.model))
 
 
-def find_model(model: ModelConfig, data: DataConfig) -> TargetModel:
-    """A model as it is. ``data`` says how conversations are rendered."""
+def find_pretrained_model(model: ModelConfig, data: DataConfig) -> TargetModel:
+    """Find a pretrained model. ``data`` has the chat settings."""
     files = resolve(model.source, HubSettings.of(model))
     architecture = read_architecture(files.config, files.directory)
     check_weights(files, architecture)
@@ -100,8 +104,8 @@ def find_model(model: ModelConfig, data: DataConfig) -> TargetModel:
     return TargetModel(None, files.directory, small_files, config, architecture, files.source, data, adapter)
 
 
-def trained_subject(run: Run) -> TargetModel:
-    """What a run made of its base."""
+def find_trained_model(run: Run) -> TargetModel:
+    """Find the model that a run trained, and its base model if it is needed."""
     base = None if adapter_of(run.config.peft) is None else find_base(run)
     small_files = run.folder.tokenizer
     config = read_model_config(small_files)
@@ -116,6 +120,7 @@ def trained_subject(run: Run) -> TargetModel:
 
 
 def require_length(sequence_length: int, architecture: Architecture) -> None:
+    """Refuse a ``task.sequence_length`` above the model's longest sequence."""
     if sequence_length > architecture.longest_sequence:
         raise UserError(
             f"task.sequence_length ({sequence_length}) must be at most the model's longest sequence "
@@ -123,15 +128,19 @@ def require_length(sequence_length: int, architecture: Architecture) -> None:
         )
 
 
-def pinned(config: RunConfig, task: AnswersConfig, subject: TargetModel) -> RunConfig:
-    """What the child is to load is what was checked: this commit, this step."""
-    if subject.run is None:
-        return replace(config, model=replace(config.model, source=subject.label), data=subject.data)
-    return replace(config, model=subject.run.config.model, task=replace(task, step=subject.run.step))
+def pinned(config: RunConfig, task: AnswersConfig, target: TargetModel) -> RunConfig:
+    """Return the config with the commit or step that was checked, so that the child process loads the same."""
+    if target.run is None:
+        return replace(config, model=replace(config.model, source=target.label), data=target.data)
+    return replace(config, model=target.run.config.model, task=replace(task, step=target.run.step))
 
 
 def output_file(task: AnswersConfig) -> Path | None:
-    """Raises UserError where ``task.output`` exists or cannot be made."""
+    """Return the absolute path of ``task.output``, or None.
+
+    Raises:
+        UserError: the file exists, or its folder cannot be written to.
+    """
     if task.output is None:
         return None
     output = Path(os.path.expanduser(task.output)).absolute()  # noqa: PTH111 - Path's raises on an unknown user

@@ -1,4 +1,4 @@
-"""A run that trained, found again by its folder, with the base it was trained from. No torch until it is opened."""
+"""A finished or interrupted training run, read from its folder, with its base model. torch is imported when opened."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from qwen_cl.models.export.merged import TrainedModel
 
 HUB_KEYS = ("model.endpoint", "model.offline", "model.cache")
-"""What may be said of a run's model afterwards."""
+"""The keys of a run's model that may be changed after training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as its folder tells it."""
+    """A training run, and one of its checkpoints."""
 
     folder: RunFolder
     config: RunConfig
@@ -45,92 +45,94 @@ class Run:
 
     @property
     def small_files(self) -> Path:
-        """The model's own, as its author wrote them; runs of earlier versions kept no others."""
-        kept = self.folder.model_files
-        return kept if kept.is_dir() else self.folder.tokenizer
+        """Directory of the base model's config and tokenizer files; runs of earlier versions have the tokenizer's."""
+        files = self.folder.model_files
+        return files if files.is_dir() else self.folder.tokenizer
 
 
 def find_run(directory: str, step: int | None) -> Run:
-    """``task.run`` and ``task.step``; without a step the newest checkpoint.
+    """Find the run of ``task.run`` and its checkpoint of ``task.step``, or the newest without a step.
 
     Raises:
-        UserError: it is no run's folder, or has no such checkpoint that is whole and what was saved.
+        UserError: it is not the folder of a run, or the checkpoint is missing, incomplete or corrupted.
     """
     folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
     if not folder.config.is_file():
         raise UserError(f"task.run ({folder.directory}) is not the folder of a run: it has no config.yaml")
     config = _run_config(folder)
-    whole = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(folder.checkpoints)}
-    if not whole:
-        raise UserError(f"task.run ({folder.directory}) has no whole checkpoint in checkpoints/")
-    step = max(whole) if step is None else step
-    if step not in whole:
-        there = ", ".join(map(str, sorted(whole)))
-        raise UserError(f"task.step ({step}) has no whole checkpoint in {folder.checkpoints}; there are {there}")
+    complete = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(folder.checkpoints)}
+    if not complete:
+        raise UserError(f"task.run ({folder.directory}) has no complete checkpoint in checkpoints/")
+    step = max(complete) if step is None else step
+    if step not in complete:
+        existing = ", ".join(map(str, sorted(complete)))
+        raise UserError(f"task.step ({step}) has no complete checkpoint in {folder.checkpoints}; there are {existing}")
+    checkpoint = complete[step]
     try:
-        verify(whole[step].path)
+        verify(checkpoint.path)
     except DamagedCheckpointError as error:
         raise UserError(
-            f"{whole[step].path} is damaged: {error}; put the file back, or choose another task.step"
+            f"{checkpoint.path} is corrupted: {error}; restore the file, or choose another task.step"
         ) from error
-    return Run(folder, config, folder.status(), step, whole[step].weights)
+    return Run(folder, config, folder.status(), step, checkpoint.weights)
 
 
 def with_hub_settings(run: Run, now: ModelConfig) -> Run:
-    """The base comes from where the run had it, unless the user says otherwise now."""
-    then = run.config.model
+    """Return the run with the Hub settings of ``now`` where they are set."""
+    recorded = run.config.model
     model = replace(
-        then,
-        endpoint=now.endpoint or then.endpoint,
-        offline=now.offline or then.offline,
-        cache=now.cache or then.cache,
+        recorded,
+        endpoint=now.endpoint or recorded.endpoint,
+        offline=now.offline or recorded.offline,
+        cache=now.cache or recorded.cache,
     )
     return replace(run, config=replace(run.config, model=model))
 
 
 def find_base(run: Run, fix: str = "") -> Path:
-    """The base model's directory, its weights present. ``fix`` is what else than putting it back would help.
+    """Return the directory of the run's base model, with its weights present.
+
+    ``fix`` completes the advice of the error message with an alternative to restoring the model.
 
     Raises:
-        UserError: it is out of reach, or not what the run was trained from.
+        UserError: the model is missing, or has changed since the run.
     """
     source = run.config.model.source
     if is_hub_reference(source):
         return resolve(source, HubSettings.of(run.config.model)).directory
     if not Path(source).is_dir():
-        raise UserError(f"the base model of this run, {source}, is gone; put it back{fix}")
+        raise UserError(f"the base model of this run, {source}, is missing; restore it{fix}")
     recorded = run.status.model_fingerprint
     if recorded is None:
-        print(f"note: this run did not record what {source} held; it is taken to be unchanged")
+        print(f"note: this run did not record a fingerprint of {source}; it is assumed to be unchanged")
     elif fingerprint(Path(source)) != recorded:
         raise UserError(
-            f"the base model of this run, {source}, has changed since: run and base no longer fit each "
-            f"other; put it back{fix}"
+            f"the base model of this run, {source}, has changed since the run, and its weights no longer match; "
+            f"restore it{fix}"
         )
     return Path(source)
 
 
 def find_base_adapter(run: Run, architecture: Architecture) -> BaseAdapter | None:
-    """What was merged into the base of this run; None where nothing was.
+    """Return the adapter that was merged into the base of this run, or None.
 
     Raises:
-        UserError: it is gone, or not what the run was trained on.
+        UserError: the adapter is missing, or has changed since the run.
     """
     source = run.config.model.adapter
     if source is not None and not Path(source).is_dir():
-        raise UserError(f"the adapter that this run merged into its base, {source}, is gone; put it back")
+        raise UserError(f"the adapter that this run merged into its base, {source}, is missing; restore it")
     adapter = find_adapter(source, run.small_files, architecture)
     if adapter is not None and adapter.sha256 != run.status.model_adapter_sha256:
         raise UserError(
-            f"the adapter that this run merged into its base, {source}, has changed since: run and base no longer fit "
-            "each other; put it back"
+            f"the adapter that this run merged into its base, {source}, has changed since the run, and its weights no "
+            "longer match; restore it"
         )
     return adapter
 
 
 def import_quietly() -> None:
-    """torch, and Megatron with what reads tensors through it: what they say of themselves meanwhile is no news to a
-    user."""
+    """Import torch, Megatron and the tensor readers, without their warnings, which a user can do nothing about."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -141,6 +143,7 @@ def import_quietly() -> None:
 
 
 def open_trained(run: Run, base: Path | None) -> TrainedModel:
+    """Open the weights of a run; ``base`` is the base model's directory, or None if it is not needed."""
     import_quietly()
     from qwen_cl.models.architecture import read_architecture
     from qwen_cl.models.export.merged import TrainedModel
@@ -163,5 +166,5 @@ def open_trained(run: Run, base: Path | None) -> TrainedModel:
 def _run_config(folder: RunFolder) -> RunConfig:
     config = read_run_config(folder.config)
     if not isinstance(config.task, TrainingConfig):
-        raise UserError(f"{folder.config} is of no run that trains")
+        raise UserError(f"{folder.config} is not the config of a training run")
     return config

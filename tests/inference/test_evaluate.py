@@ -163,7 +163,7 @@ def test_without_the_harness_its_tasks_are_refused(monkeypatch: pytest.MonkeyPat
 
 SHIFT_JIS = "日本\n".encode("shift_jis")
 REFUSED: dict[str, tuple[list[str], bytes, str]] = {
-    "nothing": ([], b"", r"task=evaluate has nothing to do; name sets like"),
+    "nothing": ([], b"", r"task=evaluate has nothing to evaluate; set task\.sets, for example"),
     "unsafe name": (["task.sets={a b: '{file}.jsonl'}"], b"", r"task\.sets: 'a b' must be letters"),
     "absent": (["task.sets={a: /no/such.jsonl}"], b"", r"task\.sets\.a \(/no/such\.jsonl\) does not exist; name a"),
     "absent text": (["task.sets={a: /no/such.txt}"], b"", r"task\.sets\.a \(/no/such\.txt\) does not exist; name a"),
@@ -192,11 +192,11 @@ REFUSED: dict[str, tuple[list[str], bytes, str]] = {
         b'{"text": "a"}\n',
         r"task\.output \(.*file\.jsonl\) exists; choose another file",
     ),
-    "ignored": (["task.sets={a: x.jsonl}", "lr=0.1"], b"", r"lr=0\.1 would change nothing: no training takes place"),
+    "ignored": (["task.sets={a: x.jsonl}", "lr=0.1"], b"", r"lr=0\.1 would change nothing: nothing is trained"),
     "a model and a run": (
         ["task.sets={a: x.jsonl}", "task.run=/no", "model=qwen2.5-7b"],
         b"",
-        r"model=qwen2\.5-7b would change nothing: with task\.run the model is the run's own",
+        r"model=qwen2\.5-7b would change nothing: with task\.run the model is the one of the run",
     ),
     "no run": (
         ["task.sets={a: '{file}.jsonl'}", "task.run=/no"],

@@ -149,13 +149,13 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         [],
         r"config\.yaml is not a run's config, or of another version: .*no_such_key",
     ),
-    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), [], "has no whole checkpoint in checkpoints/"),
-    "unfinished": (_unfinished, [], "has no whole checkpoint in checkpoints/"),
-    "unknown step": (lambda run: None, ["task.step=50"], r"task\.step \(50\) has no whole .*; there are 40"),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), [], "has no complete checkpoint in checkpoints/"),
+    "unfinished": (_unfinished, [], "has no complete checkpoint in checkpoints/"),
+    "unknown step": (lambda run: None, ["task.step=50"], r"task\.step \(50\) has no complete .*; there are 40"),
     "full run": (
         _full,
         ["task.format=adapter"],
-        "this run trained every weight and has none",
+        "this run used full fine-tuning and has no adapter",
     ),
     "adapter taken for a model": (_full, [], "lacks embedding.word_embeddings.weight; it is no checkpoint of"),
     "another rank": (
@@ -181,15 +181,15 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "base gone": (
         lambda run: _edit_config(run, lambda config: config["model"].update(source="/no/such/base")),
         [],
-        "the base model of this run, /no/such/base, is gone; put it back",
+        "the base model of this run, /no/such/base, is missing; restore it",
     ),
     "base changed": (
         lambda run: _edit_status(run, model_fingerprint="0" * 64),
         [],
-        "has changed since: run and base no longer fit each other; put it back",
+        "has changed since the run, and its weights no longer match; restore it",
     ),
-    "a key of the run": (lambda run: None, ["lr=0.1"], r"lr=0\.1 would change nothing: task=export takes"),
-    "a group of the run": (lambda run: None, ["peft=dora"], "peft=dora would change nothing: task=export takes"),
+    "a key of the run": (lambda run: None, ["lr=0.1"], r"lr=0\.1 would change nothing: task=export reads"),
+    "a group of the run": (lambda run: None, ["peft=dora"], "peft=dora would change nothing: task=export reads"),
 }
 
 
@@ -207,22 +207,22 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(name: str, run: P
 SPOILT_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no metadata": (
         lambda weights: (weights / ".metadata").unlink(),
-        r"step=40 is damaged: weights/\.metadata is missing; put the file back",
+        r"step=40 is corrupted: weights/\.metadata is missing; restore the file",
         r"\.metadata cannot be read: no distributed checkpoint is there",
     ),
     "metadata of zeros": (
         lambda weights: (weights / ".metadata").write_bytes(bytes(100)),
-        r"is damaged: weights/\.metadata has 100 bytes of \d+",
+        r"is corrupted: weights/\.metadata has 100 bytes of \d+",
         r"\.metadata is not the metadata of a checkpoint",
     ),
     "shard gone": (
         lambda weights: (weights / "__0_0.distcp").unlink(),
-        r"is damaged: weights/__0_0\.distcp is missing",
+        r"is corrupted: weights/__0_0\.distcp is missing",
         r"(cannot be read|is missing).*checkpoint is",
     ),
     "shard cut": (
         lambda weights: os.truncate(weights / "__0_0.distcp", 1000),
-        r"is damaged: weights/__0_0\.distcp has 1000 bytes of \d+",
+        r"is corrupted: weights/__0_0\.distcp has 1000 bytes of \d+",
         r"(cannot be read|is shorter).*checkpoint is",
     ),
 }
@@ -269,7 +269,7 @@ class _Canary:
 def test_metadata_that_would_run_code_does_not(weights: Path, run: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     (weights / ".metadata").write_bytes(pickle.dumps(_Canary(canary)))
-    with pytest.raises(UserError, match=r"step=40 is damaged: weights/\.metadata has"):
+    with pytest.raises(UserError, match=r"step=40 is corrupted: weights/\.metadata has"):
         run_export(f"task.run={run}")
     seal(weights.parent)
     with pytest.raises(UserError, match=r"\.metadata is not the metadata of a checkpoint"):
@@ -282,7 +282,7 @@ def test_a_shard_that_would_run_code_does_not(weights: Path, run: Path, tmp_path
     for path in weights.glob("*.distcp"):
         size = path.stat().st_size
         path.write_bytes(pickle.dumps(_Canary(canary)).ljust(size, b"\0"))
-    with pytest.raises(UserError, match=r"step=40 is damaged: weights/__0_0\.distcp is not what was saved \(sha256"):
+    with pytest.raises(UserError, match=r"step=40 is corrupted: weights/__0_0\.distcp is not what was saved \(sha256"):
         run_export(f"task.run={run}")
     seal(weights.parent)
     with pytest.raises(UserError, match=r"checkpoint is"):

@@ -106,12 +106,12 @@ def test_it_stops_where_the_generation_config_says(tmp_path: Path, tokenizer: An
 
 
 def test_an_answer_ends_where_the_chat_template_ends_it(tokenizer: Any) -> None:
-    from qwen_cl.inference.generation import stops_of
+    from qwen_cl.inference.generation import model_stop_tokens
 
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == END_OF_TURN
-    assert stops_of(model, tokenizer, raw=False) == [END_OF_TEXT, END_OF_TURN]
-    assert stops_of(model, tokenizer, raw=True) == [END_OF_TEXT]
+    assert model_stop_tokens(model, tokenizer, raw=False) == [END_OF_TEXT, END_OF_TURN]
+    assert model_stop_tokens(model, tokenizer, raw=True) == [END_OF_TEXT]
 
 
 def test_what_is_drawn_is_the_seeds(tmp_path: Path) -> None:
@@ -146,8 +146,8 @@ def test_what_is_quoted_or_no_text_stays(argument: str) -> None:
 
 
 REFUSED: dict[str, tuple[list[str], str, str]] = {
-    "no prompt": ([], "", r"task\.prompt or task\.prompts must be given, and not both"),
-    "two": (["task.prompt=a", "task.prompts=b"], "", r"task\.prompt or task\.prompts must be given, and not both"),
+    "no prompt": ([], "", r"set either task\.prompt \(one prompt\) or task\.prompts"),
+    "two": (["task.prompt=a", "task.prompts=b"], "", r"set either task\.prompt \(one prompt\) or task\.prompts"),
     "blank": (["task.prompt=' '"], "", r"task\.prompt is empty; write what the model shall answer"),
     "no file": (["task.prompts=/no/such"], "", r"/no/such does not exist; set task\.prompts"),
     "no row": (["task.prompts={file}"], "\n\n", r"prompts\.jsonl is empty"),

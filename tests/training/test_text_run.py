@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_made_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("QWEN_CL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"/file/replay cannot be made: .*; set QWEN_CL_CACHE to another place$"):
+    with pytest.raises(UserError, match=r"/file/replay cannot be created: .*; set QWEN_CL_CACHE to another folder$"):
         with_sampled_text(*text_run.before_sampling())
 
 

@@ -15,7 +15,7 @@ from qwen_cl.config.saved import load_config
 from qwen_cl.data.chat.conversations import parse_prompt
 from qwen_cl.data.chat.encode import render_prompt
 from qwen_cl.data.chat.settings import BUILT_IN, ChatSettings, chat_settings, previous_template_date
-from qwen_cl.inference.target_model import find_subject
+from qwen_cl.inference.target_model import find_target_model
 from qwen_cl.planning.plan import make_plan
 from tests.conftest import ROOT, Launched, launch, launch_once
 from tests.support.asking import ask, check
@@ -83,7 +83,7 @@ def test_who_asks_the_run_later_renders_likewise(dated: tuple[Launched, Path], t
     last = [json.loads(line) for line in run.folder.metrics_file.read_text(encoding="utf-8").splitlines()][-1]
     assert loss == pytest.approx(last["val/target/loss"], abs=1e-4)
     config = composed("task=generate", f"task.run={run.folder.directory}", "task.prompt=a")
-    subject = find_subject(config, config.task)  # type: ignore[arg-type]
+    subject = find_target_model(config, config.task)  # type: ignore[arg-type]
     asked = subject.tokenizer().decode(render_prompt(parse_prompt({"prompt": "a"}, ""), subject.tokenizer()))
     assert asked.startswith(f"Today is 29 Feb 2024.\n<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\na")
 
@@ -194,11 +194,11 @@ def test_a_base_without_a_template_is_asked_with_one_that_is_named(tmp_path: Pat
         check(*asked)
     check(*asked, "data.chat_template=chatml", f"data.system_prompt={SYSTEM}")
     config = composed(*asked, "data.chat_template=chatml")
-    subject = find_subject(config, config.task)  # type: ignore[arg-type]
+    subject = find_target_model(config, config.task)  # type: ignore[arg-type]
     ids = render_prompt(parse_prompt({"prompt": "a"}, ""), subject.tokenizer())
     expected = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert ids == AutoTokenizer.from_pretrained(DEMO_MODEL)(expected, add_special_tokens=False)["input_ids"]
-    with pytest.raises(UserError, match=r"data\.system_prompt=.* with task\.run the model is the run's own"):
+    with pytest.raises(UserError, match=r"data\.system_prompt=.* with task\.run the model is the one of the run"):
         check("task=generate", f"task.run={tmp_path}", "task.prompt=a", "data.system_prompt=b")
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.examples import Example
 from qwen_cl.inference.model import load_model
-from qwen_cl.inference.target_model import find_model
+from qwen_cl.inference.target_model import find_pretrained_model
 from qwen_cl.models.architecture import Architecture, read_architecture
 from qwen_cl.models.config_files import copy_small_files
 from qwen_cl.models.formats.safetensors import Checkpoint, check_tensors
@@ -40,7 +40,7 @@ def logits_here(directory: Path) -> torch.Tensor:
     """As ``task=evaluate`` and ``task=generate`` have them."""
     config = composed("model=local", f"model.source={directory}", "cluster.accelerator=cpu", "cluster.precision=fp32")
     with torch.no_grad():
-        return load_model(find_model(config.model, config.data), config.cluster)(IDS).logits
+        return load_model(find_pretrained_model(config.model, config.data), config.cluster)(IDS).logits
 
 
 def logits_of_transformers(directory: Path) -> torch.Tensor:
