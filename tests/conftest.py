@@ -27,7 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started th
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-FEW = f"data.instructions={ROOT}/tests/few/instructions"
+FEW = f"data.instructions={ROOT}/tests/support/few/instructions"
 """The demo's rows, of which five validate: for runs whose validation is no more than a step among others."""
 
 

@@ -30,7 +30,7 @@ def test_a_directory(tmp_path: Path) -> None:
     assert found["architecture"] == "qwen3 (Qwen3)"
     assert found["attention"] == "6 heads of 16, 3 KV groups"
     assert found["licence"] == "apache-2.0"
-    assert found["weights"].endswith(" GB, float32 (47 tensors)")
+    assert found["weights"].endswith(" (47 tensors)")
     assert found["tokenizer"] == "1,536 tokens, with a chat template"
     assert (found["tensor_parallel"], found["pipeline_parallel"]) == ("1, 3", "1, 2, 4")
     assert layouts(done) == [("1", "1", "1"), ("1", "2", "2"), ("1", "4", "4")]

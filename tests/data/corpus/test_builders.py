@@ -46,7 +46,7 @@ BUILD = """
 import sys
 from qwen_cl.data.corpus import tokens
 from qwen_cl.data.corpus.worker import main
-from tests import corpora
+from tests.support import corpora
 if __name__ == "__main__":
     tokens._encode = corpora.die_while_answering
     sys.exit(main())
