@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, Scope, setting
 from qwen_cl.config.validation import require
 
 
@@ -24,15 +25,15 @@ class Precision(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    accelerator: Accelerator
-    devices: int
+    accelerator: Accelerator = field(metadata=setting(Affects.execution, scope=Scope.inference))
+    devices: int = field(metadata=setting(Affects.execution))
     """Processes per node: GPUs, or CPU processes."""
-    tensor_parallel: int
-    pipeline_parallel: int
-    context_parallel: int
-    sequence_parallel: bool
-    precision: Precision
-    timeout_minutes: float
+    tensor_parallel: int = field(metadata=setting(Affects.execution))
+    pipeline_parallel: int = field(metadata=setting(Affects.execution))
+    context_parallel: int = field(metadata=setting(Affects.execution))
+    sequence_parallel: bool = field(metadata=setting(Affects.execution))
+    precision: Precision = field(metadata=setting(scope=Scope.inference))
+    timeout_minutes: float = field(metadata=setting(Affects.nothing))
     """How long no rank may finish a step, or a part of what is measured, before the one that hangs is named."""
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ OWN_OPTIONS = {
 class NodesConfig(ClusterConfig):
     """Machines other than this one."""
 
-    nodes: int
+    nodes: int = field(metadata=setting(Affects.execution))
 
     def __post_init__(self) -> None:
         require("cluster.nodes", self.nodes, at_least=1)
@@ -114,28 +115,28 @@ class NodesConfig(ClusterConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig(NodesConfig):
-    account: str | None
+    account: str | None = field(metadata=setting(Affects.nothing))
     """None for the user's default."""
-    partition: str | None
+    partition: str | None = field(metadata=setting(Affects.nothing))
     """None for the cluster's default."""
-    qos: str | None
-    time: str
+    qos: str | None = field(metadata=setting(Affects.nothing))
+    time: str = field(metadata=setting(Affects.nothing))
     """Wall-clock limit, in Slurm's form (D-HH:MM:SS)."""
-    setup: str
+    setup: str = field(metadata=setting(Affects.nothing))
     """Shell line run on the node before the worker, for example one that activates a virtual environment."""
-    container_image: str | None
+    container_image: str | None = field(metadata=setting(Affects.nothing))
     """What pyxis takes; the workers run in it. None for none."""
-    container_mounts: list[str]
+    container_mounts: list[str] = field(metadata=setting(Affects.nothing))
     """``SOURCE:TARGET[:FLAGS]``, beside those that a run needs."""
-    options: dict[str, str]
+    options: dict[str, str] = field(metadata=setting(Affects.nothing))
     """More of sbatch's long options, without the dashes; an empty value for one that takes none."""
-    grace_seconds: int
+    grace_seconds: int = field(metadata=setting(Affects.nothing))
     """So long before the time limit the run is asked to save and stop."""
-    max_requeues: int
+    max_requeues: int = field(metadata=setting(Affects.nothing))
     """How often a run that was asked to stop by Slurm goes back into the queue; 0 for never."""
-    array: bool
+    array: bool = field(metadata=setting(Affects.nothing))
     """The trials of a sweep are one job array, or else a job each."""
-    follow: bool
+    follow: bool = field(metadata=setting(Affects.nothing))
     """Stay and show how the run goes."""
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ class SlurmConfig(NodesConfig):
 class ContainerConfig(ClusterConfig):
     """One machine that is somebody else's, by a container's image. Described by a dry run; not submitted."""
 
-    image: str
+    image: str = field(metadata=setting(Affects.execution))
 
     def __post_init__(self) -> None:
         if self.accelerator is Accelerator.auto:
@@ -173,34 +174,34 @@ class ContainerConfig(ClusterConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DockerConfig(ContainerConfig):
-    mounts: list[str]
+    mounts: list[str] = field(metadata=setting(Affects.execution))
     """``SOURCE:TARGET[:ro]``, beside those that a run needs."""
 
 
 @dataclass(kw_only=True, slots=True)
 class KubernetesConfig(ContainerConfig):
-    namespace: str
-    runtime: str
+    namespace: str = field(metadata=setting(Affects.execution))
+    runtime: str = field(metadata=setting(Affects.execution))
     """Name of the ClusterTrainingRuntime, of Kubeflow's trainer."""
-    checkout: str
+    checkout: str = field(metadata=setting(Affects.execution))
     """Where this repository is in the image or the volume."""
-    volume_claim: str | None
+    volume_claim: str | None = field(metadata=setting(Affects.execution))
     """PersistentVolumeClaim for what the run leaves; None for none."""
-    volume_path: str
+    volume_path: str = field(metadata=setting(Affects.execution))
     """Where the volume is in the container."""
-    secret: str | None
+    secret: str | None = field(metadata=setting(Affects.execution))
     """Kubernetes secret with keys named like the environment variables they become; None for none."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SkypilotConfig(ContainerConfig):
-    infra: str | None
+    infra: str | None = field(metadata=setting(Affects.execution))
     """Like ``aws/us-east-1`` or ``k8s/CONTEXT``; None for whatever is cheapest."""
-    gpu: str
+    gpu: str = field(metadata=setting(Affects.execution))
     """SkyPilot's name of the GPU."""
-    setup: str
+    setup: str = field(metadata=setting(Affects.nothing))
     """Shell lines, once, before the run."""
-    use_spot: bool
+    use_spot: bool = field(metadata=setting(Affects.execution))
 
 
 def _require_option(name: str, value: str) -> None:

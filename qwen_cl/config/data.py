@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from enum import Enum
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Scope, setting
 from qwen_cl.config.hydra_errors import unknown_key
 from qwen_cl.config.validation import require
 
@@ -46,13 +47,13 @@ class DataConfig:
 class ChatDataConfig(DataConfig):
     """How conversations are rendered: what is trained on, replayed, measured and asked."""
 
-    system_prompt: str | None
+    system_prompt: str | None = field(metadata=setting(scope=Scope.rendering))
     """Of conversations without a system message; None for none."""
-    chat_template: str | None
+    chat_template: str | None = field(metadata=setting(scope=Scope.rendering))
     """A file, or the name of a built-in template; None for the tokenizer's own."""
-    template_date: str | None
+    template_date: str | None = field(metadata=setting(scope=Scope.rendering))
     """ISO date that the template is told is today's; None for the day the run is made."""
-    special_tokens_in_content: bool
+    special_tokens_in_content: bool = field(metadata=setting(scope=Scope.rendering))
     """A special token's name in a message is that token, as in the template; else it is text."""
 
     def __post_init__(self) -> None:

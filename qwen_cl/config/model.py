@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from urllib.parse import urlsplit
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, Scope, setting
 
 
 class VerifyMode(str, Enum):
@@ -21,21 +22,21 @@ COMMIT_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    source: str
+    source: str = field(metadata=setting(Affects.checkpoint))
     """``hf://ORG/NAME[@REVISION]``, a directory in Hugging Face layout, or a NeMo 2.0 checkpoint (a directory, or
     ``nemo://PATH``)."""
-    adapter: str | None
+    adapter: str | None = field(metadata=setting(Affects.checkpoint))
     """Directory of a LoRA in PEFT's format that is merged into the frozen model when it is read; None for the model as
     it is."""
-    endpoint: str | None
+    endpoint: str | None = field(metadata=setting(Affects.nothing, scope=Scope.access))
     """URL of the Hub or a mirror of it; None for HF_ENDPOINT, and without that huggingface.co."""
-    offline: bool
+    offline: bool = field(metadata=setting(Affects.nothing, scope=Scope.access))
     """Take the model from the cache without one request."""
-    cache: str | None
+    cache: str | None = field(metadata=setting(Affects.nothing, scope=Scope.access))
     """Directory the Hub's files are kept in; None for the Hub's own."""
-    locked: bool
+    locked: bool = field(metadata=setting(Affects.execution))
     """Refuse a source that does not name its commit."""
-    verify: VerifyMode
+    verify: VerifyMode = field(metadata=setting(Affects.execution))
     """Before the first step, the loss of a few rows must be the base model's. ``logits`` compares with transformers;
     ``auto`` does up to a billion parameters, and above only asks that it is not that of chance."""
 

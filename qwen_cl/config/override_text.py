@@ -14,13 +14,14 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from itertools import pairwise
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString, Sweep, ValueType
 from hydra.errors import HydraException
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import key_fields
 from qwen_cl.config.overrides import override_key, quoted
 
 AS_TYPED = "task.prompt"
@@ -194,16 +195,5 @@ def _quoted_as_typed(read: QuotedString, value: str) -> str:
 
 @cache
 def _text_keys() -> frozenset[str]:
-    """Every key whose value is text: paths, names, prompts."""
-    from qwen_cl.config import run, wandb
-    from qwen_cl.config.store import GROUPS
-
-    owners = [("", run.RunConfig), ("wandb.", wandb.WandbConfig)]
-    owners += [(f"{group}.", kind) for group, kinds in GROUPS.items() for kind in kinds.values()]
-    found = {f"{owner}{name}" for owner, kind in owners for name in _text_fields(kind)}
-    return frozenset({*found, *FOLDERS})
-
-
-def _text_fields(kind: type) -> Iterator[str]:
-    hints = get_type_hints(kind)
-    return (field.name for field in fields(kind) if hints[field.name] in (str, str | None))
+    """Return every key whose value is text: paths, names, prompts."""
+    return frozenset({*(key for key, field in key_fields().items() if field.type in ("str", "str | None")), *FOLDERS})

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, setting
 from qwen_cl.config.validation import require
 
 
 @dataclass(kw_only=True, slots=True)
 class PeftConfig:
-    default_lr: float
+    default_lr: float = field(metadata=setting(Affects.checkpoint))
     """What ``lr`` is unless the user sets it."""
 
 
@@ -20,12 +21,12 @@ TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig(PeftConfig):
-    rank: int
-    alpha: float
+    rank: int = field(metadata=setting(Affects.checkpoint))
+    alpha: float = field(metadata=setting(Affects.checkpoint))
     """The update is scaled by alpha / rank."""
-    dropout: float
+    dropout: float = field(metadata=setting(Affects.checkpoint))
     """Probability, on the adapter's input."""
-    target_modules: list[str]
+    target_modules: list[str] = field(metadata=setting(Affects.checkpoint))
 
     def __post_init__(self) -> None:
         require("peft.rank", self.rank, at_least=1)

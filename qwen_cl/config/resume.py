@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qwen_cl.config.fields import Affects, setting
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,6 +16,6 @@ class ResumeConfig:
 class AutoResumeConfig(ResumeConfig):
     """The run goes on from its newest good checkpoint."""
 
-    allow: list[str]
+    allow: list[str] = field(metadata=setting(Affects.nothing))
     """Keys, and groups of keys, of those that matter to the result, that may differ from what the run was started
     with."""

@@ -6,11 +6,12 @@ composed config is turned into these objects, and a subclass is chosen by its gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen_cl.config.cluster import ClusterConfig
 from qwen_cl.config.data import DataConfig, MockDataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, Scope, setting
 from qwen_cl.config.model import ModelConfig
 from qwen_cl.config.peft import PeftConfig
 from qwen_cl.config.replay import MixedReplayConfig, ReplayConfig, RetentionConfig
@@ -25,21 +26,21 @@ from qwen_cl.config.wandb_names import check_run_name
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     model: ModelConfig
-    task: TaskConfig
-    peft: PeftConfig
+    task: TaskConfig = field(metadata=setting(Affects.checkpoint, scope=Scope.command))
+    peft: PeftConfig = field(metadata=setting(Affects.checkpoint))
     data: DataConfig
     replay: ReplayConfig
     retention: RetentionConfig
-    resume: ResumeConfig
-    cluster: ClusterConfig
-    speed: SpeedConfig
-    wandb: WandbConfig
+    resume: ResumeConfig = field(metadata=setting(Affects.nothing))
+    cluster: ClusterConfig = field(metadata=setting(Affects.execution))
+    speed: SpeedConfig = field(metadata=setting(Affects.execution))
+    wandb: WandbConfig = field(metadata=setting(Affects.nothing))
     lr: float
     """Peak learning rate; the only place it is set."""
-    seed: int
-    name: str | None
+    seed: int = field(metadata=setting(scope=Scope.inference))
+    name: str | None = field(metadata=setting(Affects.nothing, scope=Scope.command))
     """Name of the run on the dashboard; without it the task and the peft method."""
-    dry_run: bool
+    dry_run: bool = field(metadata=setting(Affects.nothing, scope=Scope.command))
 
     def __post_init__(self) -> None:
         require("lr", self.lr, above=0)

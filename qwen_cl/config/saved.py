@@ -10,18 +10,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, affects
 from qwen_cl.config.override_text import escape, map_text, unescape
 from qwen_cl.config.renamed_keys import rename_mapping, rename_overrides
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.store import GROUPS
 
-NOT_RESULT_AFFECTING = (
-    *("name", "wandb.", "dry_run", "resume.", "task.max_time", "task.async_save", "speed.recompute"),
-    *("model.endpoint", "model.offline", "model.cache"),
-    *(f"cluster.{name}" for name in ("account", "partition", "qos", "time", "setup", "container_", "options")),
-    *(f"cluster.{name}" for name in ("grace_seconds", "max_requeues", "array", "follow", "timeout_minutes")),
-)
-"""What a run's result does not depend on; each is the beginning of a key."""
 CHAT = {"system_prompt": None, "chat_template": None, "template_date": None, "special_tokens_in_content": False}
 """Of messages that hold a special token's name, which older runs took for the token, there are too few to refuse them
 all for it."""
@@ -93,8 +87,8 @@ def read_run_config(path: Path) -> RunConfig:
 
 
 def leaves_of_consequence(plain: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`to_plain` gave, by full key, without what does not change the result."""
-    return {key: value for key, value in _leaves(plain).items() if not key.startswith(NOT_RESULT_AFFECTING)}
+    """Return what :func:`to_plain` gave, by full key, without the keys that nothing depends on."""
+    return {key: value for key, value in _leaves(plain).items() if affects(key) is not Affects.nothing}
 
 
 def leaves_to_compare(plain: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from qwen_cl.config.fields import Affects, setting
 from qwen_cl.config.wandb_names import check_entity, check_project, check_tags
 
 
@@ -22,12 +23,12 @@ class LogAdapter(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig:
-    mode: WandbMode
-    project: str
-    entity: str | None
-    tags: list[str]
+    mode: WandbMode = field(metadata=setting(Affects.nothing))
+    project: str = field(metadata=setting(Affects.nothing))
+    entity: str | None = field(metadata=setting(Affects.nothing))
+    tags: list[str] = field(metadata=setting(Affects.nothing))
     """Beside the model's, the adapter's and the data's name."""
-    log_adapter: LogAdapter
+    log_adapter: LogAdapter = field(metadata=setting(Affects.nothing))
     """Make the trained adapter an artifact: its place alone, or its files too."""
 
     def __post_init__(self) -> None:

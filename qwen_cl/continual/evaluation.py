@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.overrides import override_key, quoted
 from qwen_cl.config.task.continual import ContinualConfig
 from qwen_cl.config.task.inference import EvaluateConfig
 from qwen_cl.continual.child_process import launch
 from qwen_cl.continual.stages import Stage, compose_config
-from qwen_cl.data.chat.settings import KEYS as CHAT_KEYS
 from qwen_cl.data.set_files import set_hash
 from qwen_cl.inference.evaluate import plan_evaluation
-from qwen_cl.inference.target_model import COMPUTE_KEYS
-from qwen_cl.inference.trained_run import HUB_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +58,12 @@ def evaluation_overrides(task: ContinualConfig, first: Stage, stage: Stage | Non
     sets = ", ".join(f"{name}: {quoted(path)}" for name, path in task.sets.items())
     said = ["task=evaluate", f"task.sets={{{sets}}}", *task.evaluation]
     if stage is not None:
-        return [*said, f"task.run={quoted(str(stage.folder.directory))}", *_of(stage, (*COMPUTE_KEYS, *HUB_KEYS))]
-    return [*said, *_of(first, ("model", *COMPUTE_KEYS, *CHAT_KEYS))]
+        return [
+            *said,
+            f"task.run={quoted(str(stage.folder.directory))}",
+            *_of(stage, keys_of(Scope.inference, Scope.access)),
+        ]
+    return [*said, *_of(first, ("model", *keys_of(Scope.inference, Scope.rendering)))]
 
 
 def _of(stage: Stage, keys: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.cluster import LocalConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.hydra_errors import explain, refuse_added_keys
 from qwen_cl.config.override_text import refuse_parts
 from qwen_cl.config.overrides import override_key, quoted
@@ -25,7 +26,6 @@ from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.planning.plan import Plan, make_plan
 from qwen_cl.runs.folder import RunFolder
 
-NOT_PASSED_ON = ("task", "hydra", "experiment", "dry_run", "name")
 MERGED = "export-merged"
 
 
@@ -60,7 +60,8 @@ def plan_stages(task: ContinualConfig, overrides: Sequence[str], directory: Path
     Raises:
         UserError: names the stage.
     """
-    shared = [override for override in overrides if override_key(override).partition(".")[0] not in NOT_PASSED_ON]
+    own = (*keys_of(Scope.command), "hydra", "experiment")
+    shared = [override for override in overrides if override_key(override).partition(".")[0] not in own]
     stages: list[Stage] = []
     for number, said in enumerate(task.stages, start=1):
         start = _start(said, stages)

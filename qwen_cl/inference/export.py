@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qwen_cl.config.data import FileDataConfig, TextDataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.overrides import refuse_ignored
 from qwen_cl.config.run import RunConfig
@@ -20,16 +21,13 @@ from qwen_cl.data.chat.stop_tokens import end_of_turn_tokens, trains_on_conversa
 from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.data.rows import row_files
 from qwen_cl.files.atomic_folder import require_room
-from qwen_cl.inference.trained_run import HUB_KEYS, Run, find_base, find_run, open_trained, with_hub_settings
+from qwen_cl.inference.trained_run import Run, find_base, find_run, open_trained, with_hub_settings
 from qwen_cl.models.adapter_methods import adapter_of, describe_method
 from qwen_cl.models.export.model_card import CardFacts, licence_of, model_card
 from qwen_cl.models.hub.upload import Target, find_target, upload
 from qwen_cl.reporting.console import print_facts
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
-
-ACCEPTED_KEYS = (*HUB_KEYS, "dry_run")
-"""The keys outside the group task that have an effect."""
 
 
 def export(config: RunConfig, task: ExportConfig, invocation: Invocation) -> None:
@@ -39,7 +37,8 @@ def export(config: RunConfig, task: ExportConfig, invocation: Invocation) -> Non
         UserError: the run or the output is invalid; nothing was written.
         RunFailed: the upload failed; the exported folder stays.
     """
-    refuse_ignored(invocation.overrides, ACCEPTED_KEYS, "task=export reads the run's settings from its config.yaml")
+    accepted = (*keys_of(Scope.access), "dry_run")
+    refuse_ignored(invocation.overrides, accepted, "task=export reads the run's settings from its config.yaml")
     run = with_hub_settings(find_run(task.run, task.step), config.model)
     output = _output(task, run.folder)
     if config.model.endpoint is not None:  # huggingface_hub reads its upload endpoint only here, at import

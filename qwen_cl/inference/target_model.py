@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.data import ChatDataConfig, DataConfig
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.model import ModelConfig
 from qwen_cl.config.overrides import refuse_ignored
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.inference import AnswersConfig
-from qwen_cl.data.chat.settings import KEYS as CHAT_KEYS
 from qwen_cl.data.chat.settings import today
 from qwen_cl.files.atomic_folder import require_room
-from qwen_cl.inference.trained_run import HUB_KEYS, Run, find_base, find_run, with_hub_settings
+from qwen_cl.inference.trained_run import Run, find_base, find_run, with_hub_settings
 from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.models.architecture import Architecture, read_architecture
 from qwen_cl.models.formats.nemo_layout import tokenizer_directory
@@ -31,8 +31,6 @@ from qwen_cl.runs.status import State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-COMPUTE_KEYS = ("cluster.accelerator", "cluster.precision", "seed", "dry_run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,11 @@ def resolve_target(config: RunConfig, task: AnswersConfig, overrides: Sequence[s
     """
     if task.run is None:
         reason = "nothing is trained; set model, task, cluster.accelerator, cluster.precision or seed"
-        refuse_ignored(overrides, (*COMPUTE_KEYS, *CHAT_KEYS, "model", "experiment"), reason)
+        accepted = (*keys_of(Scope.inference, Scope.rendering), "dry_run", "model", "experiment")
     else:
-        refuse_ignored(overrides, (*COMPUTE_KEYS, *HUB_KEYS), "with task.run the model is the one of the run")
+        reason = "with task.run the model is the one of the run"
+        accepted = (*keys_of(Scope.inference, Scope.access), "dry_run")
+    refuse_ignored(overrides, accepted, reason)
     device = pick_device(single_process(config.cluster))
     return replace(config, cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.model import ModelConfig
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.saved import read_run_config
@@ -27,9 +28,6 @@ from qwen_cl.runs.status import RunStatus
 
 if TYPE_CHECKING:
     from qwen_cl.models.export.merged import TrainedModel
-
-HUB_KEYS = ("model.endpoint", "model.offline", "model.cache")
-"""The keys of a run's model that may be changed after training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +78,8 @@ def find_run(directory: str, step: int | None) -> Run:
 def with_hub_settings(run: Run, now: ModelConfig) -> Run:
     """Return the run with the Hub settings of ``now`` where they are set."""
     recorded = run.config.model
-    model = replace(
-        recorded,
-        endpoint=now.endpoint or recorded.endpoint,
-        offline=now.offline or recorded.offline,
-        cache=now.cache or recorded.cache,
-    )
+    names = [key.removeprefix("model.") for key in keys_of(Scope.access)]
+    model = replace(recorded, **{name: getattr(now, name) or getattr(recorded, name) for name in names})
     return replace(run, config=replace(run.config, model=model))
 
 

@@ -10,10 +10,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 
 import yaml
 
-from qwen_cl.config.cluster import Accelerator, ContainerConfig, DockerConfig, KubernetesConfig, SkypilotConfig
+from qwen_cl.config.cluster import (
+    Accelerator,
+    ContainerConfig,
+    DockerConfig,
+    KubernetesConfig,
+    LocalConfig,
+    SkypilotConfig,
+)
 from qwen_cl.config.overrides import override_key, quoted
 from qwen_cl.config.paths import ROOT
 from qwen_cl.config.run import RunConfig
@@ -22,11 +30,6 @@ from qwen_cl.runs.folder import RunFolder
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
 """Environment variables that only their owner may read: named here, never with a value."""
-KEPT = (
-    *("accelerator", "devices", "tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel"),
-    *("precision", "timeout_minutes"),
-)
-"""Of the group cluster: what the machine in the container is told too."""
 
 
 def render_container(config: RunConfig, folder: RunFolder, overrides: Sequence[str]) -> tuple[str, str]:
@@ -102,7 +105,7 @@ def _skypilot(cluster: SkypilotConfig, folder: RunFolder, overrides: Sequence[st
 def _command(cluster: ContainerConfig, directory: str, overrides: Sequence[str]) -> list[str]:
     """The launcher's, for the machine that it is then on."""
     ours = [said for said in overrides if override_key(said).partition(".")[0] not in ("cluster", "dry_run", "hydra")]
-    values = {name: getattr(cluster, name) for name in KEPT}
+    values = {field.name: getattr(cluster, field.name) for field in fields(LocalConfig)}
     kept = [f"cluster.{name}={getattr(value, 'value', value)}" for name, value in values.items()]
     where = directory if re.fullmatch(r"[\w./-]+", directory) else quoted(directory)
     return ["python", "launch.py", f"hydra.run.dir={where}", *ours, "cluster=local", *kept]

@@ -12,14 +12,12 @@ from typing import Any
 from yaml import YAMLError
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, affects
 from qwen_cl.config.overrides import override_key
 from qwen_cl.config.saved import read_overrides, read_plain
 from qwen_cl.runs.folder import CUT_OFF, RunFolder
 from qwen_cl.runs.metrics import LOSS, TARGET, Curve, median_rate, read_curves, read_metrics
 from qwen_cl.runs.status import RunStatus, State
-
-NEVER_MATTERS = ("name", "hydra", "wandb", "dry_run")
-"""Keys whose values change no result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +162,11 @@ def number(text: str | None) -> float | None:
 
 def _overrides(folder: RunFolder) -> dict[str, str]:
     pairs = {override_key(text): text.partition("=")[2] for text in read_overrides(folder.directory) or []}
-    return {key: value for key, value in pairs.items() if key.partition(".")[0] not in NEVER_MATTERS}
+    return {
+        key: value
+        for key, value in pairs.items()
+        if affects(key) is not Affects.nothing and key.partition(".")[0] != "hydra"
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, affects
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.saved import leaves_of_consequence, read_overrides, read_run_config, to_plain
@@ -24,34 +25,16 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.manifest import VerifyProgress
 from qwen_cl.runs.status import RunStatus, State, now
 
-ALLOWED_CHANGES = (
-    "resume.",
-    "cluster.",
-    "speed.",
-    "model.verify",
-    "model.locked",
-    "task.micro_batch_size",
-    "task.max_time",
-    "task.val_check_interval",
-    "task.checkpoint_interval",
-    "task.keep_last",
-    "task.keep_best",
-    "task.log_interval",
-    "task.sample_",
-)
-"""Keys, by their beginning, that a run's result does not depend on when it goes on: a checkpoint fits every layout, and
-each token weighs the same in every micro batch."""
-REQUIRED_EQUAL = ("cluster.precision",)
-IMMUTABLE = (
-    "model.adapter",
-    "model.source",
-    "model.fingerprint",
-    "model.tokenizer",
-    "model.output_layer",
-    "task.type",
-    "peft.",
-)
-"""Its checkpoints fit nothing else."""
+FACTS = {
+    "data.hash": ("data_sha256", Affects.result),
+    "data.bos_token": ("bos_token", Affects.result),
+    "model.fingerprint": ("model_fingerprint", Affects.checkpoint),
+    "model.tokenizer": ("tokenizer_hash", Affects.checkpoint),
+    "model.output_layer": ("output_layer", Affects.checkpoint),
+    "model.adapter_sha256": ("model_adapter_sha256", Affects.checkpoint),
+}
+"""What a run finds out of what its config names: the field of status.json, and what depends on it. Of the config's own
+keys their fields say that (qwen_cl/config/)."""
 DAMAGED = "damaged-"
 
 
@@ -137,14 +120,11 @@ def _goes_further(config: RunConfig) -> bool:
 
 
 def _facts_of(status: RunStatus) -> dict[str, str | None]:
-    return {
-        "data.hash": status.data_sha256,
-        "data.bos_token": status.bos_token,
-        "model.fingerprint": status.model_fingerprint,
-        "model.tokenizer": status.tokenizer_hash,
-        "model.output_layer": status.output_layer,
-        "model.adapter_sha256": status.model_adapter_sha256,
-    }
+    return {key: getattr(status, name) for key, (name, _) in FACTS.items()}
+
+
+def _affects(key: str) -> Affects:
+    return FACTS[key][1] if key in FACTS else affects(key)
 
 
 def _require_same_run(
@@ -158,13 +138,13 @@ def _require_same_run(
         key
         for key in sorted(then.keys() | today.keys())
         if then.get(key) != today.get(key)
-        and (key.startswith(REQUIRED_EQUAL) or not key.startswith(ALLOWED_CHANGES))
-        and not (any(_covers(name, key) for name in allow) and not key.startswith(IMMUTABLE))
+        and _affects(key) is not Affects.execution
+        and (_affects(key) is Affects.checkpoint or not any(_covers(name, key) for name in allow))
     ]
     if not differing:
         return
     shown = "; ".join(f"{key} was {_value(then, key)} and is {_value(today, key)}" for key in differing)
-    if any(key.startswith(IMMUTABLE) for key in differing):
+    if any(_affects(key) is Affects.checkpoint for key in differing):
         fix = "or choose another folder: its checkpoints fit nothing else"
     else:
         fix = f"choose another folder, or go on all the same with 'resume.allow=[{','.join(differing)}]'"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from qwen_cl.config.fields import Affects, setting
 from qwen_cl.config.task.training import TaskConfig
 from qwen_cl.config.validation import require
 
@@ -13,7 +14,7 @@ class InspectConfig(TaskConfig):
     """Print what a model is and what this machine can do with it; the sizes are those memory is estimated for."""
 
     sequence_length: int
-    micro_batch_size: int
+    micro_batch_size: int = field(metadata=setting(Affects.execution))
     micro_batches: int
     """Per rank and step: a pipeline keeps as many in flight as it has stages."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.fields import Affects, setting
 from qwen_cl.config.validation import require, seconds_of
 
 AUTO = "auto"
@@ -32,11 +33,11 @@ class TaskConfig:
 class TrainingConfig(TaskConfig):
     max_steps: int
     """Optimizer steps."""
-    max_time: str | None
+    max_time: str | None = field(metadata=setting(Affects.nothing))
     """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: it saves, and ends as PREEMPTED."""
     global_batch_size: int
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int | str
+    micro_batch_size: int | str = field(metadata=setting(Affects.execution))
     """Sequences per forward pass of one rank, or auto."""
     sequence_length: int
     """Tokens; longer rows are cut."""
@@ -51,21 +52,21 @@ class TrainingConfig(TaskConfig):
     weight_decay: float
     clip_grad: float
     """Maximum norm of the gradient; 0 turns clipping off."""
-    val_check_interval: int
+    val_check_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between validations; step 0 and the last step are always validated."""
-    checkpoint_interval: int
+    checkpoint_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between checkpoints; the last step is always saved."""
-    async_save: bool
+    async_save: bool = field(metadata=setting(Affects.nothing))
     """Training goes on while a checkpoint is written."""
-    keep_last: int
+    keep_last: int = field(metadata=setting(Affects.execution))
     """How many of the newest checkpoints stay on disk."""
-    keep_best: int
+    keep_best: int = field(metadata=setting(Affects.execution))
     """How many with the lowest validation loss stay beside them, of those whose step was validated."""
-    log_interval: int
+    log_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between lines of metrics.jsonl."""
-    sample_prompts: int
+    sample_prompts: int = field(metadata=setting(Affects.execution))
     """How many of the validation set's are answered before and after; 0 for none."""
-    sample_tokens: int
+    sample_tokens: int = field(metadata=setting(Affects.execution))
     """At most, of each answer."""
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 BUILT_IN = Path(__file__).parent / "templates"
 CLOCK = "strftime_now"
 """What templates ask for the day."""
-KEYS = ("data.system_prompt", "data.chat_template", "data.template_date", "data.special_tokens_in_content")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
