@@ -27,8 +27,8 @@ REPLAY_DOCUMENTS = 1500
 FULL, LORA = "full", "LoRA r64"
 _ADAPTER = ["peft=lora", "peft.rank=64", "peft.alpha=128", "lr=5e-4"]  # above, English goes and Japanese gains little
 ARMS = {
-    FULL: ["peft=none", "lr=1e-3"],
-    **{f"full, {share} % replay": ["peft=none", "lr=1e-3", f"replay.ratio={share / 100}"] for share in (1, 5, 25)},
+    FULL: ["peft=full", "lr=1e-3"],
+    **{f"full, {share} % replay": ["peft=full", "lr=1e-3", f"replay.ratio={share / 100}"] for share in (1, 5, 25)},
     LORA: _ADAPTER,
     f"{LORA}, 25 % replay": [*_ADAPTER, "replay.ratio=0.25"],
 }

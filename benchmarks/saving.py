@@ -53,7 +53,7 @@ def _row(directory: Path, side: str, device: str, saves: int, every: int) -> str
     steps = every * (saves + 1)
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", side, "task=pretrain"]
     command += ["data=mock", f"data.rows={8 * steps}", "retention=none", "model=local", "model.verify=none"]
-    command += [f"model.source='{directory.parent / 'model'}'", "peft=none", "wandb.mode=disabled", "lr=1e-5"]
+    command += [f"model.source='{directory.parent / 'model'}'", "peft=full", "wandb.mode=disabled", "lr=1e-5"]
     command += [f"task.sequence_length={length}", "task.global_batch_size=8", "task.micro_batch_size=4"]
     command += [f"task.max_steps={steps}", f"task.checkpoint_interval={every}", "task.val_check_interval=100000"]
     command += [

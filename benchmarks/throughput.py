@@ -189,7 +189,7 @@ def _our_command(specification: dict[str, Any], directory: Path, overrides: list
         *(sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}"),
         *("task=pretrain", "data=mock", "retention=none", "model=local", f"model.source={specification['model']}"),
         *("model.verify=none", "wandb.mode=disabled", f"cluster.accelerator={accelerator}", f"seed={SEED}"),
-        *(["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"] if lora else ["peft=none"]),
+        *(["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"] if lora else ["peft=full"]),
         *(f"lr={LR}", "task.lr_schedule=constant", "task.warmup_steps=0", "task.sample_prompts=0"),
         *(f"task.max_steps={steps}", f"task.val_check_interval={steps}", f"task.checkpoint_interval={steps}"),
         *(f"task.{name}={specification[name]}" for name in ("sequence_length", "global_batch_size")),

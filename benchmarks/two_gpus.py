@@ -35,10 +35,10 @@ LAYOUTS = {
 }
 SAME_LEVERS = [
     f"speed.{name}=never"
-    for name in ("compile", "cuda_graphs", "linear_cross_entropy", "low_rank_products", "fused_accumulation")
+    for name in ("compile", "cuda_graphs", "fused_linear_cross_entropy", "fused_lora", "fused_grad_accumulation")
 ]
 """All layouts are compared with those levers that all have by default."""
-FULL, LORA = ["peft=none"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
+FULL, LORA = ["peft=full"], ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0"]
 SIZES = {"0.5b": [*FULL, "task.sequence_length=2048"], "7b": [*LORA, "task.sequence_length=2048"]}
 ON_CPU = {"embedded": [*FULL, "task.sequence_length=128"]}
 STEPS, MORE, WARM = 8, 4, 3
@@ -203,7 +203,7 @@ def _cells(run: dict[str, Any], one: dict[str, Any], processes: int) -> str:
 
 def _resume(directory: Path, common: list[str], whole: dict[int, float]) -> bool:
     """Goes on at data parallel 2 with what was saved at tensor parallel 2; returns whether that failed."""
-    more = [f"task.max_steps={STEPS + MORE}", "resume.allow=[task.max_steps]"]
+    more = [f"task.max_steps={STEPS + MORE}", "resume.allow_changes=[task.max_steps]"]
     run = Run(directory, f"hydra.run.dir='{directory}'", *common, *LAYOUTS["DP2"], *more)
     try:
         run.end()

@@ -238,7 +238,7 @@ def test_out_of_time(tmp_path: Path, row: Row) -> None:
 
 def test_a_loss_that_is_no_number(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
     folder = copy_of(runs[1], tmp_path / "run")
-    assert train(folder, *LORA, "lr=1e30", "resume.allow=[lr]").returncode == 1
+    assert train(folder, *LORA, "lr=1e30", "resume.allow_changes=[lr]").returncode == 1
     assert folder.status().state == "FAILED"
     assert str(folder.status().reason).startswith("FloatingPointError: ")
     assert "lower lr" in str(folder.status().reason)

@@ -150,7 +150,10 @@ def test_a_finished_sweep_is_found_finished_and_its_page_made_again(old: Path) -
     values = [json.loads(path.read_text())["differing"]["replay.share"] for path in (first, second)]
     said = [text for text in overrides(first.parent) if not text.startswith("replay.share=")]
     before = {path: path.read_bytes() for path in (old / "sweep").glob("*/metrics.jsonl")}
-    table = _table(old / "sweep")
+    table = [
+        {_under_todays_names(name): _under_todays_names(value) for name, value in row.items()}
+        for row in _table(old / "sweep")
+    ]
     (old / "sweep/sweep.csv").unlink()
     code, stdout, stderr = sweep(old / "sweep", *said, f"replay.share={','.join(values)}")
     assert code == 0, stderr
@@ -159,6 +162,20 @@ def test_a_finished_sweep_is_found_finished_and_its_page_made_again(old: Path) -
     assert _table(old / "sweep") == table
     page = (old / "sweep/report.html").read_text(encoding="utf-8")
     assert all(f"{float(row['val_loss']):.4f}" in page for row in table)
+
+
+RENAMED = {
+    "replay.share": "replay.ratio",
+    "replay.sets": "replay.datasets",
+    "retention.sets": "retention.eval_sets",
+}
+"""Of the keys that the sweep's table names."""
+
+
+def _under_todays_names(text: str) -> str:
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _table(directory: Path) -> list[dict[str, str]]:

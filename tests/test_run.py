@@ -124,7 +124,7 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
         [],
         [
             *("cluster=slurm", "cluster.devices=2", "cluster.account=a", "cluster.partition=p"),
-            *("task.packing=false", "speed.recompute=always"),
+            *("task.packing=false", "speed.activation_recompute=always"),
         ],
     ],
 )
@@ -136,10 +136,10 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     for fact in ("commit", "tokens per step", "memory", "tensor_parallel 1, pipeline_parallel 1"):
         assert fact in done.stdout
     assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
-    assert ("layers computed again (speed.recompute)" in done.stdout) == bool(arguments)
-    levers = ["compile", "linear_cross_entropy"] if arguments else []
-    levers += ["low_rank_products", *(["fused_accumulation", "recompute"] if arguments else [])]
-    assert f"levers  {', '.join(levers)}, rotary_tables, fused_adam, foreach_gradients\n" in done.stdout
+    assert ("layers computed again (speed.activation_recompute)" in done.stdout) == bool(arguments)
+    levers = ["compile", "fused_linear_cross_entropy"] if arguments else []
+    levers += ["fused_lora", *(["fused_grad_accumulation", "activation_recompute"] if arguments else [])]
+    assert f"levers  {', '.join(levers)}, rope_cache, fused_adam, foreach_grad_clip\n" in done.stdout
     # Transformer Engine's layers cannot keep segments apart.
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)

@@ -132,10 +132,11 @@ class TextDataConfig(ChatDataConfig):
     subset: str | None
     """Of a dataset on the Hub, where it has several."""
     validation_path: str | None
-    """Validation text, of the same kinds; without it ``validation_share`` of the documents of ``path`` is held out."""
+    """Validation text, of the same kinds; without it ``validation_fraction`` of the documents of ``path``
+    are held out."""
     validation_split: str
     """``split`` of ``validation_path``."""
-    validation_share: float
+    validation_fraction: float
     workers: int | None
     """Processes that tokenize; None for one a core."""
     near_duplicates: NearDuplicates
@@ -158,7 +159,7 @@ class TextDataConfig(ChatDataConfig):
                 f"data.fields.{others[0]} would change nothing: data=text reads the field text alone; remove it"
             )
         check_fields("data.fields", {TEXT: self.text_column})
-        require("data.validation_share", self.validation_share, above=0, below=1)
+        require("data.validation_fraction", self.validation_fraction, above=0, below=1)
         if self.workers is not None:
             require("data.workers", self.workers, at_least=1)
 

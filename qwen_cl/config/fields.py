@@ -22,7 +22,7 @@ class Affects(Enum):
     """How the run is carried out, to the same result: it may change. A checkpoint fits every parallelism, and each
     token weighs the same in every micro batch."""
     result = "result"
-    """It may change only where ``resume.allow`` names it."""
+    """It may change only where ``resume.allow_changes`` names it."""
     checkpoint = "checkpoint"
     """What the checkpoints hold, which fit nothing else: it never may change."""
 

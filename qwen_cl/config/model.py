@@ -34,7 +34,7 @@ class ModelConfig:
     """Take the model from the cache without one request."""
     cache: str | None = field(metadata=setting(Affects.nothing, scope=Scope.access))
     """Directory the Hub's files are kept in; None for the Hub's own."""
-    locked: bool = field(metadata=setting(Affects.execution))
+    require_pinned_revision: bool = field(metadata=setting(Affects.execution))
     """Refuse a source that does not name its commit."""
     verify: VerifyMode = field(metadata=setting(Affects.execution))
     """Before the first step, the loss of a few rows must be the base model's. ``logits`` compares with transformers;
@@ -45,11 +45,12 @@ class ModelConfig:
             raise UserError(
                 "model.source is empty; write hf://ORG/NAME or the path of a directory in Hugging Face layout"
             )
-        if self.locked and not COMMIT_REFERENCE.fullmatch(self.source):
+        if self.require_pinned_revision and not COMMIT_REFERENCE.fullmatch(self.source):
             have = "names no commit" if self.source.startswith("hf://") else "is a directory, which has no commit"
             raise UserError(
-                f"model.source ({self.source}) {have}, and model.locked=true takes nothing else; write "
-                "hf://ORG/NAME@COMMIT with the 40 hex digits that a dry run without model.locked shows"
+                f"model.source ({self.source}) {have}, and model.require_pinned_revision=true takes nothing else; "
+                "write hf://ORG/NAME@COMMIT with the 40 hex digits that a dry run without "
+                "model.require_pinned_revision shows"
             )
         if self.adapter is not None and not self.adapter.strip():
             raise UserError("model.adapter is empty; name the directory of an adapter, or null for the model as it is")

@@ -14,14 +14,31 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.overrides import override_key
 
 KEYS: dict[str, str] = {
+    "data.validation_share": "data.validation_fraction",
+    "model.locked": "model.require_pinned_revision",
     "replay.sets": "replay.datasets",
     "replay.share": "replay.ratio",
+    "resume.allow": "resume.allow_changes",
     "retention.sets": "retention.eval_sets",
+    "speed.foreach_gradients": "speed.foreach_grad_clip",
+    "speed.fused_accumulation": "speed.fused_grad_accumulation",
+    "speed.linear_cross_entropy": "speed.fused_linear_cross_entropy",
+    "speed.low_rank_products": "speed.fused_lora",
+    "speed.recompute": "speed.activation_recompute",
+    "speed.rotary_tables": "speed.rope_cache",
+    "task.stages.start_from": "task.stages.init_from",
+    "task.stages.teaches": "task.stages.eval_sets",
 }
 """By full key; those of a list's items have the list's key before them."""
-VALUES: dict[str, dict[str, str]] = {}
+VALUES: dict[str, dict[str, str]] = {
+    "hydra.sweeper.objectives": {"forgotten": "forgetting", "val": "val_loss"},
+    "peft.type": {"none": "full"},
+    "resume.allow_changes": KEYS,
+    "speed": {"plain": "off"},
+    "task.loss_on": {"answers": "assistant", "last_answer": "last_assistant"},
+}
 """By the key's new name, or by the group whose choices they are."""
-SYNONYMS: tuple[str, ...] = ()
+SYNONYMS = ("peft.type",)
 """Keys whose earlier values stay valid names, which needs no line."""
 _reported: set[str] = set()
 
@@ -54,10 +71,13 @@ def rename_mapping(content: Mapping[str, Any], owner: str = "") -> dict[str, Any
 
 
 def rename_choices(defaults: list[Any]) -> list[Any]:
-    """Rewrite the choices of a defaults list of Hydra's."""
+    """Rewrite the choices of a defaults list of Hydra's, in which YAML reads ``off`` without quotes as false."""
     changes: dict[str, str] = {}
     renamed = [
-        {key: _rename_content(choice, _group_of(key), changes) for key, choice in entry.items()}
+        {
+            key: _rename_content("off" if choice is False else choice, _group_of(key), changes)
+            for key, choice in entry.items()
+        }
         if isinstance(entry, Mapping)
         else entry
         for entry in defaults

@@ -16,6 +16,6 @@ class ResumeConfig:
 class AutoResumeConfig(ResumeConfig):
     """The run goes on from its newest good checkpoint."""
 
-    allow: list[str] = field(metadata=setting(Affects.nothing))
+    allow_changes: list[str] = field(metadata=setting(Affects.nothing))
     """Keys, and groups of keys, of those that matter to the result, that may differ from what the run was started
     with."""

@@ -8,8 +8,8 @@ from enum import Enum
 from qwen_cl.config.fields import Affects, setting
 
 LOSS_CHUNK_BYTES = 3 * 2**29
-"""linear_cross_entropy: of the logits of one chunk, in their own type; 5,000 tokens of Qwen2.5 in bf16, whose products
-fill any GPU."""
+"""fused_linear_cross_entropy: of the logits of one chunk, in their own type; 5,000 tokens of Qwen2.5 in bf16, whose
+products fill any GPU."""
 
 
 class When(str, Enum):
@@ -24,21 +24,21 @@ class When(str, Enum):
 class SpeedConfig:
     compile: When = field(metadata=setting(Affects.execution))
     """Compile each transformer layer, as one graph."""
-    linear_cross_entropy: When = field(metadata=setting(Affects.execution))
+    fused_linear_cross_entropy: When = field(metadata=setting(Affects.execution))
     """Output layer and loss together, some tokens at a time."""
-    low_rank_products: When = field(metadata=setting(Affects.execution))
+    fused_lora: When = field(metadata=setting(Affects.execution))
     """LoRA's products joined with those of the layer it adapts."""
     cuda_graphs: When = field(metadata=setting(Affects.execution))
     """Record the forward and backward pass of a micro batch, and replay it."""
-    fused_accumulation: When = field(metadata=setting(Affects.execution))
+    fused_grad_accumulation: When = field(metadata=setting(Affects.execution))
     """A layer's gradients of a micro batch added to those of the step by one compiled kernel."""
-    recompute: When = field(metadata=setting(Affects.nothing))
+    activation_recompute: When = field(metadata=setting(Affects.nothing))
     """Keep of each layer its input alone, and compute the rest again in the backward pass: slower, in less memory."""
-    rotary_tables: bool = field(metadata=setting(Affects.execution))
+    rope_cache: bool = field(metadata=setting(Affects.execution))
     """Sines and cosines of positions once per pass and not once per layer, for queries and for keys."""
     fused_adam: bool = field(metadata=setting(Affects.execution))
     """Adam's step of all weights in one kernel, and not an operation at a time."""
-    foreach_gradients: bool = field(metadata=setting(Affects.execution))
+    foreach_grad_clip: bool = field(metadata=setting(Affects.execution))
     """Norm and clipping of all gradients at once, without waiting for the GPU."""
 
     def taken(self) -> dict[str, bool]:

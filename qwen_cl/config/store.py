@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "report_schema": report.ReportConfig,
         "job_schema": job.JobConfig,
     },
-    "peft": {"none_schema": peft.PeftConfig, "lora_schema": peft.LoraConfig, "dora_schema": peft.DoraConfig},
+    "peft": {"full_schema": peft.PeftConfig, "lora_schema": peft.LoraConfig, "dora_schema": peft.DoraConfig},
     "data": {
         "demo_schema": data.DemoDataConfig,
         "file_schema": data.FileDataConfig,

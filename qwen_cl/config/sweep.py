@@ -46,9 +46,9 @@ class GridConfig:
 
 
 class Objective(str, Enum):
-    val = "val"
+    val_loss = "val_loss"
     """The target's validation loss."""
-    forgotten = "forgotten"
+    forgetting = "forgetting"
     """How much the losses of the retention sets rose, on average."""
 
 
@@ -79,8 +79,8 @@ class OptunaConfig:
             require("hydra.sweeper.min_steps", self.min_steps, at_least=1)
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             said = ", ".join(objective.value for objective in self.objectives) or "none"
-            raise UserError(f"hydra.sweeper.objectives ({said}) must name val, forgotten or both, each once")
-        if self.reduction_factor is not None and self.objectives != [Objective.val]:
+            raise UserError(f"hydra.sweeper.objectives ({said}) must name val_loss, forgetting or both, each once")
+        if self.reduction_factor is not None and self.objectives != [Objective.val_loss]:
             raise UserError(
                 f"hydra.sweeper.reduction_factor ({self.reduction_factor}) prunes by the validation loss alone; set it "
                 "to null with other objectives"

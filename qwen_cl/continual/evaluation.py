@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_cl.config.fields import Scope, keys_of
 from qwen_cl.config.overrides import override_key, quoted
+from qwen_cl.config.renamed_keys import rename_mapping
 from qwen_cl.config.task.continual import ContinualConfig
 from qwen_cl.config.task.inference import EvaluateConfig
 from qwen_cl.continual.child_process import launch
@@ -85,5 +86,6 @@ def _read(path: Path, task: ContinualConfig) -> dict[str, Any] | None:
     now = {name: set_hash(path, f"task.sets.{name}") for name, path in task.sets.items()}
     wanted = compose_config(["task=evaluate", *task.evaluation]).task
     assert isinstance(wanted, EvaluateConfig)
-    same = (found["sequence_length"], found["loss_on"]) == (wanted.sequence_length, wanted.loss_on.value)
+    loss_on = rename_mapping({"loss_on": found["loss_on"]}, "task")["loss_on"]
+    same = (found["sequence_length"], loss_on) == (wanted.sequence_length, wanted.loss_on.value)
     return found if hashes == now and same else None

@@ -128,7 +128,7 @@ def _states(stages: list[Stage]) -> list[dict[str, Any]]:
         {
             "name": stage.name,
             "folder": stage.folder.directory.name,
-            "start_from": None if stage.start is None else stage.start.name,
+            "init_from": None if stage.start is None else stage.start.name,
             "state": stage.folder.status().state or "PENDING",
         }
         for stage in stages

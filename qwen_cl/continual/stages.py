@@ -100,11 +100,11 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
 
 
 def _start(said: StageConfig, before: Sequence[Stage]) -> Stage | None:
-    if said.start_from == MODEL or not before:
+    if said.init_from == MODEL or not before:
         return None
-    if said.start_from is None:
+    if said.init_from is None:
         return before[-1]
-    return next(stage for stage in before if stage.name == said.start_from)
+    return next(stage for stage in before if stage.name == said.init_from)
 
 
 def _start_overrides(start: Stage | None) -> list[str]:
@@ -118,7 +118,7 @@ def _refuse_overrides(said: StageConfig, start: Stage | None) -> None:
             raise UserError(f"{override} is for the whole command; remove it from the stage")
         if start is not None and key in (MODEL, "model.source", "model.adapter"):
             raise UserError(
-                f"{override}: the stage starts from {start.name}; remove it, or write start_from: {MODEL} for the "
+                f"{override}: the stage starts from {start.name}; remove it, or write init_from: {MODEL} for the "
                 "model given"
             )
 

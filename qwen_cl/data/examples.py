@@ -49,7 +49,7 @@ class Example:
 
 
 def build_examples(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn = LossOn.answers
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn = LossOn.assistant
 ) -> Iterator[Example]:
     """Conversations become one example each; texts are joined, each with its BOS and end-of-text, and cut to full
     length."""

@@ -66,7 +66,7 @@ class AdapterMethod:
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of PEFT's LoraConfig, beside rank, alpha and dropout."""
     fused: bool = False
-    """speed.low_rank_products computes it."""
+    """speed.fused_lora computes it."""
     not_on_adapter: str | None = None
     """The reason why its result cannot be joined with ``model.adapter`` to one adapter; None where it can."""
 

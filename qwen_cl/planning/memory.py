@@ -92,10 +92,10 @@ def _activations(
     layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
     # Logits in the compute type, and their softmax in fp32, kept for the backward pass; or of a chunk of the tokens.
     logits = tokens * architecture.vocab_size / cluster.tensor_parallel
-    if speed is not None and speed.linear_cross_entropy is When.always:
+    if speed is not None and speed.fused_linear_cross_entropy is When.always:
         logits = min(logits, LOSS_CHUNK_BYTES / value_bytes)
     kept = layers * per_token
-    if speed is not None and speed.recompute is When.always:  # each layer's input, and one layer at a time
+    if speed is not None and speed.activation_recompute is When.always:  # each layer's input, and one layer at a time
         kept = layers * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
         kept += per_token
     return tokens * kept * value_bytes + logits * (value_bytes + 4)

@@ -29,17 +29,17 @@ SHARE = "QWEN_CL_DEVICE_SHARE"
 
 
 def resolve_for_device(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
-    """With levers and micro batch settled. What is computed again where ``speed.recompute`` is auto is what no longer
-    fits, by an estimate that says 10 to 20 % too much.
+    """With levers and micro batch settled. What is computed again where ``speed.activation_recompute`` is auto is what
+    no longer fits, by an estimate that says 10 to 20 % too much.
 
     Raises:
         UserError: of settle_speed, or of settle_micro_batch.
     """
     settled = resolve_micro_batch(_with_levers(config, device), architecture, device)
-    known = device.memory_bytes is not None and config.speed.recompute is When.auto
+    known = device.memory_bytes is not None and config.speed.activation_recompute is When.auto
     if not known or _fits(settled, architecture, device, usable=1.0):
         return settled
-    again = replace(config, speed=replace(config.speed, recompute=When.always))
+    again = replace(config, speed=replace(config.speed, activation_recompute=When.always))
     try:
         return resolve_micro_batch(_with_levers(again, device), architecture, device)
     except UserError:  # a lever is asked for that does not go with it
@@ -101,7 +101,7 @@ def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunCon
             smaller = [size for size in _sizes(config) if size <= config.training.resolved_micro_batch_size / 2]
             if folder.status().failure_kind is not FailureKind.out_of_memory or not smaller:
                 raise
-            config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow=[]))
+            config = replace(with_micro_batch(config, smaller[-1]), resume=AutoResumeConfig(allow_changes=[]))
 
 
 def _sizes(config: RunConfig) -> list[int]:

@@ -15,13 +15,13 @@ from qwen_cl.config.run import RunConfig
 from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.models.adapter_methods import adapter_of
 
-FASTER_ON_CPU = ("low_rank_products",)
+FASTER_ON_CPU = ("fused_lora",)
 """Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
-COMPILED = ("compile", "linear_cross_entropy", "fused_accumulation")
-UNTESTED_WITH_TRANSFORMER_ENGINE = ("compile", "cuda_graphs", "fused_accumulation")
+COMPILED = ("compile", "fused_linear_cross_entropy", "fused_grad_accumulation")
+UNTESTED_WITH_TRANSFORMER_ENGINE = ("compile", "cuda_graphs", "fused_grad_accumulation")
 """What nobody has tried with Transformer Engine's."""
 NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or what CC and CXX name)"
-SETTLED = (*COMPILED, "low_rank_products", "cuda_graphs")
+SETTLED = (*COMPILED, "fused_lora", "cuda_graphs")
 
 
 def resolve_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
@@ -39,8 +39,10 @@ def resolve_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
         taken = wanted is When.auto and not obstacle and _gains(name, config, kind)
         chosen[name] = When.always if wanted is When.always or taken else When.never
-    if speed.recompute is When.auto:
-        chosen["recompute"] = When.never  # for qwen_cl/planning/micro_batch.py to change, which knows the memory
+    if speed.activation_recompute is When.auto:
+        chosen["activation_recompute"] = (
+            When.never
+        )  # for qwen_cl/planning/micro_batch.py to change, which knows the memory
     return replace(speed, **chosen)
 
 
@@ -48,9 +50,9 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
     """Why this run cannot use the lever; None where it can."""
     cluster, adapter = config.cluster, adapter_of(config.peft)
     dropout = 0.0 if adapter is None else adapter.dropout
-    if name == "low_rank_products" and (adapter is None or not adapter.entry.fused):
+    if name == "fused_lora" and (adapter is None or not adapter.entry.fused):
         return "there is no LoRA in this run (peft=lora)"
-    if name == "low_rank_products" and dropout > 0:
+    if name == "fused_lora" and dropout > 0:
         return f"with peft.dropout ({dropout}) adapter and layer have different inputs"
     if isinstance(cluster, LocalConfig) and _wants_compiler(name, kind) and not _has_compiler(kind):
         return NO_COMPILER.format("this machine")
@@ -58,8 +60,8 @@ def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
         return obstacle
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
         return "there is no GPU"
-    if name == "cuda_graphs" and config.speed.recompute is When.always:
-        return "recorded passes cannot be computed again in parts, and speed.recompute is always"
+    if name == "cuda_graphs" and config.speed.activation_recompute is When.always:
+        return "recorded passes cannot be computed again in parts, and speed.activation_recompute is always"
     if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
         return "it records passes through the whole model, of which each process has a part in this layout of cluster"
     if name in ("compile", "cuda_graphs") and config.training.is_packed and cluster.precision is Precision.fp32:
@@ -120,7 +122,7 @@ def require_compiler(config: RunConfig) -> None:
 
 
 def _wants_compiler(name: str, kind: Accelerator) -> bool:
-    return name in COMPILED and (name != "linear_cross_entropy" or kind is Accelerator.gpu)
+    return name in COMPILED and (name != "fused_linear_cross_entropy" or kind is Accelerator.gpu)
 
 
 def _has_compiler(kind: Accelerator) -> bool:

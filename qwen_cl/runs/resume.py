@@ -65,7 +65,7 @@ def resume(
             f"hydra.run.dir ({folder.directory}) holds a run already ({state}); choose another folder, or "
             "remove it first"
         )
-    _require_same_run(folder, config, {**_facts_of(status), **leaves_then(folder)}, facts, config.resume.allow)
+    _require_same_run(folder, config, {**_facts_of(status), **leaves_then(folder)}, facts, config.resume.allow_changes)
     return prepare_resume(folder, progress)
 
 
@@ -116,7 +116,7 @@ def leaves_then(folder: RunFolder) -> dict[str, Any]:
 
 def _goes_further(config: RunConfig) -> bool:
     """A finished run may be trained longer, if that is said."""
-    return isinstance(config.resume, AutoResumeConfig) and "task.max_steps" in config.resume.allow
+    return isinstance(config.resume, AutoResumeConfig) and "task.max_steps" in config.resume.allow_changes
 
 
 def _facts_of(status: RunStatus) -> dict[str, str | None]:
@@ -133,7 +133,7 @@ def _require_same_run(
     today = {**leaves_of_consequence(to_plain(config)), **facts}
     for name in allow:
         if not any(_covers(name, key) for key in today):
-            raise UserError(f"resume.allow ({name}) is no key of a run; write it in full, like task.max_steps")
+            raise UserError(f"resume.allow_changes ({name}) is no key of a run; write it in full, like task.max_steps")
     differing = [
         key
         for key in sorted(then.keys() | today.keys())
@@ -147,7 +147,7 @@ def _require_same_run(
     if any(_affects(key) is Affects.checkpoint for key in differing):
         fix = "or choose another folder: its checkpoints fit nothing else"
     else:
-        fix = f"choose another folder, or go on all the same with 'resume.allow=[{','.join(differing)}]'"
+        fix = f"choose another folder, or go on all the same with 'resume.allow_changes=[{','.join(differing)}]'"
     raise UserError(
         f"hydra.run.dir ({folder.directory}) holds a run that was started with something else: {shown}. Say it as then"
         f"{_said_then(folder)}, {fix}"

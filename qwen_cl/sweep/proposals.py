@@ -101,7 +101,7 @@ class Proposals:
 
     def _values(self, result: Result) -> Sequence[float]:
         """Empty where one of them was not measured."""
-        measured = {Objective.val: result.val_loss, Objective.forgotten: result.forgotten}
+        measured = {Objective.val_loss: result.val_loss, Objective.forgetting: result.forgotten}
         values = [measured[objective] for objective in self.options.objectives]
         return [value for value in values if value is not None] if None not in values else []
 

@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.renamed_keys import rename_mapping
 from qwen_cl.config.sweep import LauncherConfig, OptunaConfig
 from qwen_cl.planning.plan import Plan
 from qwen_cl.sweep.folder import claim, wait_for_earlier_trials
@@ -86,7 +87,7 @@ def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
         directions=["minimize"] * len(names),
         pruner=pruner,
     )
-    before = study.user_attrs.setdefault("objectives", names)
+    before = rename_mapping({"objectives": study.user_attrs.get("objectives", names)}, "hydra.sweeper")["objectives"]
     if before != names:
         raise UserError(
             f"hydra.sweeper.objectives ({', '.join(names)}) were {', '.join(before)} in {directory}; say the same, or "

@@ -112,7 +112,11 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     parts = (
         f"weights {estimate.weights / GIB:.2f}, gradients and optimizer {estimate.gradients_and_optimizer / GIB:.2f}, "
         f"activations of full rows {estimate.activations / GIB:.2f}"
-        + (", layers computed again (speed.recompute)" if config.speed.recompute is When.always else "")
+        + (
+            ", layers computed again (speed.activation_recompute)"
+            if config.speed.activation_recompute is When.always
+            else ""
+        )
     )
     return [("trainable", f"{estimate.trainable_parameters:,} parameters"), ("memory", total), ("", parts)]
 

@@ -140,7 +140,7 @@ def _reason(error: BaseException, kind: FailureKind, speed: SpeedConfig) -> str:
     fix = ""
     if kind is FailureKind.out_of_memory:
         fix = "; lower task.micro_batch_size or task.sequence_length"
-        fix += "" if speed.recompute is When.always else ", or set speed.recompute=always"
+        fix += "" if speed.activation_recompute is When.always else ", or set speed.activation_recompute=always"
     return f"{type(error).__name__}: {text[:500]}{fix}"
 
 

@@ -65,11 +65,9 @@ def test_the_order_of_the_sides() -> None:
 
 def test_a_lever_alone(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    said = run(
-        *("levers", "--levers", "low_rank_products", "--steps", "1", "--warmup-steps", "1", "--output", str(output))
-    )
+    said = run(*("levers", "--levers", "fused_lora", "--steps", "1", "--warmup-steps", "1", "--output", str(output)))
     runs = json.loads(output.read_text(encoding="utf-8"))["runs"]
-    assert list(runs) == ["none", "low_rank_products"]
+    assert list(runs) == ["none", "fused_lora"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == list(runs)
     assert all(0 <= float(apart) < 1e-5 for row in rows[2:] for apart in row[4:])

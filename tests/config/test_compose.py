@@ -33,7 +33,7 @@ PARTS = sorted(CONF.glob("*/_*.yaml"))
 """What the choices of a group share; none is a choice."""
 GROUP_CHOICES = [path for path in CHOICES if path.parent.name != "experiment"]
 EXPERIMENTS = [path for path in CHOICES if path.parent.name == "experiment"]
-STAGE: dict[str, Any] = {"start_from": None, "overrides": [], "teaches": []}
+STAGE: dict[str, Any] = {"init_from": None, "overrides": [], "eval_sets": []}
 """What a stage is that says nothing but its name."""
 MANDATORY: dict[str, Any] = {
     "model.source": "/models/mine",
@@ -248,8 +248,8 @@ def test_what_a_part_says_is_said_there_alone(path: Path) -> None:
     [
         ("peft.rank=0", "peft.rank (0) must be at least 1"),
         ("peft.alpha=-1", "peft.alpha (-1.0) must be above 0"),
-        ("data=text data.validation_share=0", "data.validation_share (0.0) must be above 0"),
-        ("data=text data.validation_share=1", "data.validation_share (1.0) must be below 1"),
+        ("data=text data.validation_fraction=0", "data.validation_fraction (0.0) must be above 0"),
+        ("data=text data.validation_fraction=1", "data.validation_fraction (1.0) must be below 1"),
         ("data=text data.workers=0", "data.workers (0) must be at least 1"),
         ("data=text data.path=' '", "data.path is empty; conf/data/text.yaml says what it takes"),
         ("data=text data.subset=' '", "data.subset is empty; write null"),
@@ -292,10 +292,12 @@ def test_a_value_out_of_its_range_is_refused(override: str, message: str) -> Non
 )
 def test_locked_takes_a_commit_and_nothing_else(source: str, reason: str) -> None:
     with pytest.raises(UserError) as refused:
-        compose_run("model=hub", f"model.source={source}", "model.locked=true")
-    assert str(refused.value).startswith(f"model.source ({source}) {reason}, and model.locked=true")
+        compose_run("model=hub", f"model.source={source}", "model.require_pinned_revision=true")
+    assert str(refused.value).startswith(f"model.source ({source}) {reason}, and model.require_pinned_revision=true")
     pinned = "hf://org/name@" + "a" * 40
-    assert compose_run("model=hub", f"model.source={pinned}", "model.locked=true").model.source == pinned
+    assert (
+        compose_run("model=hub", f"model.source={pinned}", "model.require_pinned_revision=true").model.source == pinned
+    )
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def refused(folder: RunFolder, config: RunConfig, allow: list[str]) -> str:
     """What resuming says; empty where it resumes."""
     facts = dict.fromkeys(FACTS)
     asked = copy(config)
-    asked.resume = AutoResumeConfig(allow=allow)
+    asked.resume = AutoResumeConfig(allow_changes=allow)
     try:
         resume(folder, asked, facts)
     except UserError as error:

@@ -62,6 +62,27 @@ def _keys(content: object, owner: str = "") -> set[str]:
         ("++replay.share=0.1,0.2", "++replay.ratio=0.1,0.2", "replay.share is now replay.ratio"),
         ("replay.sets={share: a.jsonl}", "replay.datasets={share: a.jsonl}", "replay.sets is now replay.datasets"),
         ("+replay.sets.b=b.txt", "+replay.datasets.b=b.txt", "replay.sets.b is now replay.datasets.b"),
+        (
+            "task.loss_on=answers,all",
+            "task.loss_on=assistant,all",
+            "task.loss_on=answers is now task.loss_on=assistant",
+        ),
+        ("speed=plain,fast", "speed=off,fast", "speed=plain is now speed=off"),
+        (
+            "resume.allow_changes=[lr,replay.share]",
+            "resume.allow_changes=[lr,replay.ratio]",
+            "replay.share is now replay.ratio",
+        ),
+        (
+            "hydra.sweeper.objectives=[val,val_loss]",
+            "hydra.sweeper.objectives=[val_loss,val_loss]",
+            "hydra.sweeper.objectives=val is now hydra.sweeper.objectives=val_loss",
+        ),
+        (
+            "task.stages=[{name: teaches, teaches: [a]}]",
+            "task.stages=[{name: teaches, eval_sets: [a]}]",
+            "task.stages[].teaches is now task.stages[].eval_sets",
+        ),
         ("task.prompt=replay.share=1", "task.prompt=replay.share=1", ""),
         ("name=replay.share", "name=replay.share", ""),
     ],
@@ -92,9 +113,14 @@ def test_both_names_are_refused() -> None:
 EXPERIMENT = """# @package _global_
 defaults:
   - override /replay: files
+  - override /speed: plain
 replay:
   share: 0.3
   sets: {old: old.jsonl}
+task:
+  loss_on: last_answer
+resume:
+  allow: [model.locked]
 """
 
 
@@ -109,11 +135,33 @@ def test_an_experiment_s_file(tmp_path: Path) -> None:
     config = yaml.safe_load(done.stdout)
     assert config["replay"] == {"ratio": 0.3, "datasets": {"old": "old.jsonl"}, "weights": {}}
     assert config["retention"] == {"eval_sets": {"a": "a.jsonl"}}
+    assert config["task"]["loss_on"] == "last_assistant"
+    assert config["resume"] == {"allow_changes": ["model.require_pinned_revision"]}
+    assert config["speed"]["compile"] == "never"
     assert sorted(", ".join(done.stderr.splitlines()).split(", ")) == [
+        "model.locked is now model.require_pinned_revision",
         "replay.sets is now replay.datasets",
         "replay.share is now replay.ratio",
+        "resume.allow is now resume.allow_changes",
         "retention.sets is now retention.eval_sets",
+        "speed=plain is now speed=off",
+        "task.loss_on=last_answer is now task.loss_on=last_assistant",
     ]
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "plain"])
+def test_speed_off_in_a_defaults_list(word: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = f"# @package _global_\ndefaults: [{{override /speed: {word}}}]\n"
+    (tmp_path / "experiment/mine.yaml").write_text(text)
+    done = composed("--config-dir", str(tmp_path), "experiment=mine")
+    assert yaml.safe_load(done.stdout)["speed"]["compile"] == "never", done.stderr
+
+
+def test_none_is_another_name_of_full() -> None:
+    full, none = (composed(f"peft={name}") for name in ("full", "none"))
+    assert full.stdout == none.stdout
+    assert (full.stderr, none.stderr) == ("", "")
 
 
 def test_a_command_line_gives_what_a_file_says_under_another_name(tmp_path: Path) -> None:

@@ -19,18 +19,18 @@ def stages(*more: str) -> str:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "none": (["task.stages=[]"], r"task\.stages is empty; name at least one stage"),
     "missing stage": (
-        [stages("name: two", "start_from: zero")],
-        r"task\.stages\[1\]\.start_from \(zero\) names no stage before two; there are one, model$",
+        [stages("name: two", "init_from: zero")],
+        r"task\.stages\[1\]\.init_from \(zero\) names no stage before two; there are one, model$",
     ),
-    "itself": ([stages("name: two", "start_from: two")], r"\(two\) names no stage before two; there are one, model$"),
+    "itself": ([stages("name: two", "init_from: two")], r"\(two\) names no stage before two; there are one, model$"),
     "same name": ([stages("name: one")], r"task\.stages\[1\]\.name \(one\) is taken by task\.stages\[0\]; rename one"),
     "above": ([stages("name: ../x")], r"task\.stages\[1\]\.name \(\.\./x\) becomes the name of a folder"),
     "dots": ([stages("name: a..b")], r"task\.stages\[1\]\.name \(a\.\.b\) becomes the name of a folder"),
     "slash": ([stages("name: a/b")], r"task\.stages\[1\]\.name \(a/b\) becomes the name of a folder"),
     "reserved": ([stages("name: model")], r"task\.stages\[1\]\.name \(model\) becomes .*, and not 'model'"),
     "no such set": (
-        [stages("name: two", "teaches: [ja]")],
-        r"task\.stages\[1\]\.teaches \(ja\) is no set; .* none",
+        [stages("name: two", "eval_sets: [ja]")],
+        r"task\.stages\[1\]\.eval_sets \(ja\) is no set; .* none",
     ),
     "typo": (
         [stages("name: two", "overrides: [task.max_step=3]")],
@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "two models": (
         [stages("name: two", "overrides: [model=qwen2.5-7b]")],
-        r"model=qwen2\.5-7b: the stage starts from one; remove it, or write start_from: model for the model given",
+        r"model=qwen2\.5-7b: the stage starts from one; remove it, or write init_from: model for the model given",
     ),
     "no set": (
         ["task.sets={ja: /no/such.txt}", stages("name: two")],

@@ -32,8 +32,8 @@ from tests.support.models import DEMO_MODEL
 DATA = ROOT / "qwen_cl/demo/data"
 SETS = f"task.sets={{ja: '{DATA / 'text.validation.jsonl'}', chat: '{DATA / 'instructions.validation.jsonl'}'}}"
 SHORT = "'task.max_steps=2', 'task.warmup_steps=0', 'task.global_batch_size=8', 'task.sequence_length=256'"
-JAPANESE = f"{{name: japanese, overrides: ['task=pretrain', 'lr=5e-3', {SHORT}], teaches: [ja]}}"
-CHAT = f"{{name: chat, overrides: ['peft=none', 'lr=1e-3', {SHORT}], teaches: [chat]}}"
+JAPANESE = f"{{name: japanese, overrides: ['task=pretrain', 'lr=5e-3', {SHORT}], eval_sets: [ja]}}"
+CHAT = f"{{name: chat, overrides: ['peft=none', 'lr=1e-3', {SHORT}], eval_sets: [chat]}}"
 SHARED = ["cluster.accelerator=cpu", "wandb.mode=disabled"]
 COMMON = ["task=continual", SETS, "task.evaluation=['task.sequence_length=256']", *SHARED]
 COMMAND = [*COMMON, f"task.stages=[{JAPANESE}, {CHAT}]"]

@@ -210,8 +210,8 @@ def test_labels_are_the_answer_and_its_end() -> None:
 @pytest.mark.parametrize(
     ("loss_on", "counted"),
     [
-        (LossOn.answers, ["一つ目の答え<|im_end|>", "二つ目<|im_end|>"]),
-        (LossOn.last_answer, ["二つ目<|im_end|>"]),
+        (LossOn.assistant, ["一つ目の答え<|im_end|>", "二つ目<|im_end|>"]),
+        (LossOn.last_assistant, ["二つ目<|im_end|>"]),
         (LossOn.all, None),
     ],
 )

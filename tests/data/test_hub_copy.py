@@ -120,7 +120,7 @@ def test_a_run_keeps_its_commit_and_resumes_with_it(tmp_path: Path) -> None:
         assert first.returncode == 0, first.stderr
         before = first.folder.status()
         hub.publish("org/qa", {"train.jsonl": json_lines(questions(*range(50, 60))), "README.md": CARD}, "main")
-        longer = ("task.max_steps=2", "resume.allow=[task.max_steps]")
+        longer = ("task.max_steps=2", "resume.allow_changes=[task.max_steps]")
         second = launch(*overrides, *longer, directory=run, environment=environment, warm=True)
     assert second.returncode == 0, second.stderr
     after = second.folder.status()

@@ -164,10 +164,10 @@ def test_the_worker_has_the_same_split(tmp_path: Path) -> None:
 
 def test_documents_are_moved_too_and_the_worker_is_told(tmp_path: Path) -> None:
     path = written(tmp_path / "b.jsonl", [*LONG[:11], *map(edited, LONG[:2])])
-    plan = planned(path, "data.validation_share=0.4", "seed=1", kind="text")
+    plan = planned(path, "data.validation_fraction=0.4", "seed=1", kind="text")
     assert plan.text is not None
     again = TextTarget.parse(json.loads(json.dumps(plan.text.plain())))
-    before = planned(path, "data.validation_share=0.4", "seed=1", "data.near_duplicates=report", kind="text").text
+    before = planned(path, "data.validation_fraction=0.4", "seed=1", "data.near_duplicates=report", kind="text").text
     assert before is not None
     trained, kept = (set(selection.documents.tolist()) for selection in again.split())
     _, held_out = before.split()
@@ -187,7 +187,7 @@ def test_headings_of_a_text_file_do_not_stop_it(tmp_path: Path) -> None:
         pieces += ["* * *", text, f"第{number}章"]
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(pieces), encoding="utf-8")
-    plan = planned(path, "data.validation_share=0.4", "seed=2", kind="text")
+    plan = planned(path, "data.validation_fraction=0.4", "seed=2", kind="text")
     assert plan.text is not None
     held_out = [pieces[number] for number in plan.text.split()[1].documents]
     assert near_of(plan).moved
@@ -195,9 +195,9 @@ def test_headings_of_a_text_file_do_not_stop_it(tmp_path: Path) -> None:
     assert len(held_out) > 3
     path.write_text("\n\n".join([*pieces, *LONG]), encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"this document, held out by data.validation_share \(0.4\), is in the training"
+        UserError, match=r"this document, held out by data.validation_fraction \(0.4\), is in the training"
     ):
-        planned(path, "data.validation_share=0.4", "seed=2", kind="text")
+        planned(path, "data.validation_fraction=0.4", "seed=2", kind="text")
 
 
 def test_conversations_are_moved_as_texts_are(tmp_path: Path) -> None:

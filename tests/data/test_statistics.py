@@ -24,7 +24,7 @@ from tests.data.test_datamodule import demo_rows, tokenizer, tokens
 
 def layout(**changes: Any) -> SequenceLayout:
     common: dict[str, Any] = {"sequence_length": 1024, "micro_batch_size": 4, "seed": 5, "packing": True}
-    return SequenceLayout(**{**common, "loss_on": LossOn.answers, **changes})
+    return SequenceLayout(**{**common, "loss_on": LossOn.assistant, **changes})
 
 
 def report(rows: list[Row], **changes: Any) -> DataReport:

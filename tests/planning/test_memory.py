@@ -156,7 +156,7 @@ def test_activations_grow_with_the_tokens_of_a_pass(key: str) -> None:
 def test_layers_that_are_computed_again_keep_little() -> None:
     """Of 24 layers their inputs, and all of one; the logits are what they were."""
     config = run_config()
-    speeds = [replace(config.speed, recompute=recompute) for recompute in (When.never, When.always)]
+    speeds = [replace(config.speed, activation_recompute=recompute) for recompute in (When.never, When.always)]
     before, after = (
         estimate_memory(architecture(QWEN_05B), batch_shape(config), config.peft, config.cluster, Precision.bf16, speed)
         for speed in speeds
@@ -199,7 +199,7 @@ def test_what_a_run_took_is_somewhat_less(name: str) -> None:
             ),
             *(["peft=lora", "peft.rank=32"] if visit["training"] == "lora" else ["peft=none"]),
         )
-        speed = replace(config.speed, compile=When.always, linear_cross_entropy=When.always)
+        speed = replace(config.speed, compile=When.always, fused_linear_cross_entropy=When.always)
         said = estimate_memory(
             architecture(QWEN_05B), batch_shape(config), config.peft, config.cluster, Precision.bf16, speed
         ).total

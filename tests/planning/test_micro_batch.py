@@ -107,7 +107,7 @@ def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path
 
     retry_on_oom(started.config, folder, attempt)
     assert tried == [4, 2, 1]
-    advice = "; lower task.micro_batch_size or task.sequence_length, or set speed.recompute=always"
+    advice = "; lower task.micro_batch_size or task.sequence_length, or set speed.activation_recompute=always"
     assert [str(reason).endswith(advice) for reason in reasons] == [True, True, False]
     assert folder.status().state == "COMPLETED"
     assert [entry["step"] for entry in folder.status().resumed] == [2, 2]
@@ -134,12 +134,15 @@ def test_a_trial_has_its_share_of_what_it_shares(monkeypatch: pytest.MonkeyPatch
 
 def test_what_does_not_fit_otherwise_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     said = ["model=tiny", "cluster.accelerator=cpu"]
-    assert make_plan(compose_run(*said)).config.speed.recompute is When.never
+    assert make_plan(compose_run(*said)).config.speed.activation_recompute is When.never
     monkeypatch.setenv(SHARE, "0.000001")
     for size in ("2", "auto"):
         speed = make_plan(compose_run(*said, f"task.micro_batch_size={size}")).config.speed
-        assert (speed.recompute, speed.low_rank_products) == (When.always, When.always)
-    assert make_plan(compose_run(*said, "speed.recompute=never")).config.speed.recompute is When.never
+        assert (speed.activation_recompute, speed.fused_lora) == (When.always, When.always)
+    assert (
+        make_plan(compose_run(*said, "speed.activation_recompute=never")).config.speed.activation_recompute
+        is When.never
+    )
 
 
 def test_what_was_settled_is_nothing_that_tells_trials_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def stage(directory: Path, number: int, name: str, records: list[dict[str, Any]]
     folder = RunFolder(directory / f"{number:02}-{name}")
     folder.directory.mkdir()
     folder.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    said = StageConfig(name=name, start_from=None, overrides=[], teaches=[])
+    said = StageConfig(name=name, init_from=None, overrides=[], eval_sets=[])
     # Of its config and plan nothing is looked at.
     return Stage(number, said, None, folder, [], cast(Any, None), cast(Any, None))
 

@@ -96,7 +96,7 @@ def test_a_finished_run_goes_further_only_if_that_is_said(lora: tuple[RunFolder,
     with pytest.raises(UserError, match=r"holds a run already \(COMPLETED\); choose another folder, or remove it"):
         start(folder, *longer)
     assert (folder.status_file.read_bytes(), folder.metrics_file.read_bytes()) == before
-    assert train(folder, *longer, "resume.allow=[task.max_steps]").returncode == 0
+    assert train(folder, *longer, "resume.allow_changes=[task.max_steps]").returncode == 0
     assert list(losses(folder)) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert {step: loss for step, loss in losses(folder).items() if step <= STEPS} == losses(lora[0])
     # By the longer schedule: a cosine from 1 step of warm-up to a tenth at step 8.
@@ -130,7 +130,7 @@ def test_another_run_is_refused_and_nothing_is_changed(
     assert message.startswith(
         f"hydra.run.dir ({killed.directory}) holds a run that was started with something else: {shown}"
     )
-    assert ("resume.allow=[" in message) == (said != ["peft.rank=4"])
+    assert ("resume.allow_changes=[" in message) == (said != ["peft.rank=4"])
     after = {path: path.stat().st_mtime_ns for path in killed.directory.rglob("*") if not path.name.endswith(".lock")}
     assert after == before
     row(
@@ -145,22 +145,24 @@ def test_a_model_that_moved_is_refused(lora: tuple[RunFolder, RunFolder], tmp_pa
     config["model"]["source"] = f"hf://org/tiny@{'a' * 40}"
     folder.config.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Say it as then"):
-        start(folder, *LORA, "resume.allow=[model]")
+        start(folder, *LORA, "resume.allow_changes=[model]")
     row("another commit of the model", "refused with exit code 2: its checkpoints fit nothing else", "nothing")
     changed = copy_of(lora[1], tmp_path / "changed")
     changed.update_status(model_fingerprint="0" * 64)
     with pytest.raises(UserError, match=r"model\.fingerprint was 0000"):
-        start(changed, *LORA, "resume.allow=[model]")
+        start(changed, *LORA, "resume.allow_changes=[model]")
 
 
 def test_what_may_differ_and_what_is_allowed_to(lora: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
     folder = copy_of(lora[1], tmp_path / "run")
-    with pytest.raises(UserError, match=re.escape("resume.allow (learning_rate) is no key of a run; write it in full")):
-        start(folder, *LORA, "lr=0.02", "resume.allow=[learning_rate]")
+    with pytest.raises(
+        UserError, match=re.escape("resume.allow_changes (learning_rate) is no key of a run; write it in full")
+    ):
+        start(folder, *LORA, "lr=0.02", "resume.allow_changes=[learning_rate]")
     with pytest.raises(UserError, match="seed was 1234 and is 1"):
-        start(folder, *LORA, "lr=0.02", "seed=1", "resume.allow=[lr]")
+        start(folder, *LORA, "lr=0.02", "seed=1", "resume.allow_changes=[lr]")
     other = ["task.micro_batch_size=1", "task.log_interval=2", "task.keep_best=1", "name=other"]
-    resumption = start(folder, *LORA, *other, "lr=0.02", "resume.allow=[lr]")
+    resumption = start(folder, *LORA, *other, "lr=0.02", "resume.allow_changes=[lr]")
     assert resumption.checkpoint is not None
     assert resumption.notes == ["going on from checkpoints/step=4, whose files are what was saved"]
     assert yaml.safe_load(folder.config.read_text())["lr"] == 0.02

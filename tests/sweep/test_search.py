@@ -146,7 +146,7 @@ def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path)
 
 
 def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
-    both: dict[str, Any] = {"objectives": ["val", "forgotten"], "reduction_factor": None}
+    both: dict[str, Any] = {"objectives": ["val_loss", "forgetting"], "reduction_factor": None}
     source = proposals(planner, tmp_path / "sweep", n_trials=3, **both)
     for step, loss in ((10, 3.0), (30, 2.0), (50, 2.5)):
         trial = start(next_of(source))
@@ -158,7 +158,9 @@ def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
         [3.0, pytest.approx(0.1)],
         [2.0, pytest.approx(0.3)],
     ]
-    with pytest.raises(UserError, match=r"objectives \(val\) were val, forgotten in .*; say the same, or choose"):
+    with pytest.raises(
+        UserError, match=r"objectives \(val_loss\) were val_loss, forgetting in .*; say the same, or choose"
+    ):
         proposals(planner, tmp_path / "sweep")
 
 
@@ -170,8 +172,8 @@ def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
         ({"seed": -1}, "hydra.sweeper.seed (-1) must be at least 0"),
         ({"reduction_factor": 1}, "hydra.sweeper.reduction_factor (1) must be at least 2"),
         ({"min_steps": 0}, "hydra.sweeper.min_steps (0) must be at least 1"),
-        ({"objectives": []}, "hydra.sweeper.objectives (none) must name val, forgotten or both, each once"),
-        ({"objectives": ["forgotten"]}, "hydra.sweeper.reduction_factor (3) prunes by the validation loss alone"),
+        ({"objectives": []}, "hydra.sweeper.objectives (none) must name val_loss, forgetting or both, each once"),
+        ({"objectives": ["forgetting"]}, "hydra.sweeper.reduction_factor (3) prunes by the validation loss alone"),
     ],
 )
 def test_an_option_out_of_its_range_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

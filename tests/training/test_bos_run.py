@@ -66,7 +66,7 @@ def trained(shared_directory: Path) -> Trained:
             (place / "texts.jsonl").write_bytes(json_lines(texts))
             (place / "kept.jsonl").write_bytes(json_lines(texts[:5]))
     command = ["task=pretrain", "model=local", f"model.source={place / 'model'}", "peft=none", "data=text"]
-    command += [f"data.path={place / 'texts.jsonl'}", f"data.validation_share={SHARE}", "data.workers=1"]
+    command += [f"data.path={place / 'texts.jsonl'}", f"data.validation_fraction={SHARE}", "data.workers=1"]
     command += ["retention=files", f"retention.eval_sets={{kept: '{place / 'kept.jsonl'}'}}", "data.allow_overlap=true"]
     command += ["replay=generated", "replay.ratio=0.4", "replay.tokens=300", "replay.max_length=32"]
     command += ["cluster.accelerator=cpu", "wandb.mode=disabled", f"seed={SEED}", "task.max_steps=1"]

@@ -38,7 +38,7 @@ def test_a_run_from_the_hub_is_pinned_to_a_commit(tmp_path: Path) -> None:
             f"model.source=hf://org/tiny@{commit}",
             f"model.cache={cache}",
             *("cluster=slurm", "cluster.devices=1", "cluster.account=a", "cluster.partition=p", "dry_run=true"),
-            *("model.offline=true", "model.locked=true"),
+            *("model.offline=true", "model.require_pinned_revision=true"),
             directory=tmp_path / "dry",
             environment=client_environment(hub.url, tmp_path / "home"),
         )

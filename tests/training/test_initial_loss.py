@@ -32,7 +32,7 @@ SHAPES: list[tuple[dict[str, Any], list[str]]] = [
     ({"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True}, ["peft=lora", *SPLIT]),
     (
         {"heads": 6, "kv_groups": 2, "vocab_size": 1537, "tied": True},
-        ["peft=none", *SPLIT, "speed.linear_cross_entropy=always"],
+        ["peft=none", *SPLIT, "speed.fused_linear_cross_entropy=always"],
     ),
 ]
 IDS = ["untied-odd-sharded-full", "tied-lora", "tied-lora-tp2", "tied-full-tp2-by-parts-of-the-vocabulary"]

@@ -31,18 +31,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-pp2": {"devices": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
     "sp2-cp2": {"devices": 4, "tensor_parallel": 2, "sequence_parallel": "true", "context_parallel": 2},
 }
-ADDED = {"fused_accumulation": When.always}
+ADDED = {"fused_grad_accumulation": When.always}
 SPEED: dict[str, dict[str, Any]] = {
-    "tp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always, **ADDED},
+    "tp2": {"fused_linear_cross_entropy": When.always, "fused_lora": When.always, **ADDED},
     "sp2": {
-        "linear_cross_entropy": When.always,
-        "low_rank_products": When.always,
-        "recompute": When.always,
+        "fused_linear_cross_entropy": When.always,
+        "fused_lora": When.always,
+        "activation_recompute": When.always,
         **ADDED,
     },
-    "sp2-cp2": {"linear_cross_entropy": When.always, "low_rank_products": When.always},
-    "pp2": {"linear_cross_entropy": When.always, "recompute": When.always, **ADDED},
-    "dp2": {"linear_cross_entropy": When.always, "cuda_graphs": When.always, **ADDED},
+    "sp2-cp2": {"fused_linear_cross_entropy": When.always, "fused_lora": When.always},
+    "pp2": {"fused_linear_cross_entropy": When.always, "activation_recompute": When.always, **ADDED},
+    "dp2": {"fused_linear_cross_entropy": When.always, "cuda_graphs": When.always, **ADDED},
 }
 """Levers that one process does without. Without a GPU the schedule of recorded passes is all there is of them: none of
 these rows is as long as one that is recorded."""
@@ -127,8 +127,10 @@ def test_a_layout_answers_what_one_process_answers(method: str, layout: str, dir
 @pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] in SPEED])
 def test_levers_are_in_place_where_they_are_said_to_change_nothing(method: str, layout: str, directory: Path) -> None:
     levers = RunFolder(directory / f"{method}-{layout}").status().speed_optimizations
-    absent = {"linear_cross_entropy"} if layout == "pp2" else set()  # the first rank speaks, and has no output layer
-    absent |= {"low_rank_products"} if method != "lora" else set()
+    absent = (
+        {"fused_linear_cross_entropy"} if layout == "pp2" else set()
+    )  # the first rank speaks, and has no output layer
+    absent |= {"fused_lora"} if method != "lora" else set()
     assert levers.keys() >= SPEED[layout].keys() - absent
 
 

@@ -94,7 +94,7 @@ def text_run(shared_directory: Path) -> TextRun:
         "peft=none",
         "data=text",
         f"data.path={place / 'texts.jsonl.gz'}",
-        f"data.validation_share={SHARE}",
+        f"data.validation_fraction={SHARE}",
         "data.workers=1",
         *REPLAY,
     ]
@@ -215,9 +215,9 @@ def test_documents_that_validate_and_train_are_refused(text_run: TextRun, tmp_pa
     done = launch(*text_run.command, directory=tmp_path / "outputs/run")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        f"{path}:{measured[1] + 1}: this document, held out by data.validation_share (0.25), is in the training text "
-        f"too ({path}:{trained[0] + 1}), as are 1 of 5 (1 whole, 0 by more than half of their 13-token pieces); their "
-        "loss would show what was learnt by heart: remove them from the text, or write data.allow_overlap=true"
+        f"{path}:{measured[1] + 1}: this document, held out by data.validation_fraction (0.25), is in the training "
+        f"text too ({path}:{trained[0] + 1}), as are 1 of 5 (1 whole, 0 by more than half of their 13-token pieces); "
+        "their loss would show what was learnt by heart: remove them from the text, or write data.allow_overlap=true"
     )
     assert not (tmp_path / "outputs/run").exists()
 
@@ -228,7 +228,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
     path = tmp_path / "texts.jsonl.gz"
     path.write_bytes(Path(text_run.command[5].removeprefix("data.path=")).read_bytes())
     config = compose_run(*text_run.command[:5], f"data.path={path}", *text_run.command[6:])
-    said = StageConfig(name="text", start_from=None, overrides=[], teaches=[])
+    said = StageConfig(name="text", init_from=None, overrides=[], eval_sets=[])
     stage = Stage(1, said, None, RunFolder(tmp_path / "stage"), [], config, make_plan(config))
     remember(stage)
     shutil.copyfile(text_run.run.folder.status_file, stage.folder.status_file)

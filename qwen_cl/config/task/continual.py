@@ -13,17 +13,17 @@ from qwen_cl.config.task.training import TaskConfig
 STAGE_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
 """Becomes part of a folder's name: no slash, no dot at either end, no two of them."""
 MODEL = "model"
-"""What ``start_from`` says for the model given, which is no stage."""
+"""What ``init_from`` says for the model given, which is no stage."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     name: str
-    start_from: str | None = None
+    init_from: str | None = None
     """A stage before this one, or ``model``; None for the stage just before, and the model for the first."""
     overrides: list[str] = field(default_factory=list)
     """As on the command line, after those that all stages share."""
-    teaches: list[str] = field(default_factory=list)
+    eval_sets: list[str] = field(default_factory=list)
     """The sets this stage is for; the measures of transfer need it. A set no stage teaches is what the model knew."""
 
 
@@ -50,7 +50,7 @@ class ContinualConfig(TaskConfig):
 
     def taught_in(self, name: str) -> int:
         """Number of the stage, from 1 on, that first teaches a set; 0 for none."""
-        return next((number for number, stage in enumerate(self.stages, start=1) if name in stage.teaches), 0)
+        return next((number for number, stage in enumerate(self.stages, start=1) if name in stage.eval_sets), 0)
 
 
 def _check_stage(stage: StageConfig, where: str, before: list[str], sets: dict[str, str]) -> None:
@@ -61,11 +61,9 @@ def _check_stage(stage: StageConfig, where: str, before: list[str], sets: dict[s
         )
     if stage.name in before:
         raise UserError(f"{where}.name ({stage.name}) is taken by task.stages[{before.index(stage.name)}]; rename one")
-    if stage.start_from not in (None, MODEL, *before):
+    if stage.init_from not in (None, MODEL, *before):
         there = ", ".join([*before, MODEL])
-        raise UserError(
-            f"{where}.start_from ({stage.start_from}) names no stage before {stage.name}; there are {there}"
-        )
-    for name in stage.teaches:
+        raise UserError(f"{where}.init_from ({stage.init_from}) names no stage before {stage.name}; there are {there}")
+    for name in stage.eval_sets:
         if name not in sets:
-            raise UserError(f"{where}.teaches ({name}) is no set; task.sets has {', '.join(sets) or 'none'}")
+            raise UserError(f"{where}.eval_sets ({name}) is no set; task.sets has {', '.join(sets) or 'none'}")

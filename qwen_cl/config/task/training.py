@@ -13,8 +13,8 @@ AUTO = "auto"
 
 
 class LossOn(str, Enum):
-    answers = "answers"
-    last_answer = "last_answer"
+    assistant = "assistant"
+    last_assistant = "last_assistant"
     all = "all"
 
 

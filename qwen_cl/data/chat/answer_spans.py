@@ -105,6 +105,6 @@ def _try(rendering: Rendering, messages: list[dict[str, Any]], *, prompt: bool =
 def _not_found(rendering: Rendering, number: int) -> UserError:
     return UserError(
         f"{rendering.where}: the chat template renders message {number + 1} (assistant) so that its text cannot be "
-        "told from what is around it; write task.loss_on=last_answer if that is so of earlier answers only, or give a "
-        "template with {% generation %} blocks with data.chat_template"
+        "told from what is around it; write task.loss_on=last_assistant if that is so of earlier answers only, or give "
+        "a template with {% generation %} blocks with data.chat_template"
     )

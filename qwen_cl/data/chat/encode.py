@@ -110,7 +110,7 @@ class Chat:
         if loss_on is LossOn.all:
             context = [number for number, trained in answers if not trained]
             return whole, _complement(locate_answers(rendering, whole, context), end), end, marks
-        in_loss = answers[-1:] if loss_on is LossOn.last_answer else answers
+        in_loss = answers[-1:] if loss_on is LossOn.last_assistant else answers
         wanted = [number for number, trained in in_loss if trained]
         if generated is not None and len(wanted) == len(answers):
             return whole, generated, end, marks

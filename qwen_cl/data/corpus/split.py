@@ -32,7 +32,7 @@ def split_documents(
     count = max(1, round(share * number_of_documents))
     if count >= number_of_documents:
         raise UserError(
-            f"{key} has {number_of_documents} document{'s' * (number_of_documents != 1)}, and data.validation_share "
+            f"{key} has {number_of_documents} document{'s' * (number_of_documents != 1)}, and data.validation_fraction "
             f"({share}) leaves none to train on; lower it, or set data.validation_path"
         )
     numbers = np.random.PCG64(seed).random_raw(number_of_documents)
@@ -53,7 +53,7 @@ def cut_document(ids: npt.NDArray[Any], tokenizer: PreTrainedTokenizerBase, shar
     cut = len(ids) - max(1, round(share * len(ids)))
     if cut < 1:
         raise UserError(
-            f"{key} is one document of {len(ids)} token{'s' * (len(ids) != 1)}, and data.validation_share ({share}) "
+            f"{key} is one document of {len(ids)} token{'s' * (len(ids) != 1)}, and data.validation_fraction ({share}) "
             "leaves none to train on; lower it, or set data.validation_path"
         )
     whole = cut

@@ -96,11 +96,11 @@ def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokeniz
     cut = None
     if validation is None and train.counts.documents == 1:
         (ids,) = _everything(train).texts()
-        cut = cut_document(ids, tokenizer, data.validation_share, f"data.path ({data.path})")
+        cut = cut_document(ids, tokenizer, data.validation_fraction, f"data.path ({data.path})")
     return TextTarget(
         train=train,
         validation=validation,
-        validation_share=data.validation_share,
+        validation_share=data.validation_fraction,
         seed=seed,
         bos_id=document_delimiters(tokenizer).bos_id,
         cut=cut,
@@ -168,7 +168,7 @@ def documents_to_compare(
     name = "document, which validates,"
     if is_held_out:
         what = "document" if target.cut is None else "end of the text"
-        name = f"{what}, held out by data.validation_share ({data.validation_share:g}),"
+        name = f"{what}, held out by data.validation_fraction ({data.validation_fraction:g}),"
     validation = replace(
         _compared(name, measured, sources[-1], tokenizer),
         remove_from="the text" if is_held_out else "one side",

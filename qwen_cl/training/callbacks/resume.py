@@ -13,8 +13,8 @@ from qwen_cl.training.callbacks.base import RunCallback
 
 class LrScheduleFromConfig(RunCallback):
     """A run that goes on keeps its place in the schedule and takes the schedule itself from its config: with
-    ``resume.allow`` the learning rate, or the number of steps, may be another one. Its checkpoint has all of the old
-    one, in the scheduler's state and in the optimizer's."""
+    ``resume.allow_changes`` the learning rate, or the number of steps, may be another one. Its checkpoint has all of
+    the old one, in the scheduler's state and in the optimizer's."""
 
     def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module: Any = pl_module.optim

@@ -32,46 +32,46 @@ class SpeedOptimizations(RunCallback):
         output_dir: str,
         *,
         compile: bool,
-        linear_cross_entropy: bool,
-        low_rank_products: bool,
+        fused_linear_cross_entropy: bool,
+        fused_lora: bool,
         cuda_graphs: bool,
-        fused_accumulation: bool,
-        recompute: bool,
-        rotary_tables: bool,
+        fused_grad_accumulation: bool,
+        activation_recompute: bool,
+        rope_cache: bool,
         fused_adam: bool,
-        foreach_gradients: bool,
+        foreach_grad_clip: bool,
     ) -> None:
         self.folder = RunFolder(output_dir)
         self.compile = compile
-        self.linear_cross_entropy = linear_cross_entropy
-        self.low_rank_products = low_rank_products
+        self.fused_linear_cross_entropy = fused_linear_cross_entropy
+        self.fused_lora = fused_lora
         self.cuda_graphs = cuda_graphs
-        self.fused_accumulation = fused_accumulation
-        self.recompute = recompute
-        self.rotary_tables = rotary_tables
+        self.fused_grad_accumulation = fused_grad_accumulation
+        self.activation_recompute = activation_recompute
+        self.rope_cache = rope_cache
         self.fused_adam = fused_adam
-        self.foreach_gradients = foreach_gradients
+        self.foreach_grad_clip = foreach_grad_clip
         self._schedule: CudaGraphSchedule | None = None
 
     def on_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = trainer.strategy.megatron_parallel
         done = {}
-        if self.rotary_tables:
-            done["rotary_tables"] = rope_cache.install(model)
-        if self.low_rank_products:
-            done["low_rank_products"] = fused_lora.fuse_lora(model)
-        if self.linear_cross_entropy:
+        if self.rope_cache:
+            done["rope_cache"] = rope_cache.install(model)
+        if self.fused_lora:
+            done["fused_lora"] = fused_lora.fuse_lora(model)
+        if self.fused_linear_cross_entropy:
             # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
             compiled = self.compile or torch.cuda.is_available()
-            done["linear_cross_entropy"] = fused_linear_cross_entropy.install(model, compiled)
-        if self.recompute:
-            done["recompute"] = activation_recompute.install(model)
+            done["fused_linear_cross_entropy"] = fused_linear_cross_entropy.install(model, compiled)
+        if self.activation_recompute:
+            done["activation_recompute"] = activation_recompute.install(model)
         if self.compile:
             done["compile"] = compile_layers(model)
-        if self.fused_accumulation:
-            done["fused_accumulation"] = fused_grad_accumulation.install(model)
-        if self.foreach_gradients:
-            done["foreach_gradients"] = grad_norm.install(model)
+        if self.fused_grad_accumulation:
+            done["fused_grad_accumulation"] = fused_grad_accumulation.install(model)
+        if self.foreach_grad_clip:
+            done["foreach_grad_clip"] = grad_norm.install(model)
         optimizers = [optimizer.mcore_optimizer for optimizer in trainer.optimizers]
         done["fused_adam"] = sum(fuse_adam(optimizer, self.fused_adam) for optimizer in optimizers)
         if self.cuda_graphs:

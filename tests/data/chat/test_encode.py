@@ -48,7 +48,7 @@ def ids_of(tokenizer: Any, messages: list[dict[str, Any]], **how: Any) -> list[i
 
 
 def trained(
-    row: dict[str, Any], tokenizer: Any, loss_on: LossOn = LossOn.answers
+    row: dict[str, Any], tokenizer: Any, loss_on: LossOn = LossOn.assistant
 ) -> tuple[list[int], list[str], tuple[tuple[int, int], ...]]:
     """Ids, the texts trained on, and where they are."""
     ids, spans = render_conversation(parse_conversation(row, ("prompt", "completion"), PLACE), tokenizer, loss_on)
@@ -100,7 +100,7 @@ def test_what_is_trained_on(template: str) -> None:
     tokenizer, messages = tokenizer_of(TEMPLATES[template]), [USER, ANSWER, AGAIN, SORRY]
     expected = EXPECTED[template]
     assert trained({"messages": messages}, tokenizer)[1] == expected
-    assert trained({"messages": messages}, tokenizer, LossOn.last_answer)[1] == expected[1:]
+    assert trained({"messages": messages}, tokenizer, LossOn.last_assistant)[1] == expected[1:]
     ids, texts, spans = trained({"messages": messages}, tokenizer, LossOn.all)
     assert spans == ((1, len(ids)),)
     wrong = [USER, {**ANSWER, "weight": 0}, AGAIN, {**SORRY, "weight": 1}]
@@ -109,7 +109,7 @@ def test_what_is_trained_on(template: str) -> None:
     assert "Osaka is in Japan." not in "".join(texts)
     assert "Are you sure?" in "".join(texts)
     unlearned = [USER, ANSWER, AGAIN, {**SORRY, "train": False}]
-    assert trained({"messages": unlearned}, tokenizer, LossOn.last_answer)[1] == []
+    assert trained({"messages": unlearned}, tokenizer, LossOn.last_assistant)[1] == []
 
 
 def test_generation_blocks_are_transformers_own_mask() -> None:

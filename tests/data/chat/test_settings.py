@@ -92,14 +92,14 @@ def test_it_resumes_with_its_day_and_refuses_another(dated: tuple[Launched, Path
     run, directory = dated
     assert previous_template_date([run.folder.config]) == DAY
     copy = Path(shutil.copytree(run.folder.directory, tmp_path / "run"))
-    more = ["task.max_steps=3", "resume.allow=[task.max_steps,task.lr_schedule]"]
+    more = ["task.max_steps=3", "resume.allow_changes=[task.max_steps,task.lr_schedule]"]
     resumed = launch(*said(directory), *more, directory=copy, warm=True)
     assert resumed.returncode == 0, resumed.stderr
     assert load_config(copy / "config.yaml").data.template_date == DAY  # type: ignore[attr-defined]
     refused = launch(
         *said(directory),
         "task.max_steps=4",
-        "resume.allow=[task.max_steps]",
+        "resume.allow_changes=[task.max_steps]",
         "data.template_date=2024-03-01",
         directory=copy,
     )

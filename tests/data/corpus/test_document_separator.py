@@ -97,7 +97,7 @@ def test_a_text_file_trains_and_validates_by_default(tmp_path: Path) -> None:
     texts = [row["text"] for row in demo_rows("text.train.jsonl", 10)]
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    target = prepared(tokenizer(), path, tmp_path / "cache", "data.validation_share=0.2")
+    target = prepared(tokenizer(), path, tmp_path / "cache", "data.validation_fraction=0.2")
     trained, measured = target.split()
     assert (len(trained.documents), len(measured.documents)) == (8, 2)
     for selection in (trained, measured):
@@ -120,7 +120,7 @@ def test_the_end_of_the_only_document_validates(kind: str, share: float, tmp_pat
     text = "".join(row["text"] for row in demo_rows("text.train.jsonl", 8)) + " 🎌🎌🎌 " * 5
     own = save_tokenizer(tmp_path / "tokenizer", kind)
     (tmp_path / "a.jsonl").write_bytes(json_lines([text]))
-    target = prepared(own, tmp_path / "a.jsonl", tmp_path / "cache", f"data.validation_share={share}")
+    target = prepared(own, tmp_path / "a.jsonl", tmp_path / "cache", f"data.validation_fraction={share}")
     target = TextTarget.parse(json.loads(json.dumps(target.plain())))
     trained, measured = target.split()
     ids = own(text, add_special_tokens=False)["input_ids"]
@@ -145,7 +145,7 @@ def test_a_document_too_short_to_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         prepared(tokenizer(), path, tmp_path / "cache")
     assert str(refused.value) == (
-        f"data.path ({path}) is one document of 1 token, and data.validation_share (0.02) leaves none to train on; "
+        f"data.path ({path}) is one document of 1 token, and data.validation_fraction (0.02) leaves none to train on; "
         "lower it, or set data.validation_path"
     )
 
@@ -215,7 +215,7 @@ def test_bits_of_the_end_are_of_its_own_bytes(tmp_path: Path) -> None:
     text = "🎌" * 50
     (tmp_path / "a.jsonl").write_bytes(json_lines([text]))
     for share in np.linspace(0.05, 0.6, 6):
-        target = prepared(own, tmp_path / "a.jsonl", tmp_path / "cache", f"data.validation_share={share:.3f}")
+        target = prepared(own, tmp_path / "a.jsonl", tmp_path / "cache", f"data.validation_fraction={share:.3f}")
         _, measured = target.split()
         (tail,) = measured.texts()
         assert measured.text_bytes() == len(own.decode(tail).encode())
@@ -241,5 +241,5 @@ def test_a_run_whose_texts_began_otherwise_is_resumed_only_where_that_is_said(
         return
     with pytest.raises(UserError, match=r"data\.bos_token was .* and is <s>"):
         resume(folder, plan.config, facts)
-    allowed = make_plan(compose_run(*command, "retention=none", "resume.allow=[data.bos_token]"))
+    allowed = make_plan(compose_run(*command, "retention=none", "resume.allow_changes=[data.bos_token]"))
     resume(folder, allowed.config, facts)

@@ -68,8 +68,12 @@ def test_the_split_follows_its_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("documents", "share", "message"),
     [
-        (1, 0.02, "data.path has 1 document, and data.validation_share (0.02) leaves none to train on; lower it, or"),
-        (2, 0.8, "data.path has 2 documents, and data.validation_share (0.8) leaves none to train on"),
+        (
+            1,
+            0.02,
+            "data.path has 1 document, and data.validation_fraction (0.02) leaves none to train on; lower it, or",
+        ),
+        (2, 0.8, "data.path has 2 documents, and data.validation_fraction (0.8) leaves none to train on"),
     ],
 )
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(documents: int, share: float, message: str) -> None:

@@ -188,7 +188,7 @@ def test_another_adapter_cannot_be_resumed_with(
             *("experiment=smoke", "model=local", f"model.source={base}", f"model.adapter={said}", "seed=7"),
             *("wandb.mode=disabled", "task.max_steps=3", f"task.sequence_length={SEQUENCE_LENGTH}"),
             *("model.verify=logits", "task.sample_prompts=0", "cluster.accelerator=cpu"),
-            f"resume.allow=[task.max_steps{'' if change == 'none' else ',model.adapter'}]",
+            f"resume.allow_changes=[task.max_steps{'' if change == 'none' else ',model.adapter'}]",
             directory=folder,
         )
         assert done.returncode == 2, done.stderr

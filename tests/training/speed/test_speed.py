@@ -23,7 +23,7 @@ from qwen_cl.training.model.loss import IGNORE_INDEX
 from tests.conftest import FEW, ROOT, Launched, launch, launch_once
 from tests.support.exporting import composed
 
-ON_CPU = [f"speed.{lever}=always" for lever in ("linear_cross_entropy", "low_rank_products", "fused_accumulation")]
+ON_CPU = [f"speed.{lever}=always" for lever in ("fused_linear_cross_entropy", "fused_lora", "fused_grad_accumulation")]
 RUN = ["task.max_steps=6", "task.warmup_steps=1", "task.val_check_interval=3", "task.checkpoint_interval=3", FEW]
 RUN += ["task.sample_prompts=0", "wandb.mode=disabled"]
 UNALIKE = ("time", "throughput/tokens_per_second", "memory/peak_gib")
@@ -31,7 +31,7 @@ UNALIKE = ("time", "throughput/tokens_per_second", "memory/peak_gib")
 
 @pytest.fixture(scope="module")
 def plain(shared_directory: Path) -> Launched:
-    return launch_once(shared_directory, "speed-plain", "speed=plain", *RUN, warm=True)
+    return launch_once(shared_directory, "speed-plain", "speed=off", *RUN, warm=True)
 
 
 def records(run: Launched) -> list[dict[str, Any]]:
@@ -48,16 +48,16 @@ def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> Non
 
 
 def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
-    fast = launch(*ON_CPU, "speed.recompute=always", *RUN, directory=tmp_path / "run", warm=True)
+    fast = launch(*ON_CPU, "speed.activation_recompute=always", *RUN, directory=tmp_path / "run", warm=True)
     assert_alike(plain, fast)
     assert plain.folder.status().speed_optimizations == {}
     assert fast.folder.status().speed_optimizations == {
-        "rotary_tables": 1,
-        "low_rank_products": 16,
-        "linear_cross_entropy": 1,
-        "recompute": 4,
-        "fused_accumulation": 32,
-        "foreach_gradients": 2,
+        "rope_cache": 1,
+        "fused_lora": 16,
+        "fused_linear_cross_entropy": 1,
+        "activation_recompute": 4,
+        "fused_grad_accumulation": 32,
+        "foreach_grad_clip": 2,
         "fused_adam": 1,
     }
 
@@ -65,13 +65,13 @@ def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp
 def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp_path: Path) -> None:
     """Adam's state too: a fused one counts its steps beside the weights, any other on the CPU."""
     directory = tmp_path / "run"
-    for steps, speed in ((3, ["speed=plain"]), (6, ["speed=fast", *ON_CPU])):
+    for steps, speed in ((3, ["speed=off"]), (6, ["speed=fast", *ON_CPU])):
         arguments = [*RUN, *speed, f"task.max_steps={steps}", "task.lr_schedule=constant", "task.warmup_steps=0"]
-        arguments += ["resume.allow=[task.max_steps]"]
+        arguments += ["resume.allow_changes=[task.max_steps]"]
         done = launch(*arguments, directory=directory, warm=True)
         assert done.returncode == 0, done.stdout + done.stderr
     whole = launch(
-        *RUN, "speed=plain", "task.lr_schedule=constant", "task.warmup_steps=0", directory=tmp_path / "whole", warm=True
+        *RUN, "speed=off", "task.lr_schedule=constant", "task.warmup_steps=0", directory=tmp_path / "whole", warm=True
     )
     ends = [next(line for line in reversed(records(run)) if "train/loss" in line) for run in (done, whole)]
     assert ends[0]["step"] == ends[1]["step"] == 6
@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp
 
 def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     arguments = [*RUN, "task.max_steps=3", "task.packing=false", "retention=none"]
-    plain = launch(*arguments, "speed=plain", directory=tmp_path / "plain", warm=True)
+    plain = launch(*arguments, "speed=off", directory=tmp_path / "plain", warm=True)
     compiled = launch(*arguments, *ON_CPU, "speed.compile=always", directory=tmp_path / "compiled", warm=True)
     assert_alike(plain, compiled)
     assert compiled.folder.status().speed_optimizations["compile"] == 4
@@ -188,7 +188,7 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
     in_fp32 = replace(default_config, cluster=replace(default_config.cluster, precision=Precision.fp32))
     assert taken(in_fp32) == set(planned_speed.SETTLED) - {"compile", "cuda_graphs"}
     assert not planned_speed.has_static_shapes(replace(in_fp32, speed=settled(in_fp32, Accelerator.gpu)))
-    assert taken(default_config, Accelerator.cpu) == {"low_rank_products"}
+    assert taken(default_config, Accelerator.cpu) == {"fused_lora"}
     for layout, missing in {
         "data": set(),
         "pipeline": {"cuda_graphs"},
@@ -205,8 +205,8 @@ def test_auto_takes_what_the_packages_that_are_there_are_known_for(
     def on(*overrides: str) -> set[str]:
         return taken(composed("cluster.accelerator=gpu", *overrides))
 
-    without_compiler = {"low_rank_products", "cuda_graphs"}
-    not_ours = {"linear_cross_entropy", "low_rank_products"}
+    without_compiler = {"fused_lora", "cuda_graphs"}
+    not_ours = {"fused_linear_cross_entropy", "fused_lora"}
     assert on("cluster=slurm") == set(planned_speed.SETTLED)
     assert on("cluster=slurm", "cluster.container_image=nemo") == on("cluster=docker", "cluster.image=nemo") == not_ours
     (tmp_path / "transformer_engine.py").touch()
