@@ -42,8 +42,15 @@ SLOWEST = (
 )
 """Files that start first: each is one process's work, and the last to start would be waited for."""
 
+SHARED_RUNS = {"trained", "brief", "dated", "plain"}
+"""The fixtures that train: the first test that uses one waits for its run."""
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and SHARED_RUNS.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 

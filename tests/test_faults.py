@@ -36,6 +36,8 @@ from tests.support.interrupted_runs import (
     whole_and_killed,
 )
 
+pytestmark = pytest.mark.slow
+
 LORA = overrides_of("lora")
 NOTHING = "nothing: losses to the last bit those of a run that was left alone"
 

@@ -72,6 +72,7 @@ def recorded_sources(directory: Path) -> list[str]:
     return [json.loads(path.read_text())["source"] for path in directory.glob("log/**/weights/base_model.json")]
 
 
+@pytest.mark.slow
 def test_the_readme_code_trains_in_the_process_nemo_run_starts(model: Path, tmp_path: Path) -> None:
     commit = run(model, tmp_path, "readme")
     trained, reference = first_losses(model, tmp_path / "readme")
@@ -82,6 +83,7 @@ def test_the_readme_code_trains_in_the_process_nemo_run_starts(model: Path, tmp_
     assert not list(context.rglob("*.safetensors")), "NeMo copies the directory of the tokenizer into every checkpoint"
 
 
+@pytest.mark.slow
 def test_upstream_fails_and_with_the_line_every_kind_of_recipe_trains(model: Path, tmp_path: Path) -> None:
     commit = run(model, tmp_path, "upstream", "full", "pretrain", "plain")
     assert json.loads((tmp_path / "upstream/error.json").read_text()) == [
@@ -100,6 +102,7 @@ def test_upstream_fails_and_with_the_line_every_kind_of_recipe_trains(model: Pat
     ]
 
 
+@pytest.mark.slow
 def test_ranks_under_torchrun_share_one_empty_cache(model: Path, tmp_path: Path) -> None:
     run(model, tmp_path, "tensor_parallel", processes=2)
     trained, reference = first_losses(model, tmp_path / "tensor_parallel")

@@ -23,6 +23,7 @@ MOMENTS = {
 """A line of what Python says of its imports, or of what is printed."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupted_launcher_says_nothing_of_its_own(moment: str, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "launch.py", "dry_run=true", "cluster.accelerator=cpu"]

@@ -17,6 +17,8 @@ from tests.conftest import ROOT, Launched, launch
 from tests.support.exporting import run_export
 from tests.support.sweeping import sweep
 
+pytestmark = pytest.mark.slow
+
 OLD = ROOT / "tests/old_runs"
 WRITTEN_AT = "/tmp/old_runs"
 """Where these folders were when they were written; their files name each other by it."""

@@ -20,6 +20,7 @@ from tests.conftest import ROOT, Launched, launch
 from tests.support.fault_table import Row
 
 
+@pytest.mark.gpu
 def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> None:
     assert trained.returncode == 0, trained.stderr
     status = trained.folder.status()
@@ -87,6 +88,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(trained: Launched) -> None:
     assert (trained.folder.status_file.read_bytes(), trained.folder.config.read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     folder = RunFolder(tmp_path / "run")
     arguments = ["experiment=smoke", "task.max_steps=100000", "task.val_check_interval=100000", "wandb.mode=disabled"]
@@ -118,6 +120,7 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -27,6 +27,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_throughput_beside_another_library(tmp_path: Path) -> None:
     arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full"]
     arguments += ["--sides", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
@@ -63,6 +64,7 @@ def test_the_order_of_the_sides() -> None:
     assert _order(["a"], 2) == [("a", 1), ("a", 1)]
 
 
+@pytest.mark.slow
 def test_a_lever_alone(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     said = run(*("levers", "--levers", "fused_lora", "--steps", "1", "--warmup-steps", "1", "--output", str(output)))
@@ -73,6 +75,7 @@ def test_a_lever_alone(tmp_path: Path) -> None:
     assert all(0 <= float(apart) < 1e-5 for row in rows[2:] for apart in row[4:])
 
 
+@pytest.mark.slow
 def test_packed_rows_beside_padded_ones() -> None:
     rows = [
         line.split("|")

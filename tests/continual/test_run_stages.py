@@ -29,6 +29,8 @@ from tests.conftest import ROOT
 from tests.support.invocations import invocation
 from tests.support.models import DEMO_MODEL
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT / "qwen_cl/demo/data"
 SETS = f"task.sets={{ja: '{DATA / 'text.validation.jsonl'}', chat: '{DATA / 'instructions.validation.jsonl'}'}}"
 SHORT = "'task.max_steps=2', 'task.warmup_steps=0', 'task.global_batch_size=8', 'task.sequence_length=256'"

@@ -164,6 +164,7 @@ print(json.dumps([answers, "torch" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_kept_by_its_commit(tmp_path: Path) -> None:
     """What a process without a network or a token then reads is what was pinned."""
     with DatasetHub(tmp_path / "hub") as hub:

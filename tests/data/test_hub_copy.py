@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pytest
 from omegaconf import OmegaConf
 from pyarrow import parquet
 
@@ -14,6 +15,8 @@ from tests.conftest import ROOT, launch
 from tests.data.corpus.test_documents import run_python
 from tests.support.dataset_hub import DatasetHub
 from tests.support.hub import client_environment
+
+pytestmark = pytest.mark.slow
 
 CARD = b"---\nlicense: mit\n---\n"
 CHAT = [{"role": "user", "content": "x", "weight": None}, {"role": "assistant", "content": "y", "weight": 1}]

@@ -201,6 +201,7 @@ def set_of(path: Path, *texts: str) -> str:
     return str(jsonl(path, [{"text": text} for text in texts]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
 def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -> None:
     """Neither as the run's own data nor replayed; the run that is refused says where both are."""

@@ -78,6 +78,7 @@ def test_its_tokens_cover_both_languages_and_qwen_s_own(model: Path) -> None:
     assert rendered == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
 
 
+@pytest.mark.slow
 def test_texts_that_are_not_there(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "qwen_cl.demo.build_model", str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -205,6 +205,7 @@ def test_a_mistake_the_child_meets_reads_like_any_other(trained: Launched, tmp_p
     assert "checkpoint is" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_child_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "launch.py", f"hydra.run.dir={tmp_path / 'o'}", "task=generate", "task.raw=true"]
     prompts = tmp_path / "prompts.txt"

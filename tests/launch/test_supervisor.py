@@ -27,6 +27,8 @@ from tests.support.exporting import composed
 from tests.support.fault_table import Row
 from tests.support.ranks import start_rank
 
+pytestmark = pytest.mark.slow
+
 RUN = ["experiment=smoke", "wandb.mode=disabled", "cluster.accelerator=cpu", "cluster.devices=2", "retention=none"]
 RUN += [FEW, "model.verify=none", "task.sample_prompts=0", "task.val_check_interval=1000"]
 SINCE_THE_LAST = "the steps since the last checkpoint"

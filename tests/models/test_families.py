@@ -16,6 +16,8 @@ from tests.support import family_probe, layout_probe
 from tests.support.models import LLAMA_3, save_random_model
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"family": "qwen2", "heads": 6, "vocab_size": 1537},
     "qwen2-untied-sharded": {"family": "qwen2", "heads": 8, "tied": False, "max_shard_size": "100KB"},

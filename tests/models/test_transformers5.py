@@ -51,6 +51,7 @@ def run(request: pytest.FixtureRequest, shared_directory: Path) -> tuple[str, La
     return name, launch_once(shared_directory, f"v5-{name}-run", *said, warm=True)
 
 
+@pytest.mark.slow
 def test_a_run_starts_at_the_right_loss_and_its_verification_agrees(run: tuple[str, Launched]) -> None:
     name, done = run
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,6 +63,7 @@ def test_a_run_starts_at_the_right_loss_and_its_verification_agrees(run: tuple[s
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_export_has_the_authors_files_and_the_loss_of_the_run(run: tuple[str, Launched], tmp_path: Path) -> None:
     name, done = run
     output, before, after = tmp_path / "export", tmp_path / "run.json", tmp_path / "export.json"
@@ -77,6 +79,7 @@ def test_an_export_has_the_authors_files_and_the_loss_of_the_run(run: tuple[str,
     assert abs(losses[0] - right_values()[name]["validation"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_as_the_next_model_hands_on_the_authors_files(run: tuple[str, Launched], tmp_path: Path) -> None:
     name, done = run
     if TRAINED[name] == "lora":
@@ -156,6 +159,7 @@ def test_further_chat_templates_come_from_the_hub(tmp_path: Path) -> None:
     assert set(open_tokenizer(files.directory).chat_template) == {"default", "tool_use"}
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_before_the_normalized_files_is_evaluated_right(
     run: tuple[str, Launched], tmp_path: Path
 ) -> None:

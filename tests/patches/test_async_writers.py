@@ -28,6 +28,8 @@ from tests.support.interrupted_runs import (
     whole_and_killed,
 )
 
+pytestmark = pytest.mark.slow
+
 LORA = overrides_of("lora")
 PATIENCE = 60.0
 """Seconds that a writer waits for what does not come, where training waits for it."""

@@ -23,6 +23,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_web_server_is_not_imported_to_train() -> None:
     done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

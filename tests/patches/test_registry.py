@@ -39,6 +39,7 @@ def test_the_docs_have_the_table() -> None:
     assert printed.stdout in (ROOT / "docs/patches.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_all_that_a_run_replaces_is_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(AT_THE_END)
     found = tmp_path / "names.json"
@@ -120,6 +121,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path, tmp_path: Path, row: Row) -> None:
     environment = {"PYTHONPATH": str(changed_megatron)}
     done = launch("experiment=smoke", directory=tmp_path / "run", environment=environment)
@@ -132,6 +134,7 @@ def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path,
     )
 
 
+@pytest.mark.slow
 def test_a_rank_refuses_it_too(changed_megatron: Path) -> None:
     """Of a cluster, whose packages the launcher does not see."""
     done = subprocess.run(

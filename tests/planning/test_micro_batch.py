@@ -90,6 +90,7 @@ def full_from_step_three(folder: RunFolder) -> None:
     patched.on_train_batch_start = start
 
 
+@pytest.mark.slow
 def test_it_makes_do_with_less_and_the_result_is_the_same(shared_directory: Path, tmp_path: Path) -> None:
     whole = whole_and_killed(shared_directory, "none")[0]
     folder, tried, reasons = RunFolder(tmp_path / "run"), [], []
@@ -132,6 +133,7 @@ def test_a_trial_has_its_share_of_what_it_shares(monkeypatch: pytest.MonkeyPatch
     assert resolve_micro_batch(config, shape("0.5b"), on).training.resolved_micro_batch_size == 2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_otherwise_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     said = ["model=tiny", "cluster.accelerator=cpu"]
     assert make_plan(compose_run(*said)).config.speed.activation_recompute is When.never

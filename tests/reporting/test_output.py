@@ -24,6 +24,7 @@ SHORT = ["task.max_steps=2", "task.warmup_steps=1", "task.val_check_interval=2",
 SHORT += ["task.sample_prompts=0", "retention=none", "model.verify=none", "wandb.mode=disabled"]
 
 
+@pytest.mark.slow
 def test_a_run_outlives_whoever_read_its_output(tmp_path: Path, row: Row) -> None:
     folder = RunFolder(tmp_path / "run")
     command = [sys.executable, "launch.py", f"hydra.run.dir={folder.directory}", *SHORT]

@@ -260,6 +260,7 @@ def publish(sweep: Path, directory: Path, *said: str, **environment: str) -> Lau
     return launch(*asked, directory=directory / "x", environment={"WANDB_API_KEY": "0" * 40, **environment})
 
 
+@pytest.mark.slow
 def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: Path) -> None:
     """What W&B is sent, by its own client."""
     with wandb_server() as server:
@@ -287,6 +288,7 @@ def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: P
         assert panel in text
 
 
+@pytest.mark.slow
 def test_a_workspace_that_w_and_b_refuses_is_told(tmp_path: Path) -> None:
     write_trial(tmp_path / "00", [], [])
     with wandb_server(init=401) as server:
@@ -297,6 +299,7 @@ def test_a_workspace_that_w_and_b_refuses_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.slow
 def test_without_the_extra_or_a_key_nothing_is_published(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "wandb_workspaces.py").write_text("raise ImportError", encoding="utf-8")
     done = publish(sweep, tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")

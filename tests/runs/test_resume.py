@@ -35,6 +35,8 @@ from tests.support.interrupted_runs import (
 )
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 BASE = ROOT / "qwen_cl/demo/model"
 LORA = overrides_of("lora")
 

@@ -63,6 +63,7 @@ def write(folder: RunFolder, record: object) -> None:
     folder.status_file.write_text(json.dumps(record), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     names = ("model_source", "device", "git_commit", "bos_token")
     writers = [start(WRITER, tmp_path, name, 100) for name in names]

@@ -20,6 +20,8 @@ from qwen_cl.config.store import register_schemas
 from qwen_cl.sweep.processes import processes_of
 from tests.support.sweeping import left_running, start_sweep, states, sweep, trial_folders, wait_until, write_data
 
+pytestmark = pytest.mark.slow
+
 # A rate of 1e30 beside a scale of 1e-30 moves nothing; beside a scale of 8 the gradient overflows.
 GRID = ["lr=1e30,1e-3", "peft.alpha=1e-30,2e-30,8", "hydra.launcher.cpu_slots=2"]
 VALUES = {

@@ -26,6 +26,8 @@ from tests.support.corpora import json_lines
 from tests.support.models import save_random_model
 from tests.training.test_forgetting import demo_rows
 
+pytestmark = pytest.mark.slow
+
 LENGTH, SHARE, SEED, BATCH, DOCUMENTS = 64, 0.25, 5, 8, 20
 
 

@@ -17,6 +17,8 @@ from tests.conftest import ROOT, Launched, launch_once
 from tests.support.models import save_random_model
 from tests.support.reference_loss import Reference
 
+pytestmark = pytest.mark.slow
+
 DATA = ROOT / "qwen_cl/demo/data"
 LENGTH, STEPS, BATCH, SEED = 64, 10, 4, 11
 LR, WARMUP, HOLD, DECAY, LEAST = 1e-3, 3, 3, 4, 0.2

@@ -7,10 +7,14 @@ import os
 import secrets
 from pathlib import Path
 
+import pytest
+
 from qwen_cl.config.saved import load_config
 from tests.conftest import FEW, launch
 from tests.support.hub import Hub, client_environment
 from tests.support.models import DEMO_MODEL
+
+pytestmark = pytest.mark.slow
 
 TOKEN = f"hf_{secrets.token_hex(16)}"
 """Not written here: NeMo records the difference of a checkout from its commit, this file's too."""

@@ -18,6 +18,8 @@ from qwen_cl.data.packing import pack_examples
 from tests.conftest import ROOT, launch
 from tests.support.models import save_random_model
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE_LENGTH = 512  # several conversations
 SPLIT = ["cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"]
 SHAPES: list[tuple[dict[str, Any], list[str]]] = [

@@ -34,6 +34,8 @@ from tests.support.models import save_random_model
 from tests.support.reference_loss import Reference
 from tests.training.test_forgetting import demo_rows
 
+pytestmark = pytest.mark.slow
+
 LENGTH, STEPS, BATCH, SEED, SHARE = 64, 4, 4, 5, 0.25
 DOCUMENTS = 20
 REPLAY = ["replay=generated", "replay.ratio=0.4", "replay.tokens=400", "replay.max_length=32", "replay.batch_size=8"]

@@ -117,6 +117,7 @@ def test_an_export_has_the_template(dated: tuple[Launched, Path], tmp_path: Path
         assert (output / "chat_template.jinja").read_text(encoding="utf-8") == DATED
 
 
+@pytest.mark.slow
 def test_the_datas_hash_is_of_what_was_rendered(tmp_path: Path) -> None:
     (tmp_path / "dated.jinja").write_text(DATED, encoding="utf-8")
     template = f"data.chat_template={tmp_path}/dated.jinja"

@@ -162,6 +162,7 @@ def test_a_tokenizer_that_gives_more_than_the_model_takes(
     assert written == {**config, "model_input_names": ["input_ids", "attention_mask"]}
 
 
+@pytest.mark.slow
 def test_a_template_that_teaches_no_end_is_named_before_training(tmp_path: Path) -> None:
     model = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
     (model / "chat_template.jinja").write_text(PLAIN, encoding="utf-8")

@@ -25,6 +25,8 @@ from qwen_cl.data.corpus.cache import read_entry
 from qwen_cl.data.corpus.prepare import BuildRequest, make_build_request
 from tests.support.corpora import json_lines, source
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 PREPARE = """
 import sys

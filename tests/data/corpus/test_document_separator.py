@@ -93,6 +93,7 @@ def prepared(tokenizer: Any, path: Path, cache: Path, *overrides: str) -> TextTa
     return prepare_target(config_for(path, cache, *overrides), 7, tokenizer, len(tokenizer))
 
 
+@pytest.mark.slow
 def test_a_text_file_trains_and_validates_by_default(tmp_path: Path) -> None:
     texts = [row["text"] for row in demo_rows("text.train.jsonl", 10)]
     path = tmp_path / "a.txt"
@@ -114,6 +115,7 @@ def _fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__slots__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.02, 0.3])
 def test_the_end_of_the_only_document_validates(kind: str, share: float, tmp_path: Path) -> None:
@@ -139,6 +141,7 @@ def test_the_end_of_the_only_document_validates(kind: str, share: float, tmp_pat
     assert summarize_validation(target) == ("", f"the last {len(tail) + 2} tokens of the one document validate")
 
 
+@pytest.mark.slow
 def test_a_document_too_short_to_cut_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a", encoding="utf-8")
@@ -209,6 +212,7 @@ def test_a_sweeps_older_trials_are_known_again(tmp_path: Path) -> None:
     assert len(set(hashes)) == 3
 
 
+@pytest.mark.slow
 def test_bits_of_the_end_are_of_its_own_bytes(tmp_path: Path) -> None:
     """A cut within a character would count its bytes twice or not at all."""
     own = save_tokenizer(tmp_path / "tokenizer", "byte level")

@@ -198,6 +198,7 @@ def run_python(script: str, argument: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_pinned_and_streamed(tmp_path: Path) -> None:
     with DatasetHub(tmp_path / "hub") as hub:
         card = b"---\nlicense: mit\n---\n"

@@ -28,6 +28,8 @@ from tests.support.job_task import job_task
 from tests.support.slurm_cluster import slurm_cluster, why_not
 from tests.support.sweeping import start_sweep, states, trial_folders, write_data
 
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 

@@ -23,6 +23,8 @@ from tests.support.exporting import composed, run_export
 from tests.support.models import LLAMA_3, save_random_model
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Case:

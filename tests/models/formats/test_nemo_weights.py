@@ -27,6 +27,7 @@ def base(shared_directory: Path) -> Path:
     return nemo_checkpoints(shared_directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(2, 1), (1, 2)])
 def test_logits_equal_transformers_in_another_layout(
     tensor_parallel: int, pipeline_parallel: int, base: Path, tmp_path: Path
@@ -70,6 +71,7 @@ def test_a_relative_reference_lies_in_nemos_cache(base: Path, monkeypatch: pytes
         plan_of("nemo://absent")
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: Path) -> None:
     """Both start at the loss transformers computes; the second reads what the first, with optimizer state, saved."""
     settings = ["experiment=smoke", "model=local", "wandb.mode=disabled", "cluster.accelerator=cpu", "seed=7"]

@@ -70,6 +70,7 @@ def test_a_download_that_breaks_twice_is_kept_for_the_next_command(machine: Mach
     assert (Path(directory) / SHARD).read_bytes() == weights_of(3)
 
 
+@pytest.mark.slow
 def test_a_hub_that_falls_silent_is_asked_for_the_rest(machine: Machine) -> None:
     """As often as it takes while something comes each time."""
     content, piece = weights_of(4) * 20, 64 * 2**10  # what requests keeps of a stalled connection is whole pieces
@@ -103,6 +104,7 @@ def test_a_busy_hub_is_asked_again(machine: Machine) -> None:
     assert machine.said == [line for line in machine.said if line.startswith("Fetching ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "number", "reason"), [(Fault.status, 503, "HTTP 503"), (Fault.html, 0, "what answers there is no Hub")]
 )
@@ -150,6 +152,7 @@ def test_processes_that_start_together_fetch_each_file_once(before: str, machine
     assert content == weights_of(3)
 
 
+@pytest.mark.slow
 def test_control_c_leaves_a_download_that_goes_on(machine: Machine, tmp_path: Path) -> None:
     """The launcher itself, with a file large enough that part of it is on the disk when the Hub falls silent."""
     large = bytes(CHUNK + 5000)

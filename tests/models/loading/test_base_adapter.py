@@ -26,6 +26,8 @@ from tests.support.exporting import run_export
 from tests.support.models import save_random_model
 from tests.training.test_initial_loss import SEQUENCE_LENGTH, _examples, _loss
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},

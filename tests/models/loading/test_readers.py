@@ -113,6 +113,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, checkpoint.by
 """
 
 
+@pytest.mark.slow
 def test_host_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Peak of the process beyond its parameters: below one tensor of the model, whether it casts or not."""
     size, mebibyte = 100, 2**20

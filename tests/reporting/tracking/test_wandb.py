@@ -145,6 +145,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         return {name: (folders[name], job.result()) for name, job in running.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -297,6 +298,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
     assert summary["val/target/loss"] == {"last": losses[-1], "min": min(losses)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("can_rewind", [True, False])
 def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool, tmp_path: Path) -> None:
     """And goes on under its own name where the server does not know how."""

@@ -72,6 +72,7 @@ def test_weights_that_know_nothing_are_refused_before_the_first_step(tmp_path: P
     assert not list(folder.checkpoints.glob("*"))
 
 
+@pytest.mark.slow
 def test_a_trained_model_passes_and_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """Between two lines of metrics.jsonl too, and were Megatron not to look at the gradients."""
     returncode, folder = probe(tmp_path / "run", "model=tiny", *BAD)
@@ -90,6 +91,7 @@ def test_a_trained_model_passes_and_what_is_not_finite_is_not_saved(tmp_path: Pa
     assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speed", "what"),
     [("fast", r"training (?:loss|gradient norm) is (?:nan|inf) at step \d+"), ("off", "the gradient is (?:nan|inf)")],

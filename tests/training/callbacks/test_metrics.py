@@ -40,6 +40,7 @@ class ReadLate:
             AtRecord(self.killed_at, signal.SIGKILL)(folder)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_read_later_is_recorded_the_same(shared_directory: Path, tmp_path: Path) -> None:
     """Also where the run is killed and goes on. Before a validation or a checkpoint nothing is left unread."""
     whole = whole_and_killed(shared_directory, "lora")[0]
@@ -56,6 +57,7 @@ def test_a_step_that_is_read_later_is_recorded_the_same(shared_directory: Path, 
     assert (folder.directory / "waits for each gradient").read_text() == "False"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     ended = train(folder, *overrides_of("lora"), "lr=1e30", "task.warmup_steps=0", fault=ReadLate())
@@ -117,6 +119,7 @@ def note_progress(folder: RunFolder) -> None:
     patched.on_weights_read = note
 
 
+@pytest.mark.slow
 def test_reading_the_weights_shows_its_progress(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert train(folder, *overrides_of("none"), "task.max_steps=2", fault=note_progress).returncode == 0

@@ -78,6 +78,7 @@ def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp
     assert math.isclose(ends[0]["train/loss"], ends[1]["train/loss"], rel_tol=3e-6)
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     arguments = [*RUN, "task.max_steps=3", "task.packing=false", "retention=none"]
     plain = launch(*arguments, "speed=off", directory=tmp_path / "plain", warm=True)
@@ -99,6 +100,7 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     assert all("size mismatch" in reason or "requires_grad" in reason for reason in again), again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 50 * 7], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
