@@ -65,8 +65,8 @@ def replace_everywhere(owner: ModuleType, name: str, new: Any) -> None:
     """Replace a function also in the modules of its package that have imported it by its name."""
     stock, package = getattr(owner, name), owner.__name__.partition(".")[0]
     replace(owner, name, new)
-    for module in list(sys.modules.values()):
-        if module.__name__.partition(".")[0] == package and vars(module).get(name) is stock:
+    for key, module in list(sys.modules.items()):  # by its key there: what compiled packages add has no __name__
+        if key.partition(".")[0] == package and vars(module).get(name) is stock:
             setattr(module, name, new)
 
 
