@@ -84,13 +84,13 @@ def run_code(weights: Path, name: str) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a bit flipped in a shard": (flip_a_bit, "weights/__0_0.distcp is not what was saved (sha256 "),
+    "a bit flipped in a shard": (flip_a_bit, "weights/__0_0.distcp does not match its checksum (sha256 "),
     "a shard cut short": (lambda weights: os.truncate(weights / "__0_0.distcp", 9), "weights/__0_0.distcp has 9 "),
     "a shard missing": (lambda weights: (weights / "__0_1.distcp").unlink(), "weights/__0_1.distcp is missing"),
     "`.metadata` missing": (lambda weights: (weights / ".metadata").unlink(), "weights/.metadata is missing"),
     "a `.metadata` that runs code": (lambda weights: run_code(weights, ".metadata"), "weights/.metadata has "),
     "a `common.pt` that runs code": (lambda weights: run_code(weights, "common.pt"), "weights/common.pt has "),
-    "a file added to a checkpoint": (lambda weights: run_code(weights, "more.pt"), "weights/more.pt was not saved"),
+    "a file added to a checkpoint": (lambda weights: run_code(weights, "more.pt"), "weights/more.pt is not listed"),
     "a checkpoint without its manifest": (
         lambda weights: (weights.parent / "manifest.json").unlink(),
         "manifest.json cannot be read (FileNotFoundError",
@@ -109,7 +109,7 @@ def test_the_newest_checkpoint_is_spoilt(
     assert resumption.checkpoint is not None
     assert resumption.checkpoint.step == 2
     assert resumption.notes[0].startswith(f"checkpoints/step=4: {reason}")
-    assert resumption.notes[0].endswith("; it is now checkpoints/damaged-step=4")
+    assert resumption.notes[0].endswith("; renamed to checkpoints/damaged-step=4")
     assert not (folder.directory / "canary").exists()
     if fault in ("a bit flipped in a shard", "a `.metadata` that runs code"):  # the others would go on alike
         goes_on(folder, runs[0])
@@ -126,9 +126,7 @@ def test_all_checkpoints_are_spoilt(runs: tuple[RunFolder, RunFolder], tmp_path:
     for step in (2, 4):
         flip_a_bit(folder.checkpoints / f"step={step}/weights")
     before = sorted(folder.checkpoints.rglob("*"))
-    with pytest.raises(
-        UserError, match=r"no checkpoint in .* is what was saved \(step=4: .*; step=2: .*\); put its files"
-    ):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid \(step=4: .*; step=2: .*\); restore its files"):
         start(folder, *LORA)
     assert sorted(folder.checkpoints.rglob("*")) == before
     row(
@@ -141,7 +139,7 @@ def test_only_an_unfinished_checkpoint_is_left(runs: tuple[RunFolder, RunFolder]
     shutil.rmtree(folder.checkpoints / "step=2")
     (folder.checkpoints / "step=4").rename(folder.checkpoints / f"{PARTIAL}step=4")
     resumption = start(folder, *LORA)
-    assert resumption.notes == ["nothing was saved before this run was cut off: it starts again from its beginning"]
+    assert resumption.notes == ["no checkpoint was saved before this run was interrupted: starting from the beginning"]
     assert list(folder.checkpoints.iterdir()) == []
     goes_on(folder, runs[0])
     row("only an unfinished checkpoint left", "it is removed, and the run starts from its beginning", NOTHING)

@@ -15,7 +15,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.fields import Affects, affects
 from qwen_cl.config.overrides import override_key
 from qwen_cl.config.saved import read_overrides, read_plain
-from qwen_cl.runs.folder import CUT_OFF, RunFolder
+from qwen_cl.runs.folder import ARCHIVED, RunFolder
 from qwen_cl.runs.metrics import LOSS, TARGET, Curve, median_rate, read_curves, read_metrics
 from qwen_cl.runs.status import RunStatus, State
 
@@ -108,7 +108,7 @@ def read_trials(sweep: Path) -> list[RunSummary]:
     Raises:
         UserError: it holds none.
     """
-    folders = [RunFolder(path.parent) for path in sweep.glob("*/status.json") if CUT_OFF not in path.parent.name]
+    folders = [RunFolder(path.parent) for path in sweep.glob("*/status.json") if ARCHIVED not in path.parent.name]
     folders = [folder for folder in folders if folder.config.is_file()]
     trials = [trial for folder in folders if (trial := read_trial(folder)) is not None]
     if not trials:

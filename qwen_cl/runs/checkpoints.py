@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, which are kept, and how one comes and goes in a single rename."""
+"""The checkpoints of a run: find, verify, publish and prune them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen_cl.runs.manifest import (
 
 NAME = re.compile(r"step=(\d+)")
 PARTIAL = ".saving-"
-"""How the folder of one begins that is being written; what was killed meanwhile stays under that name."""
+"""Prefix of a checkpoint's folder while it is being written. A killed save leaves the folder under this name."""
 REMOVED = ".removed-"
 
 
@@ -31,12 +31,12 @@ class Checkpoint:
 
     @property
     def weights(self) -> Path:
-        """Megatron's distributed checkpoint in it."""
+        """The folder of Megatron's distributed checkpoint."""
         return self.path / "weights"
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Those that were saved to the end, the newest first; whether they still are what was saved is another question."""
+    """Return the checkpoints that were saved completely, newest first. Their files are not verified."""
     found = [
         Checkpoint(int(match[1]), path)
         for path in directory.glob("step=*")
@@ -48,9 +48,9 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
 def latest_valid_checkpoint(
     directory: Path, progress: VerifyProgress | None = None
 ) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]]]:
-    """The newest checkpoint that is what was saved, and each newer one with what is wrong with it.
+    """Return the newest checkpoint that passes verification, and each newer one with the reason why it fails.
 
-    One without a manifest counts as damaged: nobody can say what it holds.
+    A checkpoint without a manifest counts as damaged, because its contents cannot be verified.
     """
     damaged = []
     candidates = [(int(match[1]), path) for path in directory.glob("step=*") if (match := NAME.fullmatch(path.name))]
@@ -72,16 +72,16 @@ def partial_path(directory: Path, step: int) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """After its manifest was written: on the disk first, then under its name, in one step."""
+    """Move a checkpoint to its final name in one rename, after all its files are flushed to disk."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
-    remove(final)  # of a run that came here before, and is older than what was just trained
+    remove(final)  # a checkpoint of an earlier attempt, older than this one
     partial.rename(final)
     flush(final.parent)
 
 
 def remove(path: Path) -> None:
-    """Never half of it under its own name, whenever this process is killed."""
+    """Remove a checkpoint. A killed process never leaves a partial one under its own name."""
     if not path.exists():
         return
     aside = path.with_name(f"{REMOVED}{path.name}")
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Of saves and removals that were cut off."""
+    """Remove the files of interrupted saves and removals."""
     for prefix in (PARTIAL, REMOVED):
         for path in directory.glob(f"{prefix}*"):
             if path.is_dir():
@@ -101,12 +101,12 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int, keep_best: int) -> list[Checkpoint]:
-    """Remove what is neither among the newest nor among the best; returns what was removed.
+    """Remove the checkpoints that are neither among the newest nor among the best, and return them.
 
-    Only checkpoints that are whole are looked at, and as ``keep_last`` is at least 1, the newest of them stays.
+    Only complete checkpoints are considered. As ``keep_last`` is at least 1, the newest of them stays.
     """
-    whole = complete_checkpoints(directory)
-    manifests = {checkpoint: manifest for checkpoint in whole if (manifest := _readable(checkpoint)) is not None}
+    complete = complete_checkpoints(directory)
+    manifests = {checkpoint: manifest for checkpoint in complete if (manifest := _readable(checkpoint)) is not None}
     best = best_of(manifests, keep_best)
     surplus = [checkpoint for checkpoint in list(manifests)[keep_last:] if checkpoint not in best]
     for checkpoint in surplus:
@@ -115,14 +115,14 @@ def prune(directory: Path, keep_last: int, keep_best: int) -> list[Checkpoint]:
 
 
 def best_of(manifests: dict[Checkpoint, CheckpointManifest], count: int) -> Sequence[Checkpoint]:
-    """Those with the lowest validation loss, of the ones that have one."""
+    """Return the checkpoints with the lowest validation loss, among those that have one."""
     losses = {checkpoint: manifest.val_loss for checkpoint, manifest in manifests.items()}
     measured = [(loss, checkpoint) for checkpoint, loss in losses.items() if loss is not None]
     return [checkpoint for _, checkpoint in sorted(measured, key=lambda pair: pair[0])[:count]]
 
 
 def size_of(directory: Path) -> int | None:
-    """Bytes of the newest whole checkpoint; None where there is none."""
+    """Return the bytes of the newest complete checkpoint, or None without one."""
     manifests: Iterable[CheckpointManifest | None] = map(_readable, complete_checkpoints(directory))
     return next((manifest.size for manifest in manifests if manifest is not None), None)
 

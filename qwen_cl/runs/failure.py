@@ -1,4 +1,4 @@
-"""The kinds of cause for which a run ends before it is complete. No torch."""
+"""The kinds of failure that end a run before it is complete. No torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import re
 from qwen_cl.config.errors import UserError
 
 MEGATRON_NOT_FINITE = re.compile(r"Unexpected result (\w+) \(message='found (?:NaN|Inf) in local grad norm")
-"""Megatron checks every gradient before the optimizer step, and names its bucket."""
+"""The error of Megatron's check of each gradient bucket before the optimizer step."""
 FAILED_COLLECTIVE = re.compile(
     r"gloo|nccl|DistBackendError|DistNetworkError|DistStoreError|connection (was )?(closed|reset|refused)|broken pipe"
     r"|process ?group",
     re.IGNORECASE,
 )
-"""Errors of torch.distributed where another rank is gone."""
+"""Errors of torch.distributed when another rank is gone."""
 
 
 class FailureKind(str, enum.Enum):
-    """The kind of cause for which a run ended before it was complete; its reason has the details."""
+    """The kind of failure that ended a run before it was complete. The run's reason has the details."""
 
     out_of_memory = "out_of_memory"
     """On a GPU, or on the host."""
@@ -38,9 +38,9 @@ class FailureKind(str, enum.Enum):
     time_limit = "time_limit"
     """task.max_time, or that of the job."""
     pruned = "pruned"
-    """The sweep stopped a trial that other trials were better than; it is not run again."""
+    """The sweep stopped a trial that performed worse than others; it is not run again."""
     error = "error"
-    """Any other."""
+    """Any other failure."""
 
     def __str__(self) -> str:
         return self.value
@@ -56,11 +56,11 @@ OLD_REASONS = (
     (re.compile(r"^stopped (on request|before training began|by SIG)"), FailureKind.interrupted),
     (re.compile(r"was killed by SIG|were killed by SIG"), FailureKind.rank_lost),
 )
-"""Texts of earlier versions, which recorded no kind."""
+"""Reasons recorded by earlier versions, which recorded no kind."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; raised on every rank, whichever it happened on."""
+    """A checkpoint could not be written. Raised on every rank, whichever rank failed."""
 
     def __init__(self, reason: str, kind: FailureKind) -> None:
         super().__init__(reason)
@@ -68,7 +68,7 @@ class SaveError(RuntimeError):
 
 
 def failure_kind_of(error: BaseException) -> FailureKind:
-    """Return the kind of what ended a rank's process."""
+    """Return the kind of failure of the exception that ended a rank's process."""
     name, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, SaveError):
         return error.kind

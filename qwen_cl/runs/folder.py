@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, who may write to it, and what it says of itself. No torch."""
+"""The folder of a run: its files, its locks, and its status. No torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from qwen_cl.files.names import MODEL_FILES
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.status import RunStatus, State, changed, now, parse_status
 
-CUT_OFF = ".cut-off-"
+ARCHIVED = ".cut-off-"
+"""Part of an archived folder's name. Unchanged from earlier versions, so that their folders are recognized."""
 RESERVE_BYTES = 2**16
 LAUNCHER_LOCK, WORKER_LOCK, STATUS_LOCK = ".lock", ".worker.lock", ".status.lock"
 STATUS_LOCK_SECONDS = 10.0
-"""More than any update takes. A process that is stopped during one (SIGSTOP) must not keep others from writing."""
+"""Longer than any update takes. A process that is stopped during an update (SIGSTOP) must not block the others."""
 
 
 class RunFolder:
-    """Paths and records of one run. ``status.json`` is the one truth about how it went."""
+    """The paths and records of one run. ``status.json`` is the single source of truth about its state."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).absolute()
@@ -49,22 +50,22 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder against other runs; the system lets go of it if this process dies.
+        """Hold the folder against other runs. The system releases the lock when this process dies.
 
         Raises:
             UserError: another run is using it.
         """
         with self._held(LAUNCHER_LOCK, "in use by another run"):
-            with self.worker_lock():  # whoever started it may be gone
+            with self.worker_lock():  # a worker may outlive its launcher
                 pass
             yield
 
     @contextmanager
     def worker_lock(self) -> Iterator[None]:
-        """What a run's first process holds for as long as it may write, whatever became of the launcher.
+        """Hold the lock of the run's first process for as long as it may write, even if the launcher is gone.
 
         Raises:
-            UserError: another one holds it.
+            UserError: another process holds it.
         """
         with self._held(WORKER_LOCK, "still written to by a run whose launcher is gone"):
             yield
@@ -84,22 +85,22 @@ class RunFolder:
             lock.release()
 
     def archive(self) -> Path | None:
-        """Before a run that was cut off starts again: nothing of it is deleted. Returns where it is now.
+        """Rename the folder of an interrupted run before the run starts again, and return its new path, if it exists.
 
         Raises:
-            UserError: it is still running.
+            UserError: the run is still running.
         """
         if not self.directory.exists():
             return None
         with self.lock():
             pass
         number = 1
-        while (aside := self.directory.with_name(f"{self.directory.name}{CUT_OFF}{number}")).exists():
+        while (archived := self.directory.with_name(f"{self.directory.name}{ARCHIVED}{number}")).exists():
             number += 1
-        return self.directory.rename(aside)
+        return self.directory.rename(archived)
 
     def status(self) -> RunStatus:
-        """Return what the run last recorded of itself; all defaults where it recorded nothing yet.
+        """Return what the run last recorded about itself; all defaults before the first record.
 
         Raises:
             UserError: status.json is damaged.
@@ -107,8 +108,10 @@ class RunFolder:
         return self._read_status()[1]
 
     def update_status(self, **changes: Any) -> None:
-        """Change fields of status.json. A reader sees the old file or the new one, also if this process dies in
-        between; of two processes that change it at once, neither overwrites what the other wrote.
+        """Change fields of status.json.
+
+        A reader sees the old file or the new one, even if this process dies in between. Of two processes that change it
+        at once, neither overwrites what the other wrote.
 
         Raises:
             UserError: status.json is damaged.
@@ -116,17 +119,17 @@ class RunFolder:
         self._change_status(changes)
 
     def mark_running(self, **changes: Any) -> None:
-        """Record that the run starts or resumes: nothing is left of how it ended before."""
+        """Record that the run starts or resumes, and clear how it ended before."""
         ended = {"reason": None, "failure_kind": None, "retriable": None, "end": None}
         self._change_status({"state": State.RUNNING, **ended, **changes})
 
     def finish(self, state: State, reason: str | None = None, kind: FailureKind | None = None, **changes: Any) -> None:
-        """Record the final status, unless there is one: the first counts, because the others fail for its reason."""
+        """Record the final status, unless there is one. The first one counts: later failures follow from it."""
         final = {"state": state, "reason": reason, "failure_kind": kind, "end": now()}
         self._change_status({**final, **changes}, only_open=True)
 
     def _read_status(self) -> tuple[dict[str, Any], RunStatus]:
-        """Return the file's JSON, and what it means."""
+        """Return the JSON of status.json, as read and as a typed status."""
         try:
             record = json.loads(self.status_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -159,7 +162,7 @@ class RunFolder:
 
     @contextmanager
     def _status_lock(self) -> Iterator[None]:
-        """Hold the right to change status.json. Nobody takes another lock while holding it."""
+        """Hold the right to change status.json. No other lock is taken while holding it."""
         lock = FileLock(self.directory / STATUS_LOCK)
         with suppress(Timeout):
             lock.acquire(timeout=STATUS_LOCK_SECONDS, poll_interval=0.01)
@@ -169,7 +172,7 @@ class RunFolder:
             lock.release()
 
     def reserve_disk_space(self) -> None:
-        """Room on the disk for the run to say how it ended when all else is full."""
+        """Reserve disk space, so that a run can record its final status on a full disk."""
         with suppress(OSError):
             self.reserve.write_bytes(os.urandom(RESERVE_BYTES))
 
@@ -179,7 +182,7 @@ class RunFolder:
 
 
 def remove_if_empty(directory: Path) -> None:
-    """Hydra makes the folder, and those above it, before anything is checked; a refused run leaves none of them."""
+    """Remove the folder of a refused run, with the parents that Hydra created for it before the checks."""
     with suppress(FileNotFoundError):
         locks = (LAUNCHER_LOCK, WORKER_LOCK, STATUS_LOCK)
         if {path.name for path in directory.iterdir()} <= set(locks):

@@ -1,5 +1,8 @@
-"""What a checkpoint's files were when they were written. Megatron loads a flipped bit without a word, and unpickles
-``.metadata`` and ``common.pt``, which can hold any code: so nothing is opened before its sha256 is right."""
+"""The manifest of a checkpoint: the size and sha256 of every file when it was written.
+
+Megatron loads a flipped bit silently, and unpickles ``.metadata`` and ``common.pt``, which can execute any code: no
+file is loaded before its sha256 is verified.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from pathlib import Path
 from qwen_cl.files.hashing import hash_file
 
 MANIFEST = "manifest.json"
-"""In the checkpoint's folder, written last."""
+"""In the checkpoint's folder; written last."""
 READERS = 8
 VerifyProgress = Callable[[int, int], None]
-"""Called with the bytes that were read and all there are."""
+"""Called with the bytes read so far and the total bytes."""
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint is not what was saved; names the file."""
+    """A checkpoint's files differ from its manifest. Names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +37,28 @@ class SavedFile:
 class CheckpointManifest:
     step: int
     val_loss: float | None
-    """Of the target's validation set at that step, where it was measured there."""
+    """Validation loss of the target at that step, or None if it was not evaluated there."""
     files: dict[str, SavedFile]
-    """By their path in the checkpoint's folder."""
+    """The files by their path in the checkpoint's folder."""
 
     @property
     def size(self) -> int:
-        """Bytes of all."""
+        """Bytes of all files."""
         return sum(file.size for file in self.files.values())
 
 
 def hash_files(directory: Path, names: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, str]:
-    """sha256 of each, several at a time; ``progress`` is called with the size of each block that was read."""
+    """Return the sha256 of each file, reading several at a time.
+
+    ``progress`` is called with the size of each block that was read.
+    """
     names = list(names)
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: hash_file(directory / name, on_read=progress), names)))
 
 
 def file_names(directory: Path) -> list[str]:
-    """Of everything that a manifest has to list."""
+    """Return the names of all files that a manifest has to list."""
     paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
     return sorted(str(path.relative_to(directory)) for path in paths if path != directory / MANIFEST)
 
@@ -62,7 +68,11 @@ def write_checkpoint_manifest(directory: Path, manifest: CheckpointManifest) -> 
 
 
 def read_manifest(directory: Path) -> CheckpointManifest:
-    """Raises DamagedCheckpointError where there is none that can be read."""
+    """Read a checkpoint's manifest.
+
+    Raises:
+        DamagedCheckpointError: it is missing or cannot be read.
+    """
     try:
         saved = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): SavedFile(int(file["size"]), str(file["sha256"])) for name, file in saved["files"].items()}
@@ -72,15 +82,15 @@ def read_manifest(directory: Path) -> CheckpointManifest:
 
 
 def verify(directory: Path, progress: VerifyProgress | None = None) -> CheckpointManifest:
-    """Read every file and compare; sizes first, which costs nothing.
+    """Verify every file against the manifest; sizes first, which costs nothing.
 
     Raises:
-        DamagedCheckpointError: a file is missing, is not what was saved, or was added.
+        DamagedCheckpointError: a file is missing, differs from the manifest, or was added.
     """
     manifest = read_manifest(directory)
-    there = file_names(directory)
-    if added := sorted(set(there) - manifest.files.keys()):
-        raise DamagedCheckpointError(f"{added[0]} was not saved with it")
+    existing = file_names(directory)
+    if added := sorted(set(existing) - manifest.files.keys()):
+        raise DamagedCheckpointError(f"{added[0]} is not listed in its manifest")
     for name, file in manifest.files.items():
         _check_size(directory / name, name, file)
     done = 0
@@ -97,7 +107,7 @@ def verify(directory: Path, progress: VerifyProgress | None = None) -> Checkpoin
         raise DamagedCheckpointError(f"{error.filename} cannot be read ({error.strerror})") from error
     for name, file in manifest.files.items():
         if found[name] != file.sha256:
-            raise DamagedCheckpointError(f"{name} is not what was saved (sha256 {found[name][:12]}…)")
+            raise DamagedCheckpointError(f"{name} does not match its checksum (sha256 {found[name][:12]}…)")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Versions and commits that a run is recorded with."""
+"""The versions and commits that are recorded with a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VERSIONS_OF = ("qwen_cl", "torch", "nemo_toolkit", "megatron-core", "nemo_run", 
 
 
 def versions(names: Iterable[str] = VERSIONS_OF) -> dict[str, str]:
-    """Of those that are installed."""
+    """Return the version of each package that is installed."""
     found = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
@@ -21,7 +21,7 @@ def versions(names: Iterable[str] = VERSIONS_OF) -> dict[str, str]:
 
 
 def git_commit(directory: Path) -> str | None:
-    """The commit of the code, with ``-dirty`` where files differ from it; None outside a checkout."""
+    """Return the commit of the code, with ``-dirty`` if files differ from it; None outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],

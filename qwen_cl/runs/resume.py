@@ -1,7 +1,8 @@
-"""Going on with a run that was cut off: is it the same run, which of its checkpoints is good, what is cut away.
+"""Resume an interrupted run: check that it is the same run, choose a valid checkpoint, discard later records.
 
-``python -m qwen_cl.runs.resume RUN_DIRECTORY`` makes the choice before a run's processes start where no launcher is
-there to make it: in a batch script, which may run again. No torch."""
+``python -m qwen_cl.runs.resume RUN_DIRECTORY`` does so where no launcher can: in a batch script, which may run again.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -33,69 +34,71 @@ FACTS = {
     "model.output_layer": ("output_layer", Affects.checkpoint),
     "model.adapter_sha256": ("model_adapter_sha256", Affects.checkpoint),
 }
-"""What a run finds out of what its config names: the field of status.json, and what depends on it. Of the config's own
-keys their fields say that (qwen_cl/config/)."""
+"""Properties of what the config refers to, found at run time: the field of status.json, and what depends on it. For the
+config's own keys this is metadata of their fields (qwen_cl/config/)."""
 DAMAGED = "damaged-"
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
+    """The outcome of preparing a folder for a run."""
+
     checkpoint: Checkpoint | None
-    """Where to go on from; None for the beginning."""
+    """The checkpoint to resume from; None to start from the beginning."""
     notes: list[str] = field(default_factory=list)
-    """For the user."""
+    """Messages for the user."""
 
 
 def resume(
     folder: RunFolder, config: RunConfig, facts: Mapping[str, str | None], progress: VerifyProgress | None = None
 ) -> Resumption:
-    """Make the folder ready for a run with this config: a new one, or the one that was cut off in it.
+    """Prepare the folder for a run with this config: a new run, or the interrupted one that is in it.
 
-    ``facts`` are of what the config names: ``data.hash``, ``model.fingerprint``, ``model.tokenizer`` and others.
+    ``facts`` describe what the config refers to: ``data.hash``, ``model.fingerprint``, ``model.tokenizer`` and others.
 
     Raises:
-        UserError: it holds another run, or a finished one, or one with no checkpoint that is good. Nothing was changed.
+        UserError: the folder holds another run, a finished one, or one without a valid checkpoint. Nothing was changed.
     """
     status = folder.status()
     state = status.state
     if state is None:
         return Resumption(None)
-    if not isinstance(config.resume, AutoResumeConfig) or (state is State.COMPLETED and not _goes_further(config)):
+    if not isinstance(config.resume, AutoResumeConfig) or (state is State.COMPLETED and not _may_be_extended(config)):
         raise UserError(
             f"hydra.run.dir ({folder.directory}) holds a run already ({state}); choose another folder, or "
             "remove it first"
         )
-    _require_same_run(folder, config, {**_facts_of(status), **leaves_then(folder)}, facts, config.resume.allow_changes)
+    _require_same_run(folder, config, {**_facts_of(status), **recorded_config(folder)}, facts, config.resume.allow_changes)
     return prepare_resume(folder, progress)
 
 
 def prepare_resume(folder: RunFolder, progress: VerifyProgress | None = None) -> Resumption:
-    """Choose the checkpoint, and cut away what came after it.
+    """Choose the checkpoint, and discard what was recorded after it.
 
     Raises:
-        UserError: there are checkpoints, and none is good. Nothing was changed.
+        UserError: there are checkpoints, and none is valid. Nothing was changed.
     """
     checkpoint, damaged = latest_valid_checkpoint(folder.checkpoints, progress)
-    said = [f"{found.path.name}: {reason}" for found, reason in damaged]
+    problems = [f"{found.path.name}: {reason}" for found, reason in damaged]
     if checkpoint is None and damaged:
         raise UserError(
-            f"no checkpoint in {folder.checkpoints} is what was saved ({'; '.join(said)}); put its files back, or "
-            "remove that folder to start the run again from its beginning"
+            f"no checkpoint in {folder.checkpoints} is valid ({'; '.join(problems)}); restore its files, or "
+            "remove that folder to start the run from the beginning"
         )
     for found, _ in damaged:
-        _set_aside(found)
+        _archive(found)
     if folder.checkpoints.is_dir():
         clear_leftovers(folder.checkpoints)
     step = 0 if checkpoint is None else checkpoint.step
-    _cut(folder, step)
+    _discard_after(folder, step)
     notes = [
-        f"checkpoints/{text}; it is now checkpoints/{DAMAGED}{found.path.name}"
-        for (found, _), text in zip(damaged, said)
+        f"checkpoints/{text}; renamed to checkpoints/{DAMAGED}{found.path.name}"
+        for (found, _), text in zip(damaged, problems)
     ]
     if checkpoint is None:
-        notes.append("nothing was saved before this run was cut off: it starts again from its beginning")
+        notes.append("no checkpoint was saved before this run was interrupted: starting from the beginning")
     else:
-        notes.append(f"going on from checkpoints/{checkpoint.path.name}, whose files are what was saved")
+        notes.append(f"resuming from checkpoints/{checkpoint.path.name} (checksums verified)")
     before = folder.status()
     folder.update_status(
         step=step,
@@ -105,8 +108,8 @@ def prepare_resume(folder: RunFolder, progress: VerifyProgress | None = None) ->
     return Resumption(checkpoint, notes)
 
 
-def leaves_then(folder: RunFolder) -> dict[str, Any]:
-    """What the run was started with, by full key.
+def recorded_config(folder: RunFolder) -> dict[str, Any]:
+    """Return the result-affecting values that the run was started with, by full key.
 
     Raises:
         UserError: its config.yaml cannot be read.
@@ -114,8 +117,8 @@ def leaves_then(folder: RunFolder) -> dict[str, Any]:
     return leaves_of_consequence(to_plain(read_run_config(folder.config)))
 
 
-def _goes_further(config: RunConfig) -> bool:
-    """A finished run may be trained longer, if that is said."""
+def _may_be_extended(config: RunConfig) -> bool:
+    """Return whether a finished run may be trained longer."""
     return isinstance(config.resume, AutoResumeConfig) and "task.max_steps" in config.resume.allow_changes
 
 
@@ -128,29 +131,29 @@ def _affects(key: str) -> Affects:
 
 
 def _require_same_run(
-    folder: RunFolder, config: RunConfig, then: Mapping[str, Any], facts: Mapping[str, Any], allow: Sequence[str]
+    folder: RunFolder, config: RunConfig, recorded: Mapping[str, Any], facts: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
-    today = {**leaves_of_consequence(to_plain(config)), **facts}
+    requested = {**leaves_of_consequence(to_plain(config)), **facts}
     for name in allow:
-        if not any(_covers(name, key) for key in today):
-            raise UserError(f"resume.allow_changes ({name}) is no key of a run; write it in full, like task.max_steps")
+        if not any(_covers(name, key) for key in requested):
+            raise UserError(f"resume.allow_changes ({name}) is not a config key; write it in full, like task.max_steps")
     differing = [
         key
-        for key in sorted(then.keys() | today.keys())
-        if then.get(key) != today.get(key)
+        for key in sorted(recorded.keys() | requested.keys())
+        if recorded.get(key) != requested.get(key)
         and _affects(key) is not Affects.execution
         and (_affects(key) is Affects.checkpoint or not any(_covers(name, key) for name in allow))
     ]
     if not differing:
         return
-    shown = "; ".join(f"{key} was {_value(then, key)} and is {_value(today, key)}" for key in differing)
+    shown = "; ".join(f"{key} was {_value(recorded, key)} and is {_value(requested, key)}" for key in differing)
     if any(_affects(key) is Affects.checkpoint for key in differing):
-        fix = "or choose another folder: its checkpoints fit nothing else"
+        fix = "or choose another folder: its checkpoints are incompatible"
     else:
-        fix = f"choose another folder, or go on all the same with 'resume.allow_changes=[{','.join(differing)}]'"
+        fix = f"choose another folder, or resume anyway with 'resume.allow_changes=[{','.join(differing)}]'"
     raise UserError(
-        f"hydra.run.dir ({folder.directory}) holds a run that was started with something else: {shown}. Say it as then"
-        f"{_said_then(folder)}, {fix}"
+        f"hydra.run.dir ({folder.directory}) holds a run that was started with other values: {shown}. Restore the "
+        f"original overrides{_original_overrides(folder)}, {fix}"
     )
 
 
@@ -163,28 +166,28 @@ def _value(leaves: Mapping[str, Any], key: str) -> str:
     return str(value)[:80] if key in leaves and value is not None else "not set"
 
 
-def _said_then(folder: RunFolder) -> str:
-    said = read_overrides(folder.directory)
-    return "" if said is None else f" ({' '.join(said) or 'no overrides'})"
+def _original_overrides(folder: RunFolder) -> str:
+    overrides = read_overrides(folder.directory)
+    return "" if overrides is None else f" ({' '.join(overrides) or 'no overrides'})"
 
 
-def _set_aside(checkpoint: Checkpoint) -> None:
-    aside = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.path.rename(aside)
+def _archive(checkpoint: Checkpoint) -> None:
+    archived = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
+    shutil.rmtree(archived, ignore_errors=True)
+    checkpoint.path.rename(archived)
 
 
-def _cut(folder: RunFolder, step: int) -> None:
-    """What was recorded after the checkpoint is recorded again, so that each step is there once."""
-    for path, last in ((folder.metrics_file, step), (folder.samples, 0)):  # samples are of the beginning and the end
+def _discard_after(folder: RunFolder, step: int) -> None:
+    """Discard what was recorded after the checkpoint: those steps are trained and recorded again."""
+    for path, last in ((folder.metrics_file, step), (folder.samples, 0)):  # samples: first and last step
         if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
-            write_text(path, "".join(f"{line}\n" for line in (kept if step else [])))
-    shutil.rmtree(folder.adapter, ignore_errors=True)  # of a step that is trained again
+            retained = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
+            write_text(path, "".join(f"{line}\n" for line in (retained if step else [])))
+    shutil.rmtree(folder.adapter, ignore_errors=True)  # exported at a step that is trained again
 
 
 def _step_of(line: str) -> float:
-    """Beyond every step for a line that was cut off while it was written."""
+    """Return the step of a record; infinity for a line that was not written completely."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

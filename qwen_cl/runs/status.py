@@ -1,4 +1,4 @@
-"""status.json with its types: what a run last recorded of itself. No torch."""
+"""The typed contents of status.json. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD_NAMES = {
     "worker_lost": "retriable",
     "data_hash": "data_sha256",
 }
-"""Fields of earlier versions, and what they are called now."""
+"""Field names of earlier versions, and today's."""
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -33,7 +33,7 @@ Record = TypeVar("Record")
 
 class State(str, enum.Enum):
     SUBMITTED = "SUBMITTED"
-    """To a cluster, where it waits."""
+    """Waiting in a cluster's queue."""
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"
@@ -44,7 +44,7 @@ class State(str, enum.Enum):
 
 
 OPEN = (State.SUBMITTED, State.RUNNING)
-"""States without a final status: it is still to be written."""
+"""The states of a run that has no final status yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +53,14 @@ class JobRecord:
 
     cluster: str | None = None
     id: str | None = None
-    """None for a run of this machine."""
+    """None for a run on this machine."""
     submitted: datetime | None = None
     nodes: str | None = None
     restarts: int = 0
     seconds_before: float = 0.0
-    """Of all starts before the last."""
+    """Seconds of all starts before the last."""
     start: datetime | None = None
-    """Of the last start."""
+    """Time of the last start."""
     end: datetime | None = None
 
 
@@ -70,7 +70,7 @@ class WandbRecord:
 
     mode: str | None = None
     reason: str | None = None
-    """Why it is not online, or not complete there."""
+    """Why it is offline, or incomplete online."""
     id: str | None = None
     directory: str | None = None
     url: str | None = None
@@ -80,15 +80,15 @@ class WandbRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """What a run last recorded of itself. A field has its default where status.json lacks it or has null."""
+    """The record of a run. A field has its default where status.json lacks it or has null."""
 
     state: State | None = None
     """None where the folder holds no run."""
     reason: str | None = None
-    """Why it is not complete."""
+    """Why the run is not complete."""
     failure_kind: FailureKind | None = None
     retriable: bool = False
-    """It was lost to something outside the run, and another attempt may succeed."""
+    """The failure was external to the run, so another attempt may succeed."""
     phase: str | None = None
     phase_started_at: dict[str, float] = field(default_factory=dict)
     """Seconds since 1970 at which each phase last began."""
@@ -96,13 +96,13 @@ class RunStatus:
     start: datetime | None = None
     end: datetime | None = None
     resume_from: str | None = None
-    """Path of the checkpoint that it resumed from; None for the beginning."""
+    """Path of the checkpoint that the run resumed from; None if it started from the beginning."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """Time, step and earlier state of each resumption."""
     job: JobRecord = JobRecord()
     wandb: WandbRecord = WandbRecord()
     stages: list[dict[str, Any]] = field(default_factory=list)
-    """Of task=continual: name, folder, start and state of each stage."""
+    """Name, folder, start and state of each stage of task=continual."""
     model_source: str | None = None
     model_commit: str | None = None
     model_fingerprint: str | None = None
@@ -110,15 +110,15 @@ class RunStatus:
     model_adapter_sha256: str | None = None
     data_sha256: str | None = None
     data_commits: dict[str, str] = field(default_factory=dict)
-    """By key, the commit of each dataset of the Hub."""
+    """The commit of each dataset from the Hub, by its config key."""
     bos_token: str | None = None
     tokenizer_hash: str | None = None
     output_layer: str | None = None
     trainable_parameters: int | None = None
     speed_optimizations: dict[str, int] = field(default_factory=dict)
-    """How many parts of the model each one changed."""
+    """The number of modules that each one changed."""
     verified: dict[str, float] = field(default_factory=dict)
-    """First losses of this run and of transformers."""
+    """First losses of this run and of transformers on the same examples."""
     peak_memory_gib: float | None = None
     git_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class RunStatus:
 
     @property
     def seconds(self) -> float | None:
-        """From start to end; None while it runs."""
+        """Seconds from start to end; None while the run is running."""
         return (self.end - self.start).total_seconds() if self.start and self.end else None
 
 
@@ -139,10 +139,10 @@ def now() -> datetime:
 
 
 def parse_status(record: Any) -> RunStatus:
-    """Return the status that a file's JSON holds; fields of other versions are passed over.
+    """Return the status that a file's JSON holds; unknown fields are ignored.
 
     Raises:
-        ValueError: a field has a value of another kind.
+        ValueError: a field has a value of the wrong kind.
     """
     if not isinstance(record, dict):
         raise ValueError("it must be an object of names and values")
@@ -153,16 +153,16 @@ def parse_status(record: Any) -> RunStatus:
 
 
 def changed(record: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a file's JSON with these fields changed, and when its phase began where that is another one.
+    """Return a file's JSON with these fields changed, and the start time of a new phase.
 
     Raises:
-        TypeError: a field is unknown, which is a fault of the caller.
+        TypeError: a field is unknown.
     """
     if unknown := changes.keys() - {each.name for each in fields(RunStatus)}:
         raise TypeError(f"status.json has no field {', '.join(sorted(unknown))}")
     before = with_new_names(record)
     after = {**before, **{name: _plain(before.get(name), value) for name, value in changes.items()}}
-    phase, last = ((each.get("phase") or "").partition(":")[0] for each in (after, before))  # what follows counts up
+    phase, last = ((each.get("phase") or "").partition(":")[0] for each in (after, before))  # a count may follow
     if phase != last:
         after["phase_started_at"] = {**before.get("phase_started_at", {}), phase: round(time.time(), 2)}
     return after
@@ -174,12 +174,12 @@ def with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(before: Any, value: Any) -> Any:
-    """Return the JSON of a field; what another version has in a nested record stays."""
+    """Return the JSON of a field; unknown fields of a nested record are retained."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    own = asdict(value)
-    others = {name: each for name, each in (before or {}).items() if name not in own}
-    return {**others, **{name: each for name, each in own.items() if each is not None}}
+    fields = asdict(value)
+    others = {name: each for name, each in (before or {}).items() if name not in fields}
+    return {**others, **{name: each for name, each in fields.items() if each is not None}}
 
 
 def _typed(kind: type[Record], record: Mapping[str, Any], prefix: str = "") -> Record:
@@ -189,7 +189,7 @@ def _typed(kind: type[Record], record: Mapping[str, Any], prefix: str = "") -> R
 
 
 def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Return the type of each field, without None and without that of its items."""
+    """Return the type of each field, without None and without the type of its items."""
     hints = {}
     for name, hint in typing.get_type_hints(kind).items():
         alone = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint

@@ -20,7 +20,7 @@ from qwen_cl.config.store import GROUPS
 from qwen_cl.config.task.training import AUTO
 from qwen_cl.files.atomic import write_text
 from qwen_cl.planning.plan import Plan
-from qwen_cl.runs.folder import CUT_OFF, RunFolder
+from qwen_cl.runs.folder import ARCHIVED, RunFolder
 
 LONGEST_NAME = 80
 RECORD = "trial.json"
@@ -146,7 +146,7 @@ def trial_name(number: int, differing: dict[str, str]) -> str:
 
 def read_records(directory: Path) -> Iterable[dict[str, Any]]:
     """Of every trial that was ever started in a sweep's folder, by number; not of what was moved aside."""
-    paths = [path for path in directory.glob(f"*/{RECORD}") if CUT_OFF not in path.parent.name]
+    paths = [path for path in directory.glob(f"*/{RECORD}") if ARCHIVED not in path.parent.name]
     return sorted(map(read_record, paths), key=lambda record: int(record["number"]))
 
 

@@ -112,7 +112,7 @@ def test_the_newest_good_one_is_found_behind_those_that_are_not(tmp_path: Path) 
     assert found is not None
     assert found.step == 2
     assert [(checkpoint.step, reason.partition(" (")[0]) for checkpoint, reason in damaged] == [
-        (8, "weights/a.distcp is not what was saved"),
+        (8, "weights/a.distcp does not match its checksum"),
         (6, "manifest.json cannot be read"),
         (5, "manifest.json is of step 4"),
     ]

@@ -130,7 +130,7 @@ def test_another_run_is_refused_and_nothing_is_changed(
         start(killed, *LORA, *said)
     message = str(refused.value)
     assert message.startswith(
-        f"hydra.run.dir ({killed.directory}) holds a run that was started with something else: {shown}"
+        f"hydra.run.dir ({killed.directory}) holds a run that was started with other values: {shown}"
     )
     assert ("resume.allow_changes=[" in message) == (said != ["peft.rank=4"])
     after = {path: path.stat().st_mtime_ns for path in killed.directory.rglob("*") if not path.name.endswith(".lock")}
@@ -146,9 +146,9 @@ def test_a_model_that_moved_is_refused(lora: tuple[RunFolder, RunFolder], tmp_pa
     config: dict[str, Any] = yaml.safe_load(folder.config.read_text())
     config["model"]["source"] = f"hf://org/tiny@{'a' * 40}"
     folder.config.write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Say it as then"):
+    with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Restore the original"):
         start(folder, *LORA, "resume.allow_changes=[model]")
-    row("another commit of the model", "refused with exit code 2: its checkpoints fit nothing else", "nothing")
+    row("another commit of the model", "refused with exit code 2: its checkpoints are incompatible", "nothing")
     changed = copy_of(lora[1], tmp_path / "changed")
     changed.update_status(model_fingerprint="0" * 64)
     with pytest.raises(UserError, match=r"model\.fingerprint was 0000"):
@@ -158,7 +158,7 @@ def test_a_model_that_moved_is_refused(lora: tuple[RunFolder, RunFolder], tmp_pa
 def test_what_may_differ_and_what_is_allowed_to(lora: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
     folder = copy_of(lora[1], tmp_path / "run")
     with pytest.raises(
-        UserError, match=re.escape("resume.allow_changes (learning_rate) is no key of a run; write it in full")
+        UserError, match=re.escape("resume.allow_changes (learning_rate) is not a config key; write it in full")
     ):
         start(folder, *LORA, "lr=0.02", "resume.allow_changes=[learning_rate]")
     with pytest.raises(UserError, match="seed was 1234 and is 1"):
@@ -166,7 +166,7 @@ def test_what_may_differ_and_what_is_allowed_to(lora: tuple[RunFolder, RunFolder
     other = ["task.micro_batch_size=1", "task.log_interval=2", "task.keep_best=1", "name=other"]
     resumption = start(folder, *LORA, *other, "lr=0.02", "resume.allow_changes=[lr]")
     assert resumption.checkpoint is not None
-    assert resumption.notes == ["going on from checkpoints/step=4, whose files are what was saved"]
+    assert resumption.notes == ["resuming from checkpoints/step=4 (checksums verified)"]
     assert yaml.safe_load(folder.config.read_text())["lr"] == 0.02
 
 

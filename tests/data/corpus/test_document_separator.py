@@ -196,7 +196,9 @@ def test_an_older_run_goes_on_where_its_texts_are_cut_alike(
     if name == "a.jsonl":
         resume(folder, plan.config, {})
         return
-    with pytest.raises(UserError, match=r"data\.document_separator was file and is blank_line\. Say it as then"):
+    with pytest.raises(
+        UserError, match=r"data\.document_separator was file and is blank_line\. Restore the original overrides"
+    ):
         resume(folder, plan.config, {})
     resume(folder, make_plan(compose_run(*command, "data.document_separator=file")).config, {})
 

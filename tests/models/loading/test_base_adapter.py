@@ -195,7 +195,7 @@ def test_another_adapter_cannot_be_resumed_with(
         )
         assert done.returncode == 2, done.stderr
         assert "model.adapter" in done.stderr
-        assert "its checkpoints fit nothing else" in done.stderr
+        assert "its checkpoints are incompatible" in done.stderr
         if change == "changed":
             with pytest.raises(UserError, match="has changed since the run, and its weights no longer match"):
                 run_export(f"task.run={folder}", f"task.output={tmp_path / 'export'}", "task.format=adapter")
