@@ -35,7 +35,7 @@ TASKS: dict[type[TaskConfig], str] = {
     EvaluateConfig: "qwen_cl.inference.evaluate.evaluate",
     GenerateConfig: "qwen_cl.inference.generate.generate",
     ContinualConfig: "qwen_cl.continual.run_stages.continual",
-    JobConfig: "qwen_cl.launch.slurm.job.act",
+    JobConfig: "qwen_cl.launch.slurm.job.run_job_action",
     ReportConfig: "qwen_cl.reporting.report.report",
 }
 """The function of each task, by name: a command imports no other task's. It takes the config, its task typed, and the

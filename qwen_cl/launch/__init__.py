@@ -1,1 +1,1 @@
-"""Processes of a run: started, supervised, and their failures traced to one rank."""
+"""Start and supervise the processes of a run, and trace its failures to one rank."""

@@ -1,8 +1,8 @@
-"""A run as a container elsewhere: what Docker, Kubernetes or SkyPilot would be given. Rendered, not submitted.
+"""Render a run as a container for Docker, Kubernetes or SkyPilot. Nothing is submitted.
 
-The container does what this command would do on a machine of its own: it plans, fetches, trains and resumes. NeMo-Run
-makes the TrainJob. Its Docker executor has no text to show, and its SkyPilot executor needs SkyPilot, which wants other
-versions of what NeMo pins.
+The container does what this command would do on a machine of its own: it plans, downloads, trains and resumes. NeMo-Run
+builds the TrainJob. Its Docker executor cannot render text, and its SkyPilot executor needs SkyPilot, whose
+dependencies conflict with the versions that NeMo pins.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from qwen_cl.launch.local import paths_to_mount, run_variables
 from qwen_cl.runs.folder import RunFolder
 
 KEYS = ("WANDB_API_KEY", "HF_TOKEN")
-"""Environment variables that only their owner may read: named here, never with a value."""
+"""Environment variables with secrets: passed by name, never by value."""
 
 
 def render_container(config: RunConfig, folder: RunFolder, overrides: Sequence[str]) -> tuple[str, str]:
-    """Its kind, and its text. ``overrides`` are the command's own."""
+    """Return the kind of the rendered text, and the text. ``overrides`` are those of this command."""
     cluster = config.cluster
     if isinstance(cluster, DockerConfig):
         return "docker command", _docker(cluster, config, folder, overrides)
@@ -57,13 +57,13 @@ def _docker(cluster: DockerConfig, config: RunConfig, folder: RunFolder, overrid
 def _kubernetes(cluster: KubernetesConfig, folder: RunFolder, overrides: Sequence[str]) -> str:
     from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
-    class Described(KubeflowExecutor):
+    class OfflineExecutor(KubeflowExecutor):
         def __post_init__(self) -> None:
-            """Without a look at the cluster: it is only to say what it would ask for."""
+            """Skip connecting to the cluster: the job is only rendered."""
 
     volume = {"name": "outputs", "persistentVolumeClaim": {"claimName": cluster.volume_claim}}
     has_volume = cluster.volume_claim is not None
-    executor = Described(
+    executor = OfflineExecutor(
         runtime_ref=cluster.runtime,
         namespace=cluster.namespace,
         image=cluster.image,
@@ -103,15 +103,15 @@ def _skypilot(cluster: SkypilotConfig, folder: RunFolder, overrides: Sequence[st
 
 
 def _command(cluster: ContainerConfig, directory: str, overrides: Sequence[str]) -> list[str]:
-    """The launcher's, for the machine that it is then on."""
-    ours = [said for said in overrides if override_key(said).partition(".")[0] not in ("cluster", "dry_run", "hydra")]
+    """Return the launcher's command inside the container."""
+    passed = [each for each in overrides if override_key(each).partition(".")[0] not in ("cluster", "dry_run", "hydra")]
     values = {field.name: getattr(cluster, field.name) for field in fields(LocalConfig)}
-    kept = [f"cluster.{name}={getattr(value, 'value', value)}" for name, value in values.items()]
+    cluster_overrides = [f"cluster.{name}={getattr(value, 'value', value)}" for name, value in values.items()]
     where = directory if re.fullmatch(r"[\w./-]+", directory) else quoted(directory)
-    return ["python", "launch.py", f"hydra.run.dir={where}", *ours, "cluster=local", *kept]
+    return ["python", "launch.py", f"hydra.run.dir={where}", *passed, "cluster=local", *cluster_overrides]
 
 
 def _dns_name(folder: RunFolder) -> str:
-    """As Kubernetes takes it."""
+    """Return a DNS name that Kubernetes accepts."""
     name = f"{folder.directory.parent.name}-{folder.directory.name}".lower()
     return re.sub(r"[^a-z0-9]+", "-", f"qwen-cl-{name}")[:50].strip("-")

@@ -1,7 +1,7 @@
-"""What a rank tells the parent of its group (qwen_cl/launch/supervisor.py, or qwen_cl/launch/slurm/srun_supervisor.py):
-that it lives, that it gets on, and why it failed.
+"""Report from a rank to its supervisor (launch/supervisor.py or launch/slurm/srun_supervisor.py): heartbeats, progress,
+and the reason of a failure.
 
-Outside such a group (one process, or ranks that something else started) every function does nothing.
+Without a supervisor (a single process, or ranks that something else started) every function does nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any
 from qwen_cl.runs.failure import FailureKind
 
 GROUP = "QWEN_CL_GROUP"
-"""Environment variable: the address of the store, host:port, of the parent of the group."""
+"""Environment variable: host:port of the supervisor's store."""
 BEAT_SECONDS = 0.5
 COMMUNICATING = (str(Path("torch", "distributed")), str(Path("core", "pipeline_parallel", "p2p_communication")))
-"""Parts of the paths of files that wait for other ranks."""
+"""Path fragments of source files in which a rank waits for other ranks."""
 
 
 class HeartbeatSender:
+    """The thread that sends heartbeats of this rank to the supervisor's store."""
+
     def __init__(self, address: str, rank: int) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -41,16 +43,16 @@ class HeartbeatSender:
 
     def _beat(self) -> None:
         number = 0
-        with suppress(Exception):  # the parent is gone, and this process is about to be
+        with suppress(Exception):  # the supervisor is gone, and this process ends soon
             while True:
                 number += 1
                 self.store.set(f"beat/{self.rank}", json.dumps([number, *self._progress()]))
                 time.sleep(BEAT_SECONDS)
 
     def _progress(self) -> tuple[str, bool]:
-        """What changes with progress, and whether other ranks are waited for.
+        """Return a text that changes with progress, and whether the rank waits for other ranks.
 
-        Outside of training nobody counts, so there any movement is progress.
+        Outside of training no steps are counted, so any movement of the main thread is progress.
         """
         frames = list(_frames(sys._current_frames().get(threading.main_thread().ident or 0)))
         waits = any(part in frame.f_code.co_filename for frame in frames for part in COMMUNICATING)
@@ -65,49 +67,49 @@ def _frames(frame: FrameType | None) -> Any:
         frame = frame.f_back
 
 
-_member: HeartbeatSender | None = None
+_sender: HeartbeatSender | None = None
 
 
 def start_heartbeat() -> None:
-    """Early in a rank's process."""
-    global _member
+    """Start sending heartbeats. Called early in a rank's process."""
+    global _sender
     if address := os.environ.get(GROUP):
-        faulthandler.register(signal.SIGUSR2, all_threads=True)  # the parent asks where a rank is that hangs
-        _member = HeartbeatSender(address, int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]))
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # the supervisor requests the stacks of a hung rank
+        _sender = HeartbeatSender(address, int(os.environ.get("RANK") or os.environ["SLURM_PROCID"]))
 
 
 def start_step_tracking() -> None:
-    """From now on only :func:`progress` counts as such."""
-    if _member is not None:
-        _member.training = True
-        _member.steps += 1
+    """Count only calls of :func:`progress` as progress from now on."""
+    if _sender is not None:
+        _sender.training = True
+        _sender.steps += 1
 
 
 def progress() -> None:
-    """Of the main thread: a step, or some batches of a longer task."""
-    if _member is not None:
-        _member.steps += 1
+    """Report progress from the main thread: a step, or some batches of a longer task."""
+    if _sender is not None:
+        _sender.steps += 1
 
 
 def end_steps() -> None:
-    if _member is not None:
-        _member.training = False
+    if _sender is not None:
+        _sender.training = False
 
 
 def mark_done() -> None:
-    """At a good end: whoever waits for the others need not wonder about this one."""
-    if _member is not None:
+    """Report a successful end, so that the supervisor no longer watches this rank."""
+    if _sender is not None:
         with suppress(RuntimeError):
-            _member.store.set(f"done/{_member.rank}", "")
+            _sender.store.set(f"done/{_sender.rank}", "")
 
 
 def report_failure(reason: str, kind: FailureKind) -> bool:
-    """False where there is no parent to hear it. The order of the reports is that of the failures."""
-    if _member is None:
+    """Report a failure, numbered in the order of the failures. Returns False without a supervisor."""
+    if _sender is None:
         return False
     try:
-        number = _member.store.add("failures", 1)
-        _member.store.set(f"failure/{_member.rank}", json.dumps([number, reason, kind]))
-    except RuntimeError:  # the store's own, for whatever befell it
+        number = _sender.store.add("failures", 1)
+        _sender.store.set(f"failure/{_sender.rank}", json.dumps([number, reason, kind]))
+    except RuntimeError:  # raised by the store for any failure
         return False
     return True

@@ -1,4 +1,4 @@
-"""Start a run's processes, follow them, and stop them with us."""
+"""Start the processes of a run on this machine, follow them, and stop them with the launcher."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
 
 STOP_GRACE = 120
-"""Seconds a run has to save and end once it is asked to stop; then it is killed."""
+"""Seconds that a run has to save and end after a stop request; then it is killed."""
 SAME_STOP = 0.5
-"""Seconds in which more signals are the same wish: Linux sends one for each thread of a parent that is killed."""
+"""Seconds in which more signals are the same stop request: Linux sends one per thread of a parent that is killed."""
 PR_SET_PDEATHSIG = 1
 
 
 def worker_command(cluster: ClusterConfig, folder: RunFolder) -> list[str]:
-    """One process, or the parent of one per device."""
+    """Return the command of the single worker, or of the supervisor of one worker per device."""
     module = "qwen_cl.training.worker" if cluster.world_size == 1 else "qwen_cl.launch.supervisor"
     return [sys.executable, "-m", module, str(folder.directory)]
 
@@ -49,13 +49,13 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """Ours, without what is for this process alone."""
+    """Return this process's environment without the variables that are for this process alone."""
     environment = {
-        name: value  # of a job that we may be in ourselves: the run is not its task
+        name: value  # SLURM_*: the launcher may be in a job itself
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
-    for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # only the launcher asks the Hub
+    for token in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # only the launcher accesses the Hub
         environment.pop(token, None)
     for private in ("HYDRA_FULL_ERROR", "USE_TORCH", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):  # launch.py's own
         environment.pop(private, None)
@@ -63,13 +63,14 @@ def inherited_environment() -> dict[str, str]:
 
 
 def run_variables(config: RunConfig) -> dict[str, str]:
-    """What the processes of a run are told, wherever they are."""
+    """Return the environment variables of a run's processes on any machine."""
     variables = {
-        "HF_HUB_OFFLINE": "1",  # everything was fetched and pinned before, into this cache
+        "HF_HUB_OFFLINE": "1",  # everything was downloaded to this cache before
         "HF_HUB_CACHE": str(HubSettings.of(config.model).cache_directory),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # NeMo gives this to the group of all ranks as its timeout. Their parent, who can name one, speaks first.
+        # NeMo sets this as the timeout of the group of all ranks. The supervisor, which can name the hung rank, must be
+        # first.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(config.cluster.timeout_minutes * 60) + 60),
     }
     if config.cluster.accelerator is Accelerator.cpu:
@@ -88,11 +89,11 @@ def paths_to_mount(config: RunConfig, directory: Path) -> list[Path]:
 
 
 def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> None:
-    """Run to the end. ``watch`` is called several times a second to show progress.
+    """Run the worker to its end. ``watch`` is called several times a second to show progress.
 
     Raises:
-        RunPreempted: the run was asked to stop and did.
-        RunFailed: it ended in any other way but COMPLETED, by its own record.
+        RunPreempted: the run stopped on request.
+        RunFailed: its final status is neither COMPLETED nor PREEMPTED.
     """
     killed_before = out_of_memory_kills()
     with folder.log.open("ab") as log:
@@ -106,23 +107,25 @@ def execute(config: RunConfig, folder: RunFolder, watch: Callable[[], None]) -> 
             preexec_fn=partial(terminate_with_parent, os.getpid()),
         )
     try:
-        with _forwarding_signals(process) as asked:
+        with _forwarding_signals(process) as received:
             while process.poll() is None:
                 watch()
                 time.sleep(0.1)
     except BaseException as error:
         kill_group(process)
-        folder.finish(State.FAILED, f"its launcher ended: {type(error).__name__}: {error}", FailureKind.error)
+        folder.finish(State.FAILED, f"the launcher failed: {type(error).__name__}: {error}", FailureKind.error)
         raise
     kill_group(process)
     watch()
-    _settle(folder, process.returncode, bool(asked), out_of_memory=out_of_memory_kills() > killed_before)
-    raise_for_status(folder, interrupted=signal.SIGINT in asked[:1])
+    _resolve_status(folder, process.returncode, bool(received), out_of_memory=out_of_memory_kills() > killed_before)
+    raise_for_status(folder, interrupted=signal.SIGINT in received[:1])
 
 
 def terminate_with_parent(parent: int | None = None) -> None:
-    """In the child, before exec: if the launcher is killed, the run is asked to stop. With the number of the launcher's
-    process also if that was before now."""
+    """Have the system send this process SIGTERM when its parent dies. Called in the child, before exec.
+
+    With the process id of the parent, a parent that is already dead counts too.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is not None and os.getppid() != parent:
@@ -131,43 +134,44 @@ def terminate_with_parent(parent: int | None = None) -> None:
 
 @contextmanager
 def _forwarding_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop, the second kills it. Yields the signals that came."""
-    asked: list[int] = []
-    asked_at: list[float] = []
+    """Forward a first stop signal to the run, which saves and stops; kill it at a second. Yields the signals
+    received."""
+    received: list[int] = []
+    received_at: list[float] = []
 
     def forward(number: int, frame: Any) -> None:
-        asked.append(number)
-        if asked_at:
-            if time.monotonic() - asked_at[0] > SAME_STOP:
+        received.append(number)
+        if received_at:
+            if time.monotonic() - received_at[0] > SAME_STOP:
                 _signal_group(process)
             return
-        asked_at.append(time.monotonic())
-        print("\nStopping: the run saves a checkpoint first. Again to kill it.", file=sys.stderr)
+        received_at.append(time.monotonic())
+        print("\nStopping: the run saves a checkpoint first. Press Ctrl-C again to kill it.", file=sys.stderr)
         process.send_signal(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, STOP_GRACE)
 
     kill = handle_signals(lambda number, frame: _signal_group(process), [signal.SIGALRM])
     with kill, handle_signals(forward, (*STOP_SIGNALS, signal.SIGUSR1)):
         try:
-            yield asked
+            yield received
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Whatever the run left behind goes with it."""
+    """Kill all processes that the run left behind."""
     _signal_group(process)
     process.wait()
 
 
 def _signal_group(process: subprocess.Popen[bytes]) -> None:
-    """All that a handler may do: to wait in one would wait for the very code that it interrupted."""
+    """Send SIGKILL without waiting: waiting in a handler would block the code that it interrupted."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for want of memory; 0 where it does not say."""
+    """Return the number of out-of-memory kills by the kernel so far; 0 if unknown."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -175,31 +179,32 @@ def out_of_memory_kills() -> int:
     return 0
 
 
-def _settle(folder: RunFolder, returncode: int, asked: bool, *, out_of_memory: bool) -> None:
-    """The last word for a worker that ended without one; ``asked`` says that we asked it to stop."""
-    if asked and returncode == -signal.SIGTERM:  # it was not listening yet
+def _resolve_status(folder: RunFolder, returncode: int, stop_requested: bool, *, out_of_memory: bool) -> None:
+    """Record the final status of a worker that ended without recording one."""
+    if stop_requested and returncode == -signal.SIGTERM:  # it had no signal handler yet
         folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
         return
     how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with {returncode}"
     why = ""
-    if asked:
-        why = " when it was asked to stop"
+    if stop_requested:
+        why = " after a stop request"
     elif out_of_memory:
         why = "; the kernel was out of memory"
     elif returncode == -signal.SIGKILL:
         why = " (out of memory?)"
-    full = out_of_memory and not asked
-    kind = FailureKind.out_of_memory if full else FailureKind.rank_lost
-    folder.finish(State.FAILED, f"the worker was {how}{why}", kind, retriable=not (asked or out_of_memory))
+    memory_exhausted = out_of_memory and not stop_requested
+    kind = FailureKind.out_of_memory if memory_exhausted else FailureKind.rank_lost
+    folder.finish(State.FAILED, f"the worker was {how}{why}", kind, retriable=not (stop_requested or out_of_memory))
 
 
 def raise_for_status(folder: RunFolder, *, interrupted: bool) -> None:
+    """Raise RunPreempted or RunFailed unless the run is COMPLETED."""
     status = folder.status()
     if status.state is State.PREEMPTED:
         raise RunPreempted(
             f"PREEMPTED at step {status.step}: {status.reason}. The same command with "
-            f"{printed_path('hydra.run.dir', folder.directory)} goes on from there",
+            f"{printed_path('hydra.run.dir', folder.directory)} resumes from there",
             interrupted=interrupted,
         )
     if status.state is not State.COMPLETED:
-        raise RunFailed(f"FAILED: {status.reason}\nThe log: {folder.log}")
+        raise RunFailed(f"FAILED: {status.reason}\nLog: {folder.log}")

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet, and tell the process that started them how they are (qwen_cl/launch/heartbeat.py)."""
+"""Set up the store at which the ranks of a run meet and report to their supervisor (qwen_cl/launch/heartbeat.py)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def open_store() -> TCPStore:
-    """For the ranks to find each other, and to report to this process. Without MASTER_PORT the system picks the port,
-    so it cannot be taken.
+    """Open the store for the ranks' rendezvous and their reports to this process.
+
+    Without MASTER_PORT the system chooses the port, so it cannot be taken.
 
     Raises:
         RuntimeError: MASTER_PORT is taken.
@@ -30,16 +31,17 @@ def open_store() -> TCPStore:
         return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     except DistNetworkError as error:
         raise RuntimeError(
-            f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
+            f"MASTER_PORT ({port}) is not available (in use?); set another, or unset it to use a free one"
         ) from error
 
 
 def free_port() -> int:
-    """Where there is no store to hold one: free now, and in the seconds that the ranks take to get there. None that the
-    system gives to whoever connects somewhere (``ip_local_port_range``), and another each time.
+    """Return a port to use without a store that would hold it: free now, and likely still free when the ranks need it.
+
+    Chosen at random outside the system's range for outgoing connections (``ip_local_port_range``).
 
     Raises:
-        OSError: many were tried, and all are taken.
+        OSError: all ports that were tried are taken.
     """
     first, last = map(int, EPHEMERAL.read_text(encoding="ascii").split())
     others = [port for port in range(20_000, 65_536) if not first <= port <= last]
@@ -51,8 +53,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def meeting_variables(address: str, port: int) -> dict[str, str]:
-    """What tells torch in a rank's process that the store is there already (torch/distributed/rendezvous.py)."""
+def rendezvous_variables(address: str, port: int) -> dict[str, str]:
+    """Return the variables that make torch in a rank use the existing store (torch/distributed/rendezvous.py)."""
     return {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),

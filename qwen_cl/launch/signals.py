@@ -1,4 +1,4 @@
-"""Signals to this process: handled for a while, or passed on to a child that does the work."""
+"""Handle signals to this process for a while, or forward them to a child that does the work."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, a scheduler's stop request, a terminal that is closed."""
+"""Ctrl-C, a stop request of a scheduler, and a closed terminal."""
 
 
 @contextmanager
 def handle_signals(
     handler: Callable[[int, Any], object], signals: Iterable[signal.Signals] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Call ``handler`` with the number and the frame of each of these signals; afterwards all are handled as before."""
+    """Call ``handler`` with the number and the frame of each of these signals, and restore the previous handlers
+    after."""
     previous = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
@@ -27,6 +28,6 @@ def handle_signals(
 
 @contextmanager
 def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Send what asks this process to stop to a child in another session, which the terminal does not reach."""
+    """Forward stop signals to a child in another session, which the terminal does not reach."""
     with handle_signals(lambda number, frame: process.send_signal(number)):
         yield

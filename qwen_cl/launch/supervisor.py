@@ -1,8 +1,8 @@
-"""The parent of a run's ranks on this machine: ``python -m qwen_cl.launch.supervisor RUN_DIRECTORY``.
+"""Supervise the ranks of a run on this machine: ``python -m qwen_cl.launch.supervisor RUN_DIRECTORY``.
 
-Does what torchrun does (the same variables, the same store for all) and what it does not: says which rank was the
-first to fail and why, ends a run in which one hangs, and leaves as much time to save as a stop needs. torchrun's own
-SIGTERM to the ranks that a failure leaves would be a wish to save here, and it kills them 30 seconds after it.
+It does what torchrun does (the same variables, one store for all ranks) and more: it reports which rank failed first
+and why, ends a run with a hung rank, and allows as much time to save as a stop needs. torchrun sends SIGTERM to the
+ranks that remain after a failure, which would be a stop request here, and kills them 30 seconds later.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.launch.heartbeat import GROUP
 from qwen_cl.launch.local import out_of_memory_kills, terminate_with_parent
-from qwen_cl.launch.rendezvous import meeting_variables, open_store
+from qwen_cl.launch.rendezvous import open_store, rendezvous_variables
 from qwen_cl.launch.root_cause import RankFailure, root_cause
-from qwen_cl.launch.watchdog import Watch, failures
+from qwen_cl.launch.watchdog import Watchdog, failures
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 FAILURE_GRACE = 10
-"""Seconds the other ranks have to end by themselves once one has failed: to close W&B's run, and say their part."""
+"""Seconds that the other ranks have to end by themselves after one has failed: to finish W&B and report."""
 STACK_SECONDS = 1
-"""Until a rank has written where it is."""
+"""Seconds for a rank to write its stack."""
 
 
 class Process(Protocol):
-    """Of subprocess.Popen what is used here."""
+    """The part of subprocess.Popen that the supervisor uses."""
 
     pid: int
 
@@ -46,7 +46,7 @@ class Process(Protocol):
 
 
 Start = Callable[[Mapping[str, str]], Process]
-"""A rank, with this environment."""
+"""Start one rank with this environment."""
 
 
 def main(directory: str) -> int:
@@ -60,20 +60,22 @@ def main(directory: str) -> int:
         return subprocess.Popen(command, env=dict(environment), preexec_fn=prepare)
 
     group = RankGroup(folder, config.cluster.devices, config.cluster.timeout_minutes)
-    signal.signal(signal.SIGTERM, group.ask_to_stop)
+    signal.signal(signal.SIGTERM, group.request_stop)
     return group.run(start)
 
 
 class RankGroup:
+    """The ranks of a run on this machine."""
+
     def __init__(self, folder: RunFolder, size: int, timeout_minutes: float) -> None:
         self.folder = folder
         self.size = size
         self.timeout_minutes = timeout_minutes
         self.processes: list[Process] = []
-        self.asked = False
+        self.stop_requested = False
 
     def run(self, start: Start) -> int:
-        """To the end of all ranks; the exit code. What went wrong is in the folder's status."""
+        """Run all ranks to their end, record a failure in the folder's status, and return the exit code."""
         killed_before = out_of_memory_kills()
         try:
             store = open_store()
@@ -82,66 +84,68 @@ class RankGroup:
             return 1
         for rank in range(self.size):
             self.processes.append(start(_environment(rank, self.size, store.port)))
-        if self.asked:  # while they were started
-            self.ask_to_stop()
-        hanging = self._follow(Watch(store, self.size, self.timeout_minutes))
-        if hanging is not None:
+        if self.stop_requested:  # while the ranks were starting
+            self.request_stop()
+        reason = self._follow(Watchdog(store, self.size, self.timeout_minutes))
+        if reason is not None:
             self._show_stacks()
             self._kill()
-            self.folder.finish(State.FAILED, hanging, FailureKind.hung, retriable=True)
+            self.folder.finish(State.FAILED, reason, FailureKind.hung, retriable=True)
             return 1
         if not any(map(_failed, self._returncodes())):
             return EXIT_PREEMPTED if EXIT_PREEMPTED in self._returncodes() else 0
-        left = self._wait_for_other_ranks()
-        fallen = self._fallen(store, left)
-        if self.asked and all(each.returncode == -signal.SIGTERM for each in fallen):  # they did not listen yet
+        running = self._wait_for_other_ranks()
+        rank_failures = self._rank_failures(store, running)
+        if self.stop_requested and all(each.returncode == -signal.SIGTERM for each in rank_failures):  # no handler yet
             self.folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
             return 0
-        cause = root_cause(fallen, left, out_of_memory=out_of_memory_kills() > killed_before)
-        reason = cause.reason + (" when it was asked to stop" if self.asked and cause.retriable else "")
+        cause = root_cause(rank_failures, running, out_of_memory=out_of_memory_kills() > killed_before)
+        reason = cause.reason + (" after a stop request" if self.stop_requested and cause.retriable else "")
         self.folder.finish(State.FAILED, reason, cause.kind, retriable=cause.retriable)
         return 1
 
-    def _follow(self, watch: Watch) -> str | None:
-        """Until all have ended or one has failed; or why nobody gets on any more."""
+    def _follow(self, watchdog: Watchdog) -> str | None:
+        """Wait until all ranks have ended or one has failed. Returns a reason only if no rank makes progress any
+        more."""
         while True:
             returncodes = self._returncodes()
             if any(map(_failed, returncodes)) or None not in returncodes:
                 return None
-            if (hanging := watch.look([rank for rank, code in enumerate(returncodes) if code is None])) is not None:
-                return hanging
+            running = [rank for rank, code in enumerate(returncodes) if code is None]
+            if (reason := watchdog.check(running)) is not None:
+                return reason
             time.sleep(0.1)
 
     def _wait_for_other_ranks(self) -> list[int]:
-        """To end by themselves. Those that do not, which are killed."""
+        """Give the ranks that are running time to end; kill and return those that did not."""
         deadline = time.monotonic() + FAILURE_GRACE
         while None in self._returncodes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        left = [rank for rank, code in enumerate(self._returncodes()) if code is None]
+        running = [rank for rank, code in enumerate(self._returncodes()) if code is None]
         self._kill()
-        return left
+        return running
 
-    def _fallen(self, store: TCPStore, left: Sequence[int]) -> list[RankFailure]:
-        """Whom we killed is no reason, but what it said may be."""
-        reported, fallen = failures(store, self.size), []
+    def _rank_failures(self, store: TCPStore, killed: Sequence[int]) -> list[RankFailure]:
+        """Return the failures of ranks. Of a rank that the supervisor killed, only its own report counts."""
+        reported, rank_failures = failures(store, self.size), []
         for rank, code in enumerate(self._returncodes()):
-            code = 0 if rank in left or not _failed(code) else code
+            code = 0 if rank in killed or not _failed(code) else code
             if code or rank in reported:
-                fallen.append(RankFailure(rank, code or 0, reported.get(rank)))
-        return fallen
+                rank_failures.append(RankFailure(rank, code or 0, reported.get(rank)))
+        return rank_failures
 
     def _returncodes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
-    def ask_to_stop(self, *args: Any) -> None:
-        self.asked = True
+    def request_stop(self, *args: Any) -> None:
+        self.stop_requested = True
         self._signal(signal.SIGTERM)
 
     def _show_stacks(self) -> None:
-        """Where each rank is, in the run's log. One that is stopped goes on for as long as that takes."""
+        """Write the stack of each rank to the run's log. A stopped process is continued for it."""
         for rank, process in enumerate(self.processes):
             if process.poll() is None:
-                print(f"Rank {rank}, process {process.pid}, is at:", file=sys.stderr, flush=True)
+                print(f"Rank {rank}, process {process.pid}, stack:", file=sys.stderr, flush=True)
                 os.kill(process.pid, signal.SIGUSR2)
                 os.kill(process.pid, signal.SIGCONT)
                 time.sleep(STACK_SECONDS)
@@ -158,15 +162,15 @@ class RankGroup:
 
 
 def _failed(returncode: int | None) -> bool:
-    """Of a rank that has ended: in any other way but well, or asked to stop."""
+    """Return whether a rank ended other than successfully or by preemption; False while it is running."""
     return returncode not in (None, 0, EXIT_PREEMPTED)
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """Return the variables that torchrun sets."""
     return {
         **os.environ,
-        **meeting_variables("127.0.0.1", port),
+        **rendezvous_variables("127.0.0.1", port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwen_cl.launch.root_cause import Heartbeat, Report, find_hung_ranks
+from qwen_cl.launch.root_cause import FailureReport, Heartbeat, find_hung_ranks
 from qwen_cl.runs.failure import FailureKind
 
 if TYPE_CHECKING:
@@ -15,52 +15,52 @@ if TYPE_CHECKING:
 
 
 def unfinished_ranks(store: TCPStore, size: int) -> list[int]:
-    """The ranks that have not said that they are done."""
+    """Return the ranks that have not reported that they are done."""
     return [rank for rank in range(size) if not store.check([f"done/{rank}"])]
 
 
-def failures(store: TCPStore, size: int) -> dict[int, Report]:
-    """Return why each rank failed that reported it."""
+def failures(store: TCPStore, size: int) -> dict[int, FailureReport]:
+    """Return the reported failure of each rank that has one."""
     found = {}
     for rank in range(size):
         if store.check([key := f"failure/{rank}"]):
             number, reason, kind = json.loads(store.get(key))
-            found[rank] = Report(number, reason, FailureKind(kind))
+            found[rank] = FailureReport(number, reason, FailureKind(kind))
     return found
 
 
-class Watch:
-    """Whether any rank gets on, by what they say of themselves."""
+class Watchdog:
+    """The check whether any rank still makes progress, by the ranks' heartbeats."""
 
     def __init__(self, store: TCPStore, size: int, timeout_minutes: float) -> None:
         self.store = store
         self.timeout_minutes = timeout_minutes
-        self.last_progress = self.last_look = time.monotonic()
-        self.heard = [(0, "", False)] * size
-        self.heard_at = [time.monotonic()] * size
+        self.last_progress = self.last_check = time.monotonic()
+        self.beats = [(0, "", False)] * size
+        self.beat_at = [time.monotonic()] * size
 
-    def look(self, running: Sequence[int]) -> str | None:
-        """The reason why the run has to end, if it has; some times a second at most."""
+    def check(self, running: Sequence[int]) -> str | None:
+        """Return the reason to end the run, or None. Checks at most twice a second."""
         moment = time.monotonic()
-        if moment - self.last_look < 0.5:
+        if moment - self.last_check < 0.5:
             return None
-        self.last_look = moment
+        self.last_check = moment
         for rank in running:
-            self._hear(rank, moment)
+            self._read_beat(rank, moment)
         if moment - self.last_progress < self.timeout_minutes * 60:
             return None
         return find_hung_ranks(
-            [Heartbeat(rank, moment - self.heard_at[rank], self.heard[rank][2]) for rank in running],
+            [Heartbeat(rank, moment - self.beat_at[rank], self.beats[rank][2]) for rank in running],
             self.timeout_minutes,
         )
 
-    def _hear(self, rank: int, moment: float) -> None:
+    def _read_beat(self, rank: int, moment: float) -> None:
         key = f"beat/{rank}"
         if not self.store.check([key]):
             return
         number, progress, waits = json.loads(self.store.get(key))
-        before, self.heard[rank] = self.heard[rank], (number, progress, waits)
+        before, self.beats[rank] = self.beats[rank], (number, progress, waits)
         if number != before[0]:
-            self.heard_at[rank] = moment
+            self.beat_at[rank] = moment
         if progress != before[1]:
             self.last_progress = moment

@@ -68,7 +68,8 @@ def resume(
             f"hydra.run.dir ({folder.directory}) holds a run already ({state}); choose another folder, or "
             "remove it first"
         )
-    _require_same_run(folder, config, {**_facts_of(status), **recorded_config(folder)}, facts, config.resume.allow_changes)
+    recorded = {**_facts_of(status), **recorded_config(folder)}
+    _require_same_run(folder, config, recorded, facts, config.resume.allow_changes)
     return prepare_resume(folder, progress)
 
 

@@ -11,7 +11,7 @@ from qwen_cl.launch.local import run_variables
 from qwen_cl.launch.slurm import commands
 from qwen_cl.launch.slurm.commands import Job, SlurmUnavailable
 from qwen_cl.launch.slurm.follow import ASK_EVERY
-from qwen_cl.launch.slurm.job_status import ask_to_end, record_job_state, refresh, seconds_of
+from qwen_cl.launch.slurm.job_status import record_job_state, refresh, request_end, seconds_of
 from qwen_cl.launch.slurm.script import render_script
 from qwen_cl.launch.slurm.submit import submit
 from qwen_cl.planning.plan import Plan
@@ -35,7 +35,7 @@ class Queue:
             return
         self._last = time.monotonic()
         try:
-            found = commands.ask(sorted(self.numbers))
+            found = commands.query(sorted(self.numbers))
         except SlurmUnavailable:  # another time
             return
         self.known = {number: found.get(number) for number in self.numbers}
@@ -73,7 +73,7 @@ class TrialJob:
         if self.state == State.SUBMITTED:
             commands.cancel(self.number)
         else:
-            ask_to_end(self.trial.folder, self.number)
+            request_end(self.trial.folder, self.number)
 
     def kill(self) -> None:
         """A sweep that is gone leaves its jobs to Slurm."""

@@ -16,7 +16,7 @@ from qwen_cl.data.chat.settings import chat_facts
 from qwen_cl.data.corpus.text_dataset import summarize_validation
 from qwen_cl.data.statistics_text import summary
 from qwen_cl.launch.local import execute
-from qwen_cl.launch.slurm.follow import follow, later
+from qwen_cl.launch.slurm.follow import follow, follow_hint
 from qwen_cl.launch.slurm.submit import submit
 from qwen_cl.planning.micro_batch import retry_on_oom
 from qwen_cl.planning.plan import Plan
@@ -74,7 +74,7 @@ def _submit(plan: Plan, cluster: SlurmConfig, folder: RunFolder, invocation: Inv
     with folder.lock():
         (number,) = submit(cluster, plan.config, [folder], write)
     _print_plan(plan, folder, console, opened[0])
-    console.print(f"submitted as job {number}. {later(folder)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"submitted as job {number}. {follow_hint(folder)}", highlight=False, soft_wrap=True, markup=False)
     if cluster.follow:
         follow(folder, console)
 

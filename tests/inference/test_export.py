@@ -282,7 +282,7 @@ def test_a_shard_that_would_run_code_does_not(weights: Path, run: Path, tmp_path
     for path in weights.glob("*.distcp"):
         size = path.stat().st_size
         path.write_bytes(pickle.dumps(_Canary(canary)).ljust(size, b"\0"))
-    with pytest.raises(UserError, match=r"step=40 is corrupted: weights/__0_0\.distcp does not match its checksum \(sha256"):
+    with pytest.raises(UserError, match=r"step=40 is corrupted: weights/__0_0\.distcp does not match its checksum"):
         run_export(f"task.run={run}")
     seal(weights.parent)
     with pytest.raises(UserError, match=r"checkpoint is"):

@@ -83,7 +83,7 @@ def test_the_rank_that_raised_is_the_reason(rank: int, tmp_path: Path, row: Row)
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("SIGSTOP", ", and no sign of life"), ("spins", ", while the others wait for it")]
+    ("fault", "said"), [("SIGSTOP", ", and no heartbeat"), ("spins", ", while the others wait for it")]
 )
 def test_a_rank_that_hangs_is_named_and_says_where_it_is(
     fault: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], row: Row
@@ -91,14 +91,14 @@ def test_a_rank_that_hangs_is_named_and_says_where_it_is(
     folder = run_group(tmp_path, {1: fault}, timeout_minutes=0.1)
     status = folder.status()
     assert status.state == "FAILED"
-    assert status.reason == (f"rank 1 was hanging: no progress in 0.1 minutes (cluster.timeout_minutes){said}")
-    asked = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("is at:")]
-    assert asked == ["Rank 0", "Rank 1"]
+    assert status.reason == (f"rank 1 hung: no progress in 0.1 minutes (cluster.timeout_minutes){said}")
+    stacks = [line.partition(",")[0] for line in capfd.readouterr().err.splitlines() if line.endswith("stack:")]
+    assert stacks == ["Rank 0", "Rank 1"]
     zero, strikes, _ = folder.log.read_text(encoding="utf-8", errors="replace").partition("in _strike")
     assert strikes
     assert "distributed_c10d.py" in zero  # where it waits
     row(
-        "one of two ranks hanging",
+        "one of two ranks hung",
         "FAILED after cluster.timeout_minutes, the rank named, stacks in run.log",
         SINCE_THE_LAST,
     )
@@ -120,7 +120,7 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         status = run_group(tmp_path, {}).status()
     assert status.state == "FAILED"
     assert status.reason == (
-        f"MASTER_PORT ({port}) cannot be listened on (in use?); name another, or unset it and a free one is taken"
+        f"MASTER_PORT ({port}) is not available (in use?); set another, or unset it to use a free one"
     )
     row("the port in use", "FAILED at once, the port named; without MASTER_PORT a free one is taken", "nothing")
 

@@ -76,4 +76,4 @@ def test_a_launcher_that_fails_says_so_in_the_folder(tmp_path: Path) -> None:
         execute(plan.config, folder, fails)
     assert watched == [1]
     status = folder.status()
-    assert (status.state, status.reason) == (State.FAILED, "its launcher ended: ValueError: no such column")
+    assert (status.state, status.reason) == (State.FAILED, "the launcher failed: ValueError: no such column")

@@ -146,7 +146,7 @@ def test_a_model_that_moved_is_refused(lora: tuple[RunFolder, RunFolder], tmp_pa
     config: dict[str, Any] = yaml.safe_load(folder.config.read_text())
     config["model"]["source"] = f"hf://org/tiny@{'a' * 40}"
     folder.config.write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Restore the original"):
+    with pytest.raises(UserError, match=f"model.source was hf://org/tiny@{'a' * 40} and is {BASE}\\. Restore"):
         start(folder, *LORA, "resume.allow_changes=[model]")
     row("another commit of the model", "refused with exit code 2: its checkpoints are incompatible", "nothing")
     changed = copy_of(lora[1], tmp_path / "changed")

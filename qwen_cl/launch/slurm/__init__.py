@@ -1,1 +1,1 @@
-"""Runs as Slurm jobs."""
+"""Run as Slurm jobs."""

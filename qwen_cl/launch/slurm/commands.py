@@ -1,4 +1,4 @@
-"""Slurm's own commands, as far as runs need them."""
+"""Call the Slurm commands that runs need."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
-"""States of a job that will not run again. (PREEMPTED: where it is requeued instead, it is PENDING.)"""
+"""States of a job that will not run again. (A PREEMPTED job that is requeued is PENDING.)"""
 UNKNOWN_JOB = "Invalid job id specified"
 
 
 class SlurmUnavailable(RunFailed):
-    """Nothing is known, which is not the same as that a job is gone."""
+    """Slurm does not answer. The job may still exist."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(f"Slurm does not answer: {reason}")
@@ -25,13 +25,13 @@ class SlurmUnavailable(RunFailed):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """As Slurm sees it."""
+    """A job, as Slurm reports it."""
 
     id: str
-    """``JOB``, or ``ARRAY_INDEX``."""
+    """``JOB``, or ``ARRAY_INDEX`` of a job array."""
     state: str
     reason: str
-    """Why it waits, or why it ended; "None" where there is nothing to say."""
+    """Why the job waits, or why it ended; "None" without a reason."""
 
     @property
     def is_over(self) -> bool:
@@ -42,10 +42,10 @@ class Job:
 
 
 def submit(script: str, environment: Mapping[str, str]) -> str:
-    """Held, so that what it needs can be written once its number is known; :func:`release` lets it go.
+    """Submit a job on hold, so that its inputs can be written once its number is known; :func:`release` starts it.
 
     Raises:
-        UserError: Slurm is not there, or does not take it.
+        UserError: sbatch is missing, or refuses the job.
     """
     try:
         done = subprocess.run(
@@ -58,11 +58,11 @@ def submit(script: str, environment: Mapping[str, str]) -> str:
         )
     except FileNotFoundError as error:
         raise UserError(
-            "cluster=slurm needs sbatch, which is not here; run this command on a machine that submits to the cluster "
-            "(dry_run=true shows the batch script anywhere)"
+            "cluster=slurm needs sbatch, which is not installed here; run this command on a machine that submits to "
+            "the cluster (dry_run=true shows the batch script anywhere)"
         ) from error
     if done.returncode:
-        raise UserError(f"cluster=slurm: sbatch refused the job: {_said(done)}; change what it names, and submit again")
+        raise UserError(f"cluster=slurm: sbatch refused the job: {_message(done)}; change the option and submit again")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -70,11 +70,11 @@ def release(job: str) -> None:
     _run("scontrol", "release", job)
 
 
-def ask(jobs: Sequence[str]) -> dict[str, Job]:
-    """What is known of them. Slurm forgets a job some minutes after its end, unless it keeps accounts.
+def query(jobs: Sequence[str]) -> dict[str, Job]:
+    """Return the jobs that Slurm knows. It forgets a job some minutes after its end, unless it keeps accounting.
 
     Raises:
-        SlurmSilent: it does not answer.
+        SlurmUnavailable: Slurm does not answer.
     """
     listed = _run("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={','.join(jobs)}")
     found = _parsed(listed)
@@ -84,17 +84,17 @@ def ask(jobs: Sequence[str]) -> dict[str, Job]:
 
 
 def signal_steps(job: str, name: str) -> None:
-    """What the job's script started gets the signal; the script itself goes on."""
+    """Send a signal to the steps of the job, not to the batch script itself."""
     _run("scancel", f"--signal={name}", job)
 
 
 def cancel(job: str) -> None:
-    """Waiting, it never starts; running, it has Slurm's KillWait (30 seconds, where nobody changed it) to end."""
+    """Cancel a job. One that is running has Slurm's KillWait (30 seconds by default) to end."""
     _run("scancel", job)
 
 
 def may_requeue(job: str) -> bool:
-    """False also where it is cancelled, or Slurm has taken it back already."""
+    """Return whether a job can be requeued: not one that is cancelled, or that Slurm has requeued already."""
     return {"Requeue=1", "JobState=RUNNING"} <= set(_run("scontrol", "--oneliner", "show", "job", job).split())
 
 
@@ -103,29 +103,29 @@ def requeue(job: str) -> None:
 
 
 def address_of(node: str) -> str:
-    """The one at which Slurm reaches it; its name where it has no other."""
+    """Return the address at which Slurm reaches a node, or the node's name."""
     described = _run("scontrol", "--oneliner", "show", "node", node)
     return next((word.partition("=")[2] for word in described.split() if word.startswith("NodeAddr=")), node)
 
 
 def _run(*command: str) -> str:
-    """What it printed; nothing where it knows no such job, or keeps no accounts."""
+    """Return the output of a command; empty if the job is unknown or no accounting is kept."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise SlurmUnavailable(f"{command[0]}: {error}") from error
     if done.returncode == 0 or UNKNOWN_JOB in done.stderr or command[0] == "sacct":
         return done.stdout
-    raise SlurmUnavailable(_said(done))
+    raise SlurmUnavailable(_message(done))
 
 
 def _parsed(lines: str) -> dict[str, Job]:
     found = {}
     for line in lines.splitlines():
         number, state, reason = line.split("|")
-        found[number] = Job(number, state.split()[0], reason)  # sacct says who: CANCELLED by 1000
+        found[number] = Job(number, state.split()[0], reason)  # sacct adds the user: CANCELLED by 1000
     return found
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _message(done: subprocess.CompletedProcess[str]) -> str:
     return " ".join(done.stderr.replace(f"{done.args[0]}: error: ", "").split()) or f"exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""``task=job``: a submitted run, found again by its folder."""
+"""Run ``task=job``: show, follow or cancel a submitted run, given its folder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qwen_cl.config.task.job import JobAction, JobConfig
 from qwen_cl.launch.slurm import commands
 from qwen_cl.launch.slurm.commands import Job
 from qwen_cl.launch.slurm.follow import follow
-from qwen_cl.launch.slurm.job_status import CANCELLED, ask_to_end, refresh
+from qwen_cl.launch.slurm.job_status import CANCELLED, refresh, request_end
 from qwen_cl.reporting.console import print_facts
 from qwen_cl.runs.folder import RunFolder
 
 
-def act(config: RunConfig, task: JobConfig, invocation: Invocation) -> None:
+def run_job_action(config: RunConfig, task: JobConfig, invocation: Invocation) -> None:
     """Show, follow or cancel a submitted run.
 
     Raises:
         UserError: the folder is not that of a submitted run.
-        RunFailed: Slurm does not answer; of ``follow``, also as the run ended.
+        RunFailed: Slurm does not answer, or the followed run failed.
     """
-    refuse_ignored(invocation.overrides, [], "all about the run is in its folder")
+    refuse_ignored(invocation.overrides, [], "the run's config is in its folder")
     folder = _find(task.run)
     if task.action is JobAction.logs:
         _print_logs(folder)
@@ -46,7 +46,7 @@ def _find(directory: str) -> RunFolder:
     folder = RunFolder(os.path.expanduser(directory))  # noqa: PTH111 - Path's raises on an unknown user
     status = folder.status()
     if status.job.id is None:
-        what = "not the folder of a run: it has no status.json" if status.state is None else "a run of this machine"
+        what = "not the folder of a run: it has no status.json" if status.state is None else "a run on this machine"
         raise UserError(f"task.run ({folder.directory}) is {what}; task=job is for runs that were submitted")
     return folder
 
@@ -68,7 +68,7 @@ def _print_logs(folder: RunFolder) -> None:
         with folder.log.open("rb") as log:
             shutil.copyfileobj(log, sys.stdout.buffer)
     except FileNotFoundError as error:
-        raise UserError(f"{folder.log} is not there yet: the job has not started") from error
+        raise UserError(f"{folder.log} does not exist yet: the job has not started") from error
     sys.stdout.buffer.flush()
 
 
@@ -76,14 +76,14 @@ def _cancel(folder: RunFolder, console: Console) -> None:
     job = refresh(folder)
     if job is None:
         state = folder.status().state
-        raise UserError(f"task.run ({folder.directory}) is {state} already; nothing is left to cancel")
+        raise UserError(f"task.run ({folder.directory}) is {state} already; there is nothing to cancel")
     console.print(_end(folder, job), highlight=False, soft_wrap=True, markup=False)
     refresh(folder)
 
 
 def _end(folder: RunFolder, job: Job) -> str:
     if job.state == "RUNNING" and not (folder.directory / CANCELLED).exists():
-        ask_to_end(folder, job.id)
-        return f"job {job.id} saves a checkpoint and ends. Again to end it at once."
+        request_end(folder, job.id)
+        return f"job {job.id} saves a checkpoint and ends. Cancel again to end it at once."
     commands.cancel(job.id)
     return f"job {job.id} is cancelled"

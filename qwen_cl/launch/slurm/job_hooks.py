@@ -1,5 +1,4 @@
-"""What the batch script does before and after a run's workers: ``python -m qwen_cl.launch.slurm.job_hooks start|end
-…``."""
+"""Run before and after the workers of a batch script: ``python -m qwen_cl.launch.slurm.job_hooks start|end …``."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ EXIT_OF: dict[State | None, int] = {State.COMPLETED: 0, State.PREEMPTED: EXIT_PR
 
 
 def start(folder: RunFolder) -> int:
+    """Record that the job has started."""
     status, nodes = folder.status(), os.environ["SLURM_JOB_NODELIST"]
     before = seconds_of(status) if status.job.end else status.job.seconds_before
     job = replace(status.job, nodes=nodes, restarts=_restarts(), seconds_before=before, start=now(), end=None)
@@ -32,33 +32,36 @@ def start(folder: RunFolder) -> int:
 
 
 def end(folder: RunFolder, returncode: int) -> int:
-    """``returncode`` is srun's. The job's is 0 only for a run that says itself that it is COMPLETED."""
-    _settle(folder, returncode)
+    """Record how the job ended, draw the report, and requeue a preempted run.
+
+    ``returncode`` is that of srun. Returns the job's exit code, which is 0 only for a run whose status is COMPLETED.
+    """
+    _resolve_status(folder, returncode)
     folder.update_status(job=replace(folder.status().job, end=now()))
     if folder.metrics_file.exists():
         title = f"{folder.directory.parent.name}/{folder.directory.name}, {folder.status().model_source}"
         draw_report(read_metrics(folder), title, folder.report)
     state = folder.status().state
     if state is State.PREEMPTED:
-        _go_on_later(folder)
+        _requeue(folder)
     return EXIT_OF.get(state, 1)
 
 
-def _go_on_later(folder: RunFolder) -> None:
-    """Back into the queue, unless that was often enough, or the run was cancelled.
+def _requeue(folder: RunFolder) -> None:
+    """Requeue the job, unless it reached the limit or the run was cancelled.
 
-    Slurm ends this script as soon as it takes the job back: what is to be read meanwhile is written before.
+    Slurm ends this script as soon as it requeues the job, so the status is written before.
     """
     number, limit, restarts = os.environ["SLURM_JOB_ID"], _max_requeues(folder), _restarts()
     before = folder.status()
     try:
         if restarts >= limit or (folder.directory / CANCELLED).exists() or not commands.may_requeue(number):
             return
-        again = f"{before.reason} at step {before.step}; back in the queue, {restarts + 1} of {limit}"
-        folder.update_status(state=State.SUBMITTED, reason=again, phase="in the queue again", end=None)
+        again = f"{before.reason} at step {before.step}; requeued, {restarts + 1} of {limit}"
+        folder.update_status(state=State.SUBMITTED, reason=again, phase="requeued", end=None)
         commands.requeue(number)
     except commands.SlurmUnavailable as error:
-        reason = f"{before.reason}; not back in the queue: {error}"
+        reason = f"{before.reason}; not requeued: {error}"
         folder.update_status(state=State.PREEMPTED, reason=reason, phase=before.phase, end=now())
 
 
@@ -72,10 +75,10 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _settle(folder: RunFolder, returncode: int) -> None:
-    """The last word for workers that ended without one."""
+def _resolve_status(folder: RunFolder, returncode: int) -> None:
+    """Record the final status of workers that ended without recording one."""
     number = returncode - 128
-    if number in (signal.SIGTERM, signal.SIGUSR1):  # they were not listening yet
+    if number in (signal.SIGTERM, signal.SIGUSR1):  # they had no signal handler yet
         folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
         return
     killed = number in set(signal.Signals)

@@ -1,4 +1,4 @@
-"""What became of a submitted run: its own word where it has one, and else Slurm's."""
+"""Determine the status of a submitted run: its own record if it has a final one, else the state of its Slurm job."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ KINDS = {
     "DEADLINE": FailureKind.time_limit,
     "OUT_OF_MEMORY": FailureKind.out_of_memory,
 }
-"""Ends of a job that come again, or were asked for; in any other the run was lost to an accident."""
+"""Final job states that would recur or that were requested. After any other, another attempt may succeed."""
 
 CANCELLED = ".cancelled"
-"""In a run's folder once it was asked to end: it does not go back into the queue. A file of its own, because whoever
-asks must not write to the status of a run that is going."""
+"""File in the folder of a run that was asked to end, so that it is not requeued. It is separate from status.json, which
+only the run itself writes while it is running."""
 
 
 def refresh(folder: RunFolder) -> Job | None:
-    """The run's job, if it is not over. If it is, and the run has not said how it ended, that is written for it.
-    (A run that says PREEMPTED may be back in the queue: Slurm does that itself where it preempts.)
+    """Return the run's job if it is not over. If it is over without a final status of the run, record one.
+
+    A PREEMPTED run may be in the queue again: Slurm requeues the jobs that it preempts.
 
     Raises:
-        SlurmSilent: Slurm does not answer; nothing was changed.
+        SlurmUnavailable: Slurm does not answer; nothing was changed.
     """
     number = folder.status().job.id
     if number is None:
         return None
-    job = commands.ask([number]).get(number)
+    job = commands.query([number]).get(number)
     if job is None or job.is_over:
         record_job_state(folder, number, job)
         return None
@@ -40,8 +41,10 @@ def refresh(folder: RunFolder) -> Job | None:
 
 
 def seconds_of(status: RunStatus) -> float:
-    """What all starts of a run's job took. One whose node went down ended when that was noticed; if another start
-    followed, nobody knows how long it was."""
+    """Return the seconds of all starts of a run's job.
+
+    If a node failed, the start counts until that was noticed; if another start followed, its length is unknown.
+    """
     job = status.job
     if not job.start:
         return job.seconds_before
@@ -49,38 +52,38 @@ def seconds_of(status: RunStatus) -> float:
 
 
 def record_job_state(folder: RunFolder, number: str, job: Job | None) -> None:
-    """The last word for a run whose job is over; ``job`` is None where Slurm knows it no more."""
-    status = folder.status()  # again: it may have spoken between our looking and Slurm's answer
+    """Record the final status of a run whose job is over; ``job`` is None if Slurm does not know it any more."""
+    status = folder.status()  # again: it may have changed before Slurm's answer
     if status.job.id != number or not status.is_open:
         return
-    state = "forgotten" if job is None else job.state
-    how = f"job {number}: {state}" if job is None or state == "CANCELLED" else str(job)  # it was why it waited
+    state = "unknown to Slurm" if job is None else job.state
+    how = f"job {number}: {state}" if job is None or state == "CANCELLED" else str(job)  # CANCELLED: why it waited
     waited = status.state is State.SUBMITTED
     if waited and state == "CANCELLED":
         folder.finish(State.PREEMPTED, f"{how}, before it started", FailureKind.interrupted)
         return
-    when = "before the run started" if waited else "before the run could say how it ended"
+    when = "before the run started" if waited else "before the run recorded how it ended"
     kind = KINDS.get(state, FailureKind.rank_lost)
     folder.finish(State.FAILED, f"{how}, {when}", kind, retriable=state not in KINDS)
 
 
-def ask_to_end(folder: RunFolder, number: str) -> None:
-    """A run that goes saves a checkpoint, and does not go back into the queue. Slurm alone would give it seconds."""
+def request_end(folder: RunFolder, number: str) -> None:
+    """Request that a running run saves a checkpoint, ends and is not requeued. Slurm alone would give it seconds."""
     (folder.directory / CANCELLED).touch()
     commands.signal_steps(number, "TERM")
 
 
 def require_no_job(folder: RunFolder) -> None:
-    """Before a run starts in the folder.
+    """Refuse to start a run in a folder whose job is waiting or running.
 
     Raises:
-        UserError: there is one, in a job that is waiting or running, or nobody can say whether it is.
+        UserError: the folder has such a job, or its Slurm state is unknown.
     """
     try:
         job = refresh(folder)
     except commands.SlurmUnavailable as error:
         raise UserError(
-            f"hydra.run.dir ({folder.directory}) was submitted, and nobody says what became of it ({error}); choose "
+            f"hydra.run.dir ({folder.directory}) was submitted, and its Slurm state is unknown ({error}); choose "
             "another folder, or wait"
         ) from error
     if job is not None:

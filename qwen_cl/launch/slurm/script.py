@@ -1,8 +1,8 @@
-"""A run, or the trials of a sweep, as a Slurm batch script.
+"""Render a run, or the trials of a sweep, as a Slurm batch script.
 
-NeMo-Run's own template is not used: it traces (``set -x``) every line with its values, so that a key which
-``cluster.setup`` reads from a file would be in the log; it writes values without quotes; and it puts every job that
-failed back into the queue, not only one that was asked to stop.
+NeMo-Run's template is not used: it traces (``set -x``) every line with its values, so that a secret that
+``cluster.setup`` reads from a file would be in the log; it writes values without quotes; and it requeues every failed
+job, not only one that was asked to stop.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from qwen_cl.reporting.tracking.identity import SWEEP, TRIAL_NAME
 from qwen_cl.runs.folder import RunFolder
 
 SCRIPT = "job.sh"
-"""In the folder of a run: what was submitted. A sweep's has one for each job or array, by its number."""
+"""Name of the submitted script in a run's folder. A sweep has one per job or array, named by its number."""
 
 
 def render_script(
     cluster: SlurmConfig, config: RunConfig, folders: Sequence[RunFolder], sweep: Path | None = None
 ) -> str:
-    """Of one run, or of trials that are one job array; ``sweep`` is their folder."""
+    """Return the script of one run, or of the trials of one job array in the folder ``sweep``."""
     name = sweep.name if sweep else f"{folders[0].directory.parent.name}-{folders[0].directory.name}"
     log = folders[0].log if len(folders) == 1 else folders[0].directory.parent / "slurm.log"
     flags = _flags(cluster, name, log)
@@ -52,15 +52,17 @@ def render_script(
 
 
 def submitting_environment(cluster: SlurmConfig) -> dict[str, str]:
-    """What sbatch passes on. Its own variables would count for more than the script's options, and where the ranks meet
-    is not for this machine to say."""
-    said = {f"SBATCH_{key.replace('-', '_').upper()}" for key in _flags(cluster, "", Path())}
-    said |= {"SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX", "MASTER_ADDR", "MASTER_PORT"}
-    return {name: value for name, value in inherited_environment().items() if name not in said}
+    """Return the environment that sbatch passes on.
+
+    sbatch's own variables would override the script's options, and this machine does not choose where the ranks meet.
+    """
+    excluded = {f"SBATCH_{key.replace('-', '_').upper()}" for key in _flags(cluster, "", Path())}
+    excluded |= {"SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in inherited_environment().items() if name not in excluded}
 
 
 def _flags(cluster: SlurmConfig, name: str, log: Path) -> dict[str, str]:
-    """Options of sbatch; those without a value have an empty one."""
+    """Return the options of sbatch; flags have an empty value."""
     flags = {
         "job-name": "qwen_cl-" + re.sub(r"[^\w.-]+", "-", name),
         "account": cluster.account,
@@ -80,7 +82,7 @@ def _flags(cluster: SlurmConfig, name: str, log: Path) -> dict[str, str]:
 
 
 def _variables(cluster: SlurmConfig, config: RunConfig, sweep: Path | None) -> dict[str, str]:
-    """By name, each as the shell reads it."""
+    """Return the environment variables of the script, quoted for the shell."""
     variables = {name: shlex.quote(value) for name, value in run_variables(config).items()}
     variables["PYTHONPATH"] = f"{shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     if cluster.accelerator is Accelerator.cpu:
@@ -92,7 +94,7 @@ def _variables(cluster: SlurmConfig, config: RunConfig, sweep: Path | None) -> d
 
 
 def _srun(cluster: SlurmConfig, config: RunConfig, output: Path) -> list[str]:
-    """A rank that fails takes the others along: they would wait for it."""
+    """Return the options of srun. A rank that fails ends the others, which would wait for it."""
     options = ["--export=ALL", "--kill-on-bad-exit=1"]
     if cluster.container_image is None:
         return options

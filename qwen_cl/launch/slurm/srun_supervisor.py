@@ -1,8 +1,7 @@
-"""What starts a job's workers: ``python -m qwen_cl.launch.slurm.srun_supervisor RUN_DIRECTORY srun …``, in the batch
-script.
+"""Start and supervise a job's workers: ``python -m qwen_cl.launch.slurm.srun_supervisor RUN_DIRECTORY srun …``.
 
-The ranks meet at a store that this process holds, so that nobody else can have the port when they get there; and they
-tell it how they are, so that one which hangs is named, where Slurm would wait until the job's time is up.
+Run by the batch script. The ranks meet at a store that this process holds, so that no other process can take the port;
+they send their heartbeats to it, so that a hung rank is named instead of blocking the job until its time limit.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ from importlib.util import find_spec
 from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.launch.heartbeat import GROUP
-from qwen_cl.launch.rendezvous import free_port, meeting_variables, open_store
+from qwen_cl.launch.rendezvous import free_port, open_store, rendezvous_variables
 from qwen_cl.launch.root_cause import RankFailure, root_cause
 from qwen_cl.launch.slurm import commands
-from qwen_cl.launch.watchdog import Watch, failures, unfinished_ranks
+from qwen_cl.launch.watchdog import Watchdog, failures, unfinished_ranks
 from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
 
 STACK_SECONDS = 3
-"""Until the ranks of all nodes have written where they are."""
+"""Seconds for the ranks of all nodes to write their stacks."""
 
 
 def main(directory: str, *command: str) -> int:
-    """Returns what srun did. It is for ``qwen_cl.launch.slurm.job_hooks end`` to say what that means, where no rank
-    said it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends the workers, and what comes after has the last word
+    """Run srun to its end and return its exit code, which ``qwen_cl.launch.slurm.job_hooks end`` interprets if no rank
+    reported a failure."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm ends the workers; job_hooks end follows
     register_schemas()
     folder = RunFolder(directory)
     cluster = load_config(folder.config).cluster
     try:
         address = os.environ.get("MASTER_ADDR") or commands.address_of(os.environ["SLURMD_NODENAME"])
     except commands.SlurmUnavailable as error:
-        why = f"nobody says where the ranks are to meet: {error}"
+        why = f"the address for the rendezvous of the ranks is unknown: {error}"
         folder.finish(State.FAILED, why, FailureKind.rank_lost, retriable=True)
         return 1
-    if find_spec("torch") is None:  # it is in the container alone
-        print("No torch outside the container: a rank that hangs will not be named.", flush=True)
+    if find_spec("torch") is None:  # it is only in the container
+        print("torch is only in the container: hung ranks will not be detected.", flush=True)
         port = os.environ.get("MASTER_PORT") or str(free_port())
         return _code(_start(command, {"MASTER_ADDR": address, "MASTER_PORT": port}).wait())
     try:
@@ -55,12 +54,12 @@ def main(directory: str, *command: str) -> int:
         folder.finish(State.FAILED, " ".join(str(error).split()), FailureKind.invalid_input)
         return 1
     group = {GROUP: f"{address}:{store.port}"} if cluster.world_size > 1 else {}
-    process = _start(command, {**meeting_variables(address, store.port), **group})
+    process = _start(command, {**rendezvous_variables(address, store.port), **group})
     size = cluster.world_size
-    watch = Watch(store, size, cluster.timeout_minutes)
+    watchdog = Watchdog(store, size, cluster.timeout_minutes)
     while (code := process.poll()) is None:
-        if size > 1 and (left := unfinished_ranks(store, size)) and (hanging := watch.look(left)) is not None:
-            folder.finish(State.FAILED, hanging, FailureKind.hung, retriable=True)
+        if size > 1 and (running := unfinished_ranks(store, size)) and (reason := watchdog.check(running)) is not None:
+            folder.finish(State.FAILED, reason, FailureKind.hung, retriable=True)
             _show_stacks()
             process.kill()  # Slurm ends what is left when the batch script does
             return 1
@@ -73,17 +72,17 @@ def main(directory: str, *command: str) -> int:
 
 
 def _start(command: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    heard = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
-    return subprocess.Popen(command, env={**os.environ, **variables}, preexec_fn=heard)
+    default_handler = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    return subprocess.Popen(command, env={**os.environ, **variables}, preexec_fn=default_handler)
 
 
 def _code(returncode: int) -> int:
-    """As a shell gives it."""
+    """Return the exit code as a shell reports it."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def _show_stacks() -> None:
-    """In the run's log. One that is stopped goes on for as long as that takes."""
+    """Write the stack of each rank to the run's log. A stopped process is continued for it."""
     job = os.environ["SLURM_JOB_ID"]
     with suppress(commands.SlurmUnavailable):
         commands.signal_steps(job, "USR2")

@@ -1,4 +1,4 @@
-"""A run into Slurm's queue."""
+"""Submit a run to Slurm."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def submit(
     write: Callable[[], None],
     sweep: Path | None = None,
 ) -> list[str]:
-    """Numbers of the jobs, which are elements of one array where there are several folders. ``write`` fills the
-    folders; the jobs wait until it has.
+    """Submit one job, or a job array for several folders, and return the job numbers.
+
+    ``write`` fills the folders; the jobs are on hold until it has.
 
     Raises:
-        UserError: Slurm does not take it, or what ``write`` raises. Nothing is in the queue then.
-        SlurmSilent: it took it, and then did not answer.
+        UserError: Slurm refuses the job, or ``write`` fails. Nothing is in the queue then.
+        SlurmUnavailable: Slurm took the job and then stopped answering.
     """
     script = render_script(cluster, config, folders, sweep)
     number = commands.submit(script, submitting_environment(cluster))
@@ -36,9 +37,9 @@ def submit(
         (folders[0].directory / SCRIPT if sweep is None else sweep / f"job-{number}.sh").write_text(
             script, encoding="utf-8"
         )
-        for folder, own in zip(folders, numbers):
+        for folder, job_id in zip(folders, numbers):
             (folder.directory / CANCELLED).unlink(missing_ok=True)
-            job = JobRecord(cluster="slurm", id=own, submitted=now())
+            job = JobRecord(cluster="slurm", id=job_id, submitted=now())
             folder.update_status(state=State.SUBMITTED, phase="in the queue", job=job)
     except BaseException:
         commands.cancel(number)

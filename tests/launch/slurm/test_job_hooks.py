@@ -62,7 +62,7 @@ def test_workers_start_where_only_their_container_has_torch(folder: RunFolder) -
         )
         assert done.returncode == code, done.stderr
         said, *printed = done.stdout.splitlines()
-        assert said == "No torch outside the container: a rank that hangs will not be named."
+        assert said == "torch is only in the container: hung ranks will not be detected."
         assert all(re.fullmatch(r"127\.0\.0\.1:\d+", line) for line in printed)
         assert len(printed) == (code == 3)
 
@@ -135,7 +135,7 @@ def test_where_slurm_is_silent_a_run_stays_preempted_and_says_so(
     assert main("end", str(folder.directory), "75") == 75
     status = folder.status()
     assert status.state == "PREEMPTED"
-    assert str(status.reason).startswith("stopped on request; not back in the queue: Slurm does not answer: scontrol")
+    assert str(status.reason).startswith("stopped on request; not requeued: Slurm does not answer: scontrol")
 
 
 def test_metrics_that_are_cut_while_somebody_looks_are_read_again(folder: RunFolder) -> None:
@@ -154,7 +154,7 @@ def test_metrics_that_are_cut_while_somebody_looks_are_read_again(folder: RunFol
 def test_a_folder_whose_job_nobody_knows_of_is_left_alone(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder.directory))
     before = folder.status()
-    with pytest.raises(UserError, match=r"^hydra.run.dir \(.*\) was submitted, and nobody says what"):
+    with pytest.raises(UserError, match=r"^hydra.run.dir \(.*\) was submitted, and its Slurm state is unknown"):
         require_no_job(folder)
     assert folder.status() == before
 
@@ -168,12 +168,12 @@ def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^task.run \(.*\) is not the folder of a run: it has no status.json"):
         look(str(tmp_path))
     RunFolder(tmp_path).update_status(state="COMPLETED")
-    with pytest.raises(UserError, match=r"^task.run \(.*\) is a run of this machine; task=job is for runs that were"):
+    with pytest.raises(UserError, match=r"^task.run \(.*\) is a run on this machine; task=job is for runs that were"):
         look(str(tmp_path))
     RunFolder(tmp_path).update_status(state="RUNNING", job=None)  # submitted once, and gone on with here
     assert refresh(RunFolder(tmp_path)) is None
     assert RunFolder(tmp_path).status().state == "RUNNING"
-    with pytest.raises(UserError, match=r"is a run of this machine"):
+    with pytest.raises(UserError, match=r"is a run on this machine"):
         look(str(tmp_path))
-    with pytest.raises(UserError, match=r"^lr=1 would change nothing: all about the run is in its folder; remove it$"):
+    with pytest.raises(UserError, match=r"^lr=1 would change nothing: the run's config is in its folder; remove it$"):
         look(str(tmp_path), "task=job", "lr=1")

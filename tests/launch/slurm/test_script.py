@@ -152,7 +152,10 @@ def test_keys_are_inherited_but_for_those_of_the_launcher(monkeypatch: pytest.Mo
 def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
     done = launch(SLURM, "cluster.accelerator=cpu", directory=tmp_path / "run", environment={"PATH": str(tmp_path)})
     assert done.returncode == 2
-    assert "cluster=slurm needs sbatch, which is not here; run this command on a machine that submits" in done.stderr
+    assert (
+        "cluster=slurm needs sbatch, which is not installed here; run this command on a machine that submits"
+        in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,12 +176,12 @@ def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
             "job 7: FAILED (NonZeroExitCode), before the run started",
             True,
         ),
-        (State.SUBMITTED, None, State.FAILED, "job 7: forgotten, before the run started", True),
+        (State.SUBMITTED, None, State.FAILED, "job 7: unknown to Slurm, before the run started", True),
         (
             State.RUNNING,
             Job("7", "TIMEOUT", "None"),
             State.FAILED,
-            "job 7: TIMEOUT, before the run could say how it ended",
+            "job 7: TIMEOUT, before the run recorded how it ended",
             False,
         ),
         (
@@ -192,10 +195,10 @@ def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
             State.RUNNING,
             Job("7", "NODE_FAIL", "None"),
             State.FAILED,
-            "job 7: NODE_FAIL, before the run could say how it ended",
+            "job 7: NODE_FAIL, before the run recorded how it ended",
             True,
         ),
-        (State.RUNNING, None, State.FAILED, "job 7: forgotten, before the run could say how it ended", True),
+        (State.RUNNING, None, State.FAILED, "job 7: unknown to Slurm, before the run recorded how it ended", True),
         (State.COMPLETED, Job("7", "FAILED", "NonZeroExitCode"), State.COMPLETED, "", False),
     ],
 )

@@ -94,8 +94,8 @@ def test_two_nodes_preempted_requeued_and_finished(tmp_path: Path) -> None:
     wait_until(lambda: folder.status().state == "SUBMITTED", folder, process)
     stopped = folder.status().step
     assert 2 <= stopped < last
-    assert folder.status().reason == f"stopped on request at step {stopped}; back in the queue, 1 of 1"
-    wait_until(lambda: commands.ask([job(folder)])[job(folder)].state == "PENDING", folder)
+    assert folder.status().reason == f"stopped on request at step {stopped}; requeued, 1 of 1"
+    wait_until(lambda: commands.query([job(folder)])[job(folder)].state == "PENDING", folder)
     subprocess.run(["scontrol", "update", f"jobid={job(folder)}", "starttime=now+3"], check=True)  # else 2 minutes
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stderr, folder.log.read_text()[-3000:])
@@ -130,9 +130,12 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
     follower.send_signal(signal.SIGINT)
     _, stderr = follower.communicate(timeout=60)
     assert follower.returncode == 130
-    assert f"The run goes on without us. To follow it: python launch.py task=job task.run={folder.directory}" in stderr
+    assert (
+        f"The run continues in the cluster. To follow it: python launch.py task=job task.run={folder.directory}"
+        in stderr
+    )
     assert "Traceback" not in stderr
-    wait_until(lambda: commands.ask([job(folder)])[job(folder)].reason == "BeginTime", folder)
+    wait_until(lambda: commands.query([job(folder)])[job(folder)].reason == "BeginTime", folder)
     job_task(folder.directory, "status")
     shown = capsys.readouterr().out
     assert "SUBMITTED at step 0" in shown
@@ -141,12 +144,12 @@ def test_a_run_that_waits_is_shown_guarded_and_cancelled(tmp_path: Path, capsys:
         again = launch(*SMALL, *arguments, directory=folder.directory)
         assert again.returncode == 2
         assert f"is in use by job {job(folder)}: PENDING (BeginTime); follow it with task=job" in again.stderr
-    with pytest.raises(UserError, match=r"run\.log is not there yet: the job has not started"):
+    with pytest.raises(UserError, match=r"run\.log does not exist yet: the job has not started"):
         job_task(folder.directory, "logs")
     job_task(folder.directory, "cancel")
     assert folder.status().state == "PREEMPTED"
     assert folder.status().reason == f"job {job(folder)}: CANCELLED, before it started"
-    with pytest.raises(UserError, match="is PREEMPTED already; nothing is left to cancel"):
+    with pytest.raises(UserError, match="is PREEMPTED already; there is nothing to cancel"):
         job_task(folder.directory, "cancel")
 
 
@@ -179,7 +182,9 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
     subprocess.run([*down[:3], "state=resume"], check=False)  # it may be back by itself
     wait_until(lambda: cancelled.status().phase == "importing NeMo", cancelled)
     job_task(cancelled.directory, "cancel")
-    assert f"job {job(cancelled)} saves a checkpoint and ends. Again to end it at once." in capsys.readouterr().out
+    assert (
+        f"job {job(cancelled)} saves a checkpoint and ends. Cancel again to end it at once." in capsys.readouterr().out
+    )
     wait_until(lambda: refresh(cancelled) is None, cancelled)
     assert cancelled.status().state == "PREEMPTED"  # and not back in the queue
     assert "before training began" in str(cancelled.status().reason)
@@ -226,7 +231,7 @@ def test_a_rank_that_hangs_on_another_node_is_named(tmp_path: Path) -> None:
     hanging.send_signal(signal.SIGSTOP)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
-    reason = "rank 1 was hanging: no progress in 0.3 minutes (cluster.timeout_minutes), and no sign of life"
+    reason = "rank 1 hung: no progress in 0.3 minutes (cluster.timeout_minutes), and no heartbeat"
     assert (folder.status().state, folder.status().reason) == ("FAILED", reason)
     assert reason in stderr
     log = folder.log.read_text(errors="replace")
