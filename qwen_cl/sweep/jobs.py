@@ -10,7 +10,7 @@ from qwen_cl.config.cluster import SlurmConfig
 from qwen_cl.launch.local import run_variables
 from qwen_cl.launch.slurm import commands
 from qwen_cl.launch.slurm.commands import Job, SlurmUnavailable
-from qwen_cl.launch.slurm.follow import ASK_EVERY
+from qwen_cl.launch.slurm.follow import QUERY_SECONDS
 from qwen_cl.launch.slurm.job_status import record_job_state, refresh, request_end, seconds_of
 from qwen_cl.launch.slurm.script import render_script
 from qwen_cl.launch.slurm.submit import submit
@@ -31,7 +31,7 @@ class Queue:
         self._last = float("-inf")
 
     def look(self) -> None:
-        if time.monotonic() < self._last + ASK_EVERY or not self.numbers:
+        if time.monotonic() < self._last + QUERY_SECONDS or not self.numbers:
             return
         self._last = time.monotonic()
         try:

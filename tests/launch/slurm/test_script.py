@@ -188,7 +188,7 @@ def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
             State.RUNNING,
             Job("7", "OUT_OF_MEMORY", "OutOfMemory"),
             State.FAILED,
-            "job 7: OUT_OF_MEMORY (OutOfMemory), before the run could",
+            "job 7: OUT_OF_MEMORY (OutOfMemory), before the run recorded",
             False,
         ),
         (
