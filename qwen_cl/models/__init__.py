@@ -1,1 +1,1 @@
-"""Base models: their families, their files, and their way into Megatron and back."""
+"""Base models: their families, their files, and their conversion to Megatron and back."""

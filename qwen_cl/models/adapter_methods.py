@@ -1,6 +1,6 @@
-"""The methods of fine-tuning: what is trained beside a frozen model, by the group ``peft``. No torch, no NeMo.
+"""The adapter methods that the config group ``peft`` selects, one entry each. No torch, no NeMo.
 
-Everything that depends on the method asks its entry; a method that needs code in Megatron names its class there.
+All code that depends on the method reads its entry here; a method that needs code in Megatron names its class there.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER = ".adapter."
-"""Between a layer's name and that of an adapter's tensor, in NeMo."""
+"""The part of a NeMo tensor name between the layer and the adapter's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTensor:
-    """A tensor that each adapted layer has; ``shape`` names its sizes: rank, and the layer's rows and columns."""
+    """A tensor of each adapted layer; ``shape`` names its dimensions: rank, and the layer's rows and columns."""
 
     nemo: str
     peft: str
     shape: tuple[str, ...]
     by_rank: bool = False
-    """Its rows are stored as they lie on each tensor parallel rank: that rank's gate rows, then its up rows."""
+    """True if its rows are stored per tensor parallel rank: that rank's gate rows, then its up rows."""
 
 
 DOWN = AdapterTensor("linear_in.weight", "lora_A.weight", ("rank", "columns"))
@@ -37,7 +37,7 @@ MAGNITUDE = AdapterTensor("weight_magnitude", "lora_magnitude_vector", ("rows",)
 
 
 def lora_update(up: torch.Tensor, down: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return what LoRA adds to a weight (arXiv 2106.09685), in fp32; where it is zero the weight keeps each bit."""
+    """Return LoRA's update of a weight (arXiv 2106.09685) in fp32; where it is zero, adding it changes no bit."""
     update = up.float() @ down.float() * scale
     return update.masked_fill_(update == 0, -0.0)  # added to -0.0, 0.0 would flip its sign
 
@@ -47,28 +47,28 @@ def _merge_lora(weight: torch.Tensor, adapter: Mapping[str, torch.Tensor], scale
 
 
 def _merge_dora(weight: torch.Tensor, adapter: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor:
-    """Rescale each row of the sum to its magnitude (arXiv 2402.09353)."""
+    """Merge the LoRA update, then rescale each row to its magnitude (arXiv 2402.09353)."""
     merged = _merge_lora(weight, adapter, scale)
     return merged * (adapter[MAGNITUDE.peft].float() / merged.norm(dim=1)).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterMethod:
-    """A method with an adapter beside frozen weights."""
+    """The entry of a method that trains an adapter beside frozen weights."""
 
     title: str
     config: type[LoraConfig]
     transform: str
-    """NeMo's class that adds the adapters, as MODULE:NAME."""
+    """The NeMo class that adds the adapters, as MODULE:NAME."""
     tensors: tuple[AdapterTensor, ...]
     merge: Callable[[torch.Tensor, Mapping[str, torch.Tensor], float], torch.Tensor]
-    """Weight in fp32, adapter by PEFT's names of its tensors, and scale, to the weight that computes the same."""
+    """The function from a weight in fp32, the adapter's tensors by PEFT name and the scale to the merged weight."""
     peft_fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of PEFT's LoraConfig, beside rank, alpha and dropout."""
+    """Fields of PEFT's LoraConfig other than rank, alpha and dropout."""
     fused: bool = False
     """speed.fused_lora computes it."""
     not_on_adapter: str | None = None
-    """The reason why its result cannot be joined with ``model.adapter`` to one adapter; None where it can."""
+    """The reason why its result cannot be combined with ``model.adapter`` into one adapter; None where it can."""
 
 
 ADAPTER_METHODS = {
@@ -90,7 +90,7 @@ ADAPTER_METHODS = {
         not_on_adapter="its magnitudes would be of the merged weights, which no adapter of the base can say",
     ),
 }
-"""By the value of ``peft``; full fine-tuning has no adapter, and so no entry."""
+"""The adapter methods by value of ``peft``; full fine-tuning has no adapter, and so no entry."""
 FULL_FINE_TUNING = "full fine-tuning"
 
 
@@ -103,7 +103,7 @@ class Adapter:
     alpha: float
     dropout: float
     target_modules: list[str]
-    """Megatron's names."""
+    """Megatron's names of the adapted layers."""
 
     @property
     def entry(self) -> AdapterMethod:
@@ -111,7 +111,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """The factor of the update B A."""
+        """Return the factor of the update B A."""
         return self.alpha / self.rank
 
     def describe(self) -> str:
@@ -119,21 +119,21 @@ class Adapter:
         return f"{self.entry.title}, rank {self.rank}, alpha {self.alpha:g}, on {modules}"
 
     def transform_arguments(self) -> dict[str, Any]:
-        """Return what NeMo's class takes."""
+        """Return the arguments of the NeMo class."""
         return {
             "target_modules": list(self.target_modules),
             "dim": self.rank,
             "alpha": self.alpha,
             "dropout": self.dropout,
-            "dropout_position": "pre",  # where PEFT has it
+            "dropout_position": "pre",  # as in PEFT
         }
 
     def peft_arguments(self) -> dict[str, Any]:
-        """Return what PEFT's LoraConfig takes, but for the layers."""
+        """Return the arguments of PEFT's LoraConfig, without the target modules."""
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **self.entry.peft_fields}
 
     def modules(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the rows and columns of each adapted layer of a block, by its sharded key."""
+        """Return the rows and columns of each adapted layer of a transformer block, by sharded key."""
         shapes = {}
         for key, rule in layer_rules(architecture).items():
             module, _, part = key.rpartition(".")
@@ -142,7 +142,7 @@ class Adapter:
         return shapes
 
     def tensor_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the tensors of one block, by sharded key."""
+        """Return the shapes of one transformer block's adapter tensors, by sharded key."""
         shapes = {}
         for module, (rows, columns) in self.modules(architecture).items():
             sizes = {"rank": self.rank, "rows": rows, "columns": columns}
@@ -155,7 +155,7 @@ class Adapter:
 
 
 def adapter_parameters(peft: PeftConfig, architecture: Architecture) -> int | None:
-    """Return the trainable parameters of the adapters; None for full fine-tuning."""
+    """Return the number of trainable parameters of the adapters; None for full fine-tuning."""
     adapter = adapter_of(peft)
     return None if adapter is None else adapter.parameters(architecture)
 
@@ -166,7 +166,7 @@ def describe_method(peft: PeftConfig) -> str:
 
 
 def adapter_of(peft: PeftConfig) -> Adapter | None:
-    """Return the adapter that the group ``peft`` says; None for full fine-tuning."""
+    """Return the adapter that the config group ``peft`` describes; None for full fine-tuning."""
     if not isinstance(peft, LoraConfig):
         return None
     return Adapter(

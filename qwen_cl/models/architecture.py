@@ -1,4 +1,4 @@
-"""What a model's own config.json says of its shape, in Megatron's terms. No torch."""
+"""The architecture that a model's config.json describes, in Megatron's terms. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_cl.models.rope import Rope, RopeScaling, read_rope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Field names follow megatron.core's TransformerConfig where it has the field."""
+    """The sizes and features of a model, under the names of megatron.core's TransformerConfig where it has the field."""
 
     model_type: str
     num_layers: int
@@ -30,7 +30,7 @@ class Architecture:
     """Rows of the embedding as published, without padding."""
     max_position_embeddings: int
     sliding_window: int | None
-    """Tokens a position looks back on; None for all of them."""
+    """Tokens that a position attends to; None for all before it."""
     layernorm_epsilon: float
     rotary_base: float
     rope_scaling: RopeScaling | None
@@ -53,21 +53,24 @@ class Architecture:
 
     @property
     def longest_sequence(self) -> int:
-        """Attention is full and causal here, which is the model's own up to its window."""
+        """Return the most tokens in a sequence.
+
+        Attention is always full and causal here, which equals the model's own up to its window.
+        """
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 TIED = "tie_word_embeddings"
 QUANTIZED = ("quantization_config", "compression_config")
 NOT_EMPTY = ("per_layer_config", "pruned_heads", "transformers_weights")
-"""Fields that transformers has for every model: layers of other shapes, weights in other files."""
+"""Fields of transformers that describe layers of other shapes or weights in other files; they must be empty."""
 
 
 def read_architecture(config: dict[str, Any], directory: Path) -> Architecture:
     """Read the fields Megatron needs from a Hugging Face config.json.
 
     Raises:
-        UserError: another architecture, a feature this one is not built with, or a missing field.
+        UserError: The architecture or one of its features is not supported, or a field is missing.
     """
     path = directory / "config.json"
     name = config.get("model_type")
@@ -86,7 +89,7 @@ REQUIRED = (
     "max_position_embeddings",
 )
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
-"""May be absent or null; all of these are positive integers."""
+"""Fields that may be absent or null, and are positive integers otherwise."""
 
 
 def _check_fields(config: dict[str, Any], family: Family, path: Path) -> None:
@@ -133,7 +136,7 @@ def _window(config: dict[str, Any], family: Family) -> int | None:
 
 
 def _check_layer_types(config: dict[str, Any], family: Family, path: Path) -> None:
-    """The list that transformers 5 writes; a family without a window has no layer that slides."""
+    """Check the list that transformers 5 writes; a family without a window has no sliding layer."""
     kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
     if kinds is None:
         return
@@ -148,22 +151,22 @@ def _check_layer_types(config: dict[str, Any], family: Family, path: Path) -> No
         )
     if SLIDING in kinds and _window(config, family) is None:
         raise UserError(
-            f"{path}: layer_types has {SLIDING}, and sliding_window or use_sliding_window say that there is no window; "
+            f"{path}: layer_types has {SLIDING}, but sliding_window or use_sliding_window disable the window; "
             "set them to what the model was trained with"
         )
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, path: Path) -> None:
-    """Features that would change the result silently if they were ignored."""
+    """Refuse features that would silently change the result if they were ignored."""
     for flag in (TIED, "use_sliding_window", *family.unsupported_flags):
         if not isinstance(config.get(flag), bool | None):
             raise UserError(f"{path}: {flag} ({json.dumps(config[flag])}) must be true or false")
     for field in QUANTIZED:
         if config.get(field):
-            how = config[field].get("quant_method") if isinstance(config[field], dict) else config[field]
+            method = config[field].get("quant_method") if isinstance(config[field], dict) else config[field]
             raise UserError(
-                f"{path}: {field} ({how or 'of a method that it does not name'}) is not supported, because the weights "
-                "are quantized; use the model that this one was quantized from"
+                f"{path}: {field} ({method or 'unnamed method'}) is not supported, because the weights are quantized; "
+                "use the model that this one was quantized from"
             )
     unsupported = {
         "hidden_act": config.get("hidden_act", "silu") not in ("silu", "swish"),

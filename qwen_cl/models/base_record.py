@@ -1,4 +1,4 @@
-"""What every checkpoint says of the model it was trained from, and the comparison that a resume makes. No torch."""
+"""The record of the base model in every checkpoint, and its comparison on resume. No torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from qwen_cl.models.tokenizer_checks import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 BASE_RECORD = "base_model.json"
-"""Beside the weights: ``source``, pinned, or the absolute path of a directory; ``tokenizer_hash``, None where the
-source has no tokenizer's files; and ``adapter``, the hash of the one merged into the base, where there is one."""
+"""The file beside the weights with ``source`` (pinned, or an absolute path), ``tokenizer_hash`` (None if the source has
+no tokenizer files) and, if an adapter was merged into the base, ``adapter``: its hash."""
 ADAPTER_RECORD = "adapter_metadata.json"
-"""NeMo's own, of an adapter."""
+"""NeMo's file in the checkpoint of an adapter."""
 
 
 class BaseMismatchError(RuntimeError):
-    """A checkpoint was trained on another base model than the one the recipe names."""
+    """The error of a checkpoint that was trained on another base model than the recipe's."""
 
 
 def record_base(weights: Path, source: str, adapter: str | None = None) -> None:
-    """``adapter`` is the directory of the one that is merged into the base."""
+    """Write the record of the base; ``adapter`` is the directory of the adapter merged into it."""
     record = {"source": source, "tokenizer_hash": _tokenizer_hash(source)}
     if adapter is not None:
         record["adapter"] = _adapter_hash(adapter)
@@ -34,11 +34,11 @@ def record_base(weights: Path, source: str, adapter: str | None = None) -> None:
 
 
 def require_same_base(checkpoint: Path, source: str, adapter: str | None = None) -> None:
-    """``checkpoint`` is the directory of a checkpoint, or the one of its weights.
+    """Compare a checkpoint's base with the recipe's; ``checkpoint`` is its directory, or that of its weights.
 
     Raises:
-        BaseMismatchError: it records another base than ``source`` with ``adapter``, or another tokenizer than is there
-            now.
+        BaseMismatchError: The checkpoint records another base than ``source`` with ``adapter``, or another tokenizer
+            than the source has now.
     """
     record = recorded_base(checkpoint)
     if record is None:
@@ -51,8 +51,8 @@ def require_same_base(checkpoint: Path, source: str, adapter: str | None = None)
         )
     if record.get("adapter") != _adapter_hash(adapter):
         raise BaseMismatchError(
-            f"{checkpoint} was trained on {source} with {_merged(record.get('adapter'))}, and the recipe has "
-            f"{_merged(_adapter_hash(adapter))}; restore the same, or train in another folder"
+            f"{checkpoint} was trained on {source} with {_describe_adapter(record.get('adapter'))}, and the recipe has "
+            f"{_describe_adapter(_adapter_hash(adapter))}; restore the same, or train in another folder"
         )
     if record["tokenizer_hash"] not in (None, _tokenizer_hash(source)):
         raise BaseMismatchError(
@@ -62,7 +62,7 @@ def require_same_base(checkpoint: Path, source: str, adapter: str | None = None)
 
 
 def recorded_base(checkpoint: Path) -> dict[str, Any] | None:
-    """``source``, ``tokenizer_hash`` and ``adapter``; None if nothing with this hook wrote the checkpoint."""
+    """Return ``source``, ``tokenizer_hash`` and ``adapter``; None if the checkpoint was written without this hook."""
     weights = checkpoint / "weights" if (checkpoint / "weights").is_dir() else checkpoint
     for name, field in ((BASE_RECORD, "source"), (ADAPTER_RECORD, "model_ckpt_path")):
         if (weights / name).is_file():
@@ -76,7 +76,7 @@ def _adapter_hash(adapter: str | None) -> str | None:
     return None if adapter is None else read_adapter(Path(adapter)).sha256
 
 
-def _merged(adapter: str | None) -> str:
+def _describe_adapter(adapter: str | None) -> str:
     return (
         "no adapter merged in" if adapter is None else f"an adapter merged in whose files have sha256 {adapter[:12]}…"
     )

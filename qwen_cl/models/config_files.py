@@ -1,4 +1,4 @@
-"""The files of a model beside its weights, as its author wrote them: what an export carries on."""
+"""The files of a model other than its weights, as its author wrote them; an export includes them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from qwen_cl.models.tokenizer.files import chat_templates, write_object
 
 
 def write_small_files(source: Path, target: Path) -> None:
-    """Config, tokenizer and chat templates into ``target``; whatever that held is replaced."""
+    """Write config, tokenizer and chat templates to ``target``, replacing its content."""
     with atomic_directory(target, replace=True) as temporary:
         copy_small_files(source, temporary)
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """The files themselves where the Hub's cache has links. A NeMo checkpoint has the config of its model in NeMo's
-    terms: here it gets Hugging Face's, and one of a run of ours the files that the run kept."""
+    """Copy config, tokenizer and chat templates to ``target``, resolving the links of the Hub's cache.
+
+    A NeMo checkpoint gets a config.json in Hugging Face's terms; one of our runs, the files that the run saved.
+    """
     files = _files_of_run(source) or tokenizer_directory(source)
     for path in {path for pattern in FILES for path in files.glob(pattern)} | set(chat_templates(files)):
         copy = target / path.relative_to(files)
@@ -30,7 +32,7 @@ def copy_small_files(source: Path, target: Path) -> None:
         shutil.copyfile(path, copy)
     config = read_model_config(source)
     own_head = bool(config.get(TIED)) and not read_architecture(config, source).tied_embeddings
-    if own_head:  # where the weights are not, nothing but the flag can say it
+    if own_head:  # the copy is without the weights, so only the flag can tell
         config[TIED] = False
     if own_head or not (target / "config.json").is_file():
         write_object(target / "config.json", config)

@@ -1,6 +1,6 @@
-"""The model families: one entry each, which is all that a family with the same tensors needs. No torch, no NeMo.
+"""The model families, one entry each; a family with the same tensors needs nothing else. No torch, no NeMo.
 
-Tensors of other names or shapes are the mapping's matter as well (see docs/extending.md).
+Tensors with other names or shapes also need rules in weight_mapping.py (see docs/extending.md).
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-"""The kinds of layers that ``layer_types`` of a config.json may name."""
+"""The layer kinds that ``layer_types`` of a config.json may name."""
 DEFAULT_TOKENIZER = "LlamaTokenizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingWindow:
-    """The rule that transformers has for layers that look back on a limited number of tokens."""
+    """The rule by which transformers chooses the layers with sliding window attention."""
 
     default: int = 4096
-    """Tokens, where config.json has no ``sliding_window``."""
+    """Tokens of the window if config.json has no ``sliding_window``."""
     opt_in: bool = False
-    """There is none unless ``use_sliding_window`` is true."""
+    """True if the window is used only with ``use_sliding_window``."""
     by_layer: bool = False
-    """``layer_types`` says which layers have it; without that list all do."""
+    """True if ``layer_types`` names the layers with a window; without that list all have one."""
     first_layer: int | None = None
-    """The first layer that has it where ``layer_types`` and ``max_window_layers`` are absent; None where the family
-    has no ``max_window_layers``."""
+    """The first layer with a window if ``layer_types`` and ``max_window_layers`` are absent; None if the family has no
+    ``max_window_layers``."""
 
     def width(self, config: Mapping[str, Any]) -> int | None:
-        """Return the tokens that some layer of the model looks back on, or None where each layer has all of them."""
+        """Return the window in tokens if some layer has one, else None."""
         if self.opt_in and not config.get("use_sliding_window"):
             return None
         window: int | None = config.get("sliding_window", self.default)
@@ -45,36 +45,36 @@ class SlidingWindow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What a model_type means beyond the fields that all decoders share."""
+    """The properties of a model_type beyond the config fields that all decoders share."""
 
     model_type: str
     title: str
     """The published models, for messages."""
     transformers: str
-    """What the names of its classes in transformers begin with."""
+    """The prefix of its class names in transformers."""
     nemo_model: str
-    """The class in ``nemo.collections.llm`` that is trained."""
+    """The model class in ``nemo.collections.llm``."""
     nemo_config: str
-    """The class of its config there, every size of which is overridden."""
+    """Its config class there; every size in it is overridden."""
     nemo_checkpoints: str | None = None
-    """Pattern of the config classes, below ``nemo.collections.llm.gpt.model``, whose checkpoints are read as this
-    family; None where NeMo has none of it."""
+    """Pattern of the config classes below ``nemo.collections.llm.gpt.model`` whose checkpoints are read as this family;
+    None if NeMo has none."""
     nemo_window: bool = False
-    """NeMo's config has a window of its own (``window_size``)."""
+    """True if NeMo's config has the window (``window_size``)."""
     tokenizer: str = DEFAULT_TOKENIZER
-    """transformers' class of tokenizer files that name none (its tokenization_auto.py)."""
+    """The transformers class for tokenizer files that name no class (tokenization_auto.py)."""
     tokenizer_always: bool = False
-    """transformers 5 takes that class whatever the files name (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
+    """True if transformers 5 ignores the class in the files (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
     qkv_bias: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
-    """Width of an attention head where config.json has none; None for hidden_size / num_attention_heads."""
+    """Width of an attention head if config.json has none; None for hidden_size / num_attention_heads."""
     sliding_window: SlidingWindow | None = None
     key_value_heads_required: bool = True
-    """transformers' own default of num_key_value_heads is another than num_attention_heads."""
+    """True if the default of num_key_value_heads in transformers differs from num_attention_heads."""
     rope_types: tuple[str, ...] = ("default",)
     unsupported_flags: tuple[str, ...] = ()
-    """Fields of config.json that must be false: the layers they add are not built."""
+    """Fields of config.json that must be false, because the layers they add are not supported."""
 
     def is_nemo_config(self, name: Any) -> bool:
         """Tell whether a NeMo checkpoint of that config class, by its full name, is read as this family."""

@@ -1,4 +1,4 @@
-"""Tells whether a model directory is still the one a run was trained from. No torch."""
+"""The fingerprint of a model directory, to detect a changed base model. No torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ SAMPLES, SAMPLE_BYTES = 16, 2**16
 
 
 def fingerprint(directory: Path) -> str:
-    """sha256 over config.json (of a NeMo checkpoint, over what describes it) and, of each weight file, its name, size,
-    head and evenly spaced samples.
+    """Return the sha256 over config.json (for a NeMo checkpoint, its model.yaml) and, for each weight file, its name,
+    size, header and evenly spaced samples.
 
-    Reads 1 MiB a file where a full hash would read them whole: other weights of the same shapes show, a single
-    flipped bit does not.
+    Only 1 MiB of each file is read, so it detects other weights of the same shapes, but not a single flipped bit.
     """
     if is_nemo_checkpoint(directory):
         described = [directory / CONTEXT / MODEL, directory / WEIGHTS / METADATA]

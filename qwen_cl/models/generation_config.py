@@ -1,4 +1,4 @@
-"""A model's generation_config.json: what ``generate`` of transformers takes its stops and settings from. No torch."""
+"""A model's generation_config.json, with the stop tokens and settings of transformers' ``generate``. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """Empty where the model has none. Raises UserError where it is no JSON object."""
+    """Return the model's generation_config.json; empty if it has none.
+
+    Raises:
+        UserError: The file is not a JSON object.
+    """
     path = directory / FILE
     if not path.is_file():
         return {}
@@ -29,7 +33,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 
 
 def token_ids(value: Any, field: str, directory: Path) -> list[int]:
-    """-1 and null are none, in files that must name one."""
+    """Return the ids in a field; -1 and null stand for no id."""
     ids = value if isinstance(value, list) else [value]
     if any(isinstance(token, bool) or not isinstance(token, int | None) for token in ids):
         raise UserError(f"{directory}: {field} ({value}) must be an id or a list of ids")
@@ -37,9 +41,9 @@ def token_ids(value: Any, field: str, directory: Path) -> list[int]:
 
 
 def write_generation_config(directory: Path, model: Path, stops: Sequence[int]) -> None:
-    """Write that of ``model`` into ``directory``, with the stops after its own; unchanged where it has them all.
+    """Write the model's generation_config.json to ``directory``, with ``stops`` added to its stop tokens.
 
-    Without a generation_config.json transformers takes the tokens of config.json, so a new file names those too.
+    Without that file transformers uses the tokens of config.json, so a new file names those too.
     """
     given = read_generation_config(model)
     settings = given or _tokens_of_config(model)
@@ -49,7 +53,7 @@ def write_generation_config(directory: Path, model: Path, stops: Sequence[int]) 
         if given:
             shutil.copyfile(model / FILE, directory / FILE)
         return
-    # Where this is true transformers may go back to what config.json says.
+    # If this is true, transformers may prefer the values of config.json.
     settings = {name: value for name, value in settings.items() if name != "_from_model_config"}
     settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     (directory / FILE).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A model's config.json and tokenizer in the one form that transformers 4.57 and 5 both read, and read alike.
+"""A model's config.json and tokenizer, normalized so that transformers 4.57 and 5 read them alike.
 
-4.57 drops transformers 5's ``rope_parameters`` without a word: theta becomes 10000, and Llama 3's scaling vanishes.
-Everything that reads a model through transformers or NeMo reads it from here; exports carry the author's own files.
+4.57 silently ignores transformers 5's ``rope_parameters``: theta becomes 10000, and Llama 3's scaling is lost.
+transformers and NeMo always read a model from the normalized files; exports include the author's own files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NOT_KEPT = ("auto_map", "dtype", "rope_parameters", "rope_theta", "rope_scaling", "torch_dtype")
-"""Fields of config.json that the versions spell differently, or that name code."""
+"""Fields of config.json that differ between the versions, or that name code."""
 
 
 def normalized_config(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """What ``architecture`` understood of ``config``, and the author's other fields as they are."""
+    """Return ``config`` with the fields of ``architecture`` in normalized form, and all others unchanged."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     scaling = architecture.rope_scaling
     rule, width = architecture.family.sliding_window, architecture.sliding_window
@@ -64,11 +64,10 @@ def transformers_config(normalized: dict[str, Any]) -> PretrainedConfig:
 
 
 def write_normalized_files(source: Path, target: Path) -> None:
-    """Config, generation config, tokenizer and chat templates of the model in ``source``; whatever ``target`` held is
-    replaced.
+    """Write config, generation config, tokenizer and chat templates of ``source`` to ``target``, replacing its content.
 
     Raises:
-        UserError: the model or its tokenizer is not one that is read.
+        UserError: The model or its tokenizer is not supported.
     """
     config = read_model_config(source)
     files = tokenizer_directory(source)

@@ -1,6 +1,6 @@
-"""From ``model.source`` to a directory of files and the commit they are.
+"""The resolution of ``model.source`` to a directory of files and its commit.
 
-Imports neither torch nor NeMo: it runs before anything heavy.
+It imports neither torch nor NeMo, because it runs before anything heavy.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from qwen_cl.models.hub.manifest import ModelManifest
 from qwen_cl.models.hub.settings import HubSettings
 
 HUB_REFERENCE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w-][\w.-]*(?:/[\w-][\w.-]*)*))?")
-"""No part of a revision starts with a dot, in git's rules and so that as a path in the cache it cannot leave that."""
+"""The pattern of a reference. No part of a revision starts with a dot, as in git, so its path stays in the cache."""
 HUB_DEFAULTS = HubSettings()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     source: str
-    """As the recipe names it: ``hf://ORG/NAME@<40-hex commit>``, or the absolute path of a directory."""
+    """The source in the recipe: ``hf://ORG/NAME@<40-hex commit>``, or the absolute path of a directory."""
     directory: Path
     commit: str | None
-    """40-hex commit on the Hub; None for a directory of the user's own."""
+    """40-hex commit on the Hub; None for a local directory."""
     config: dict[str, Any]
-    """The model's config.json; of a NeMo checkpoint, what it would be."""
+    """The model's config.json; for a NeMo checkpoint, its equivalent."""
     manifest: ModelManifest | None = None
-    """Files, sizes and licence of the commit; None for a directory, and for a cache that other tools filled."""
+    """Files, sizes and license of the commit; None for a directory, and for a cache filled by other tools."""
 
 
 def is_hub_reference(source: str) -> bool:
@@ -49,13 +49,13 @@ def is_hub_reference(source: str) -> bool:
 
 
 def resolve(source: str, settings: HubSettings = HUB_DEFAULTS, *, weights: bool = True) -> ModelFiles:
-    """Pin the reference to a commit, and make its files present in the Hub's cache and verified.
+    """Pin the reference to a commit, and download its files to the Hub's cache and verify them.
 
-    With ``weights=False`` only the small files are fetched, which is what a dry run needs.
+    With ``weights=False`` only the small files are fetched, as a dry run needs them.
 
     Raises:
-        UserError: the reference is malformed, absent, out of reach, incomplete, damaged, or its config.json does not
-            parse.
+        UserError: The reference is malformed, not found, unreachable, incomplete or damaged, or its config.json
+            cannot be parsed.
     """
     if source.startswith(SCHEME):
         source = str(nemo_directory(source))
@@ -83,9 +83,9 @@ def resolve(source: str, settings: HubSettings = HUB_DEFAULTS, *, weights: bool 
 
 
 def local_directory(source: str) -> Path:
-    """The directory behind a resolved source, without a request: what each rank of the run calls.
+    """Return the directory of a resolved source, without a request; called by each rank of a run.
 
-    A run's processes find the cache through HF_HUB_CACHE, which the launcher sets for them.
+    The ranks find the cache through HF_HUB_CACHE, which the launcher sets for them.
     """
     match = HUB_REFERENCE.fullmatch(source)
     return cached_directory(match["repo"], match["revision"]) if match else Path(source)

@@ -1,8 +1,7 @@
-"""What a config.json says of rotary positions, in any of the forms that transformers has written. No torch.
+"""The rotary embedding settings of a config.json, in every form that transformers has written. No torch.
 
-transformers 5 has ``rope_parameters`` with all of it; before, ``rope_theta`` and ``partial_rotary_factor`` stood beside
-``rope_scaling``. The versions differ in which of two they take, and each drops what it does not know, so that forms
-that disagree are refused.
+transformers 5 writes one ``rope_parameters``; before, ``rope_theta`` and ``partial_rotary_factor`` were beside
+``rope_scaling``. The versions prefer different forms and ignore the others, so forms that disagree are refused.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from typing import Any
 from qwen_cl.config.errors import UserError
 
 DEFAULT_THETA = 10000.0
-"""transformers' own, in every family here, where config.json has none at all."""
+"""The default of transformers for every family here."""
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 KEYS = {"default": (), "llama3": LLAMA3}
-"""rope_type -> the fields it uses, beside those of every type."""
+"""The fields that each rope_type uses, in addition to the common ones."""
 COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 OBJECTS = ("rope_parameters", "rope_scaling")
 
@@ -41,16 +40,16 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any], supported: tuple[str, ...], path: Path) -> Rope:
-    """``supported`` are the family's values of ``rope_type``.
+    """Read the rotary settings; ``supported`` are the family's values of ``rope_type``.
 
     Raises:
-        UserError: fields that disagree, or that would change the result and are not built.
+        UserError: Fields disagree, or would change the result and are not supported.
     """
     found = {name: _rope_object(config, name, supported, path) for name in OBJECTS if config.get(name) is not None}
     if len(found) == 2:
         _require_agreement(config, found, path)
     if "partial_rotary_factor" in config:
-        _require_whole_heads("partial_rotary_factor", config["partial_rotary_factor"], path)
+        _refuse_partial_rotary("partial_rotary_factor", config["partial_rotary_factor"], path)
     theta = _theta(config, found, path)
     rope: Mapping[str, Any] = next(iter(found.values()), {})
     if _type(rope) != "llama3":
@@ -83,7 +82,7 @@ def _rope_object(config: Mapping[str, Any], name: str, supported: tuple[str, ...
         raise UserError(f"{path}: {name}.rope_type ({kind}) and {name}.type ({rope['type']}) disagree; keep one")
     if kind not in supported:
         raise UserError(f"{path}: {name} ({rope}) is not supported; use a model without it")
-    _require_whole_heads(f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor"), path)
+    _refuse_partial_rotary(f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor"), path)
     unknown = sorted(key for key in rope.keys() - {*COMMON, *KEYS[kind]} if rope[key] is not None)
     if unknown:
         raise UserError(
@@ -120,15 +119,15 @@ def _require_agreement(config: Mapping[str, Any], found: Mapping[str, Mapping[st
 def _theta(config: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], path: Path) -> float:
     named = {f"{name}.rope_theta": rope.get("rope_theta") for name, rope in found.items()}
     named["rope_theta"] = config.get("rope_theta")
-    said = {name: value for name, value in named.items() if value is not None}
-    for name, value in said.items():
+    given = {name: value for name, value in named.items() if value is not None}
+    for name, value in given.items():
         _require_number(name, value, path)
-    if len(set(said.values())) > 1:
-        shown = " and ".join(f"{name} ({value})" for name, value in said.items())
+    if len(set(given.values())) > 1:
+        shown = " and ".join(f"{name} ({value})" for name, value in given.items())
         raise UserError(f"{path}: {shown} disagree; keep the one that the model was trained with")
-    if "rope_parameters" in found and not said:
+    if "rope_parameters" in found and not given:
         raise UserError(f"{path}: rope_parameters.rope_theta is missing; set it to what the model was trained with")
-    return float(next(iter(said.values()), DEFAULT_THETA))
+    return float(next(iter(given.values()), DEFAULT_THETA))
 
 
 def _require_number(name: str, value: Any, path: Path) -> None:
@@ -136,7 +135,7 @@ def _require_number(name: str, value: Any, path: Path) -> None:
         raise UserError(f"{path}: {name} ({value}) must be a positive number")
 
 
-def _require_whole_heads(name: str, value: Any, path: Path) -> None:
+def _refuse_partial_rotary(name: str, value: Any, path: Path) -> None:
     if value is not None and value != 1:
         raise UserError(f"{path}: {name} ({value}) is not supported; use a model without it")
 

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and a model belong together, and which tokenizer it was. No torch."""
+"""The check that a tokenizer belongs to a model, and the hash of a tokenizer. No torch."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ if TYPE_CHECKING:
 
 SPECIAL = ("eos", "bos", "pad")
 PADDING_ROWS, PADDING_SHARE = 1024, 0.1
-"""A vocabulary may be this much larger than its tokenizer, whichever is more: Qwen2.5 pads 151,665 to 152,064."""
+"""The rows, or the share of the tokenizer's size if that is more, that a vocabulary may have as padding: Qwen2.5 pads
+151,665 to 152,064."""
 OTHER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-"""What a tokenizer consists of where there is no tokenizer.json."""
+"""The files of a tokenizer without a tokenizer.json."""
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], directory: Path) -> None:
-    """``config`` is the model's config.json; its generation_config.json, if any, is in ``directory``.
+    """Check a tokenizer against the model's config.json (``config``) and its generation_config.json in ``directory``.
 
     Raises:
-        UserError: ids past the model's vocabulary, far more rows than ids, or other special tokens than the model's.
+        UserError: The tokenizer has ids past the model's vocabulary, far fewer ids than the model has rows, or other
+            special tokens than the model.
     """
     rows = int(config["vocab_size"])
     ids = max(tokenizer.get_vocab().values()) + 1
     if ids > rows:
         raise UserError(
             f"{directory}: its tokenizer has id {ids - 1}, past the model's vocab_size ({rows}); "
-            "tokenizer and weights are not of the same model"
+            "tokenizer and weights are not from the same model"
         )
     if rows - ids > max(PADDING_ROWS, PADDING_SHARE * ids):
         raise UserError(
             f"{directory}: the model's vocab_size ({rows}) has {rows - ids} rows more than its tokenizer has ids "
-            f"({ids}), too many for padding; copy the tokenizer files of the model that the weights are of"
+            f"({ids}), too many for padding; copy the tokenizer files of the model that the weights are from"
         )
     generation = read_generation_config(directory)
     for name in SPECIAL:
@@ -46,7 +48,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], 
 def _check_special(
     name: str, tokenizer: PreTrainedTokenizerBase, configs: tuple[dict[str, Any], ...], directory: Path
 ) -> None:
-    """The model may name several (a chat model ends with more than one) or none; a tokenizer may have none."""
+    """Check one special token; the model may name several (a chat model has more than one stop token) or none."""
     field = f"{name}_token_id"
     found = getattr(tokenizer, field)
     named = {token for config in configs for token in token_ids(config.get(field), field, directory)}
@@ -55,16 +57,17 @@ def _check_special(
     raise UserError(
         f"{directory}: its tokenizer's {name}_token is {getattr(tokenizer, f'{name}_token')!r} (id {found}), and "
         f"config.json and generation_config.json have {field} {', '.join(map(str, sorted(named)))}; copy the tokenizer "
-        f"of the model that the weights are of, or set {field} in generation_config.json to what it was trained with"
+        f"of the model that the weights are from, or set {field} in generation_config.json to what it was trained with"
     )
 
 
 def tokenizer_hash(directory: Path) -> str | None:
-    """sha256 over what turns text into ids: vocabulary, merges and added tokens, however tokenizer.json spells them.
-    Of a tokenizer without that file, over the files it has; None where there is none.
+    """Return the sha256 over vocabulary, merges and added tokens, independent of how tokenizer.json spells them.
+
+    Without a tokenizer.json it is over the tokenizer's other files; None if there are none.
 
     Raises:
-        UserError: tokenizer.json is none.
+        UserError: The tokenizer.json cannot be read as one.
     """
     path = directory / "tokenizer.json"
     if path.is_file():
@@ -80,7 +83,7 @@ def tokenizer_hash(directory: Path) -> str | None:
 
 
 def _canonical(plain: dict[str, Any]) -> bytes:
-    """Newer versions of the library write a merge as a pair, older ones as one string."""
+    """Return one form for both spellings of a merge: a pair in newer versions of tokenizers, a string in older ones."""
     model = plain["model"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     added = sorted((token["id"], token["content"]) for token in plain.get("added_tokens") or [])

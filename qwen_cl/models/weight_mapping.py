@@ -1,8 +1,8 @@
-"""Which Hugging Face tensors make up which Megatron tensor; the one table for loading and for export.
+"""The mapping between Hugging Face tensors and Megatron tensors, for loading and for export.
 
 Keys are Megatron's *sharded keys*, which do not depend on the layer implementation or the parallel layout
-(megatron/core/models/gpt/gpt_layer_specs.py maps the local layers' names onto Transformer Engine's). ``{layer}`` is
-the global layer number. Sizes are named by the architecture's own fields.
+(megatron/core/models/gpt/gpt_layer_specs.py maps the local layers' names to Transformer Engine's). ``{layer}`` is the
+global layer number. Sizes are named by fields of the architecture.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """One tensor, the same shape on both sides."""
+class Direct:
+    """The rule of a tensor that is the same in both layouts."""
 
     tensor: str
     shape: tuple[str, ...]
@@ -27,52 +27,52 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """One tensor whose rows Megatron may pad at the end."""
+    """The rule of a tensor whose rows Megatron may pad at the end."""
 
     tensor: str
 
 
 @dataclass(frozen=True, slots=True)
 class QueryKeyValue:
-    """Rows interleaved by KV group: that group's query heads, its key head, its value head."""
+    """The rule of rows interleaved by KV group: that group's query heads, its key head, its value head."""
 
     kind: str
-    """weight or bias."""
+    """Either "weight" or "bias"."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
-    """The gate's rows, then the up projection's; Megatron shards each of the two by itself."""
+    """The rule of the gate's rows followed by the up projection's, each sharded separately by Megatron."""
 
     gate: str
     up: str
 
 
-Rule = Whole | Vocabulary | QueryKeyValue | GateUp
+Rule = Direct | Vocabulary | QueryKeyValue | GateUp
 
 WRAPPER_PREFIX = "module."
-"""NeMo's Lightning module around Megatron's model."""
+"""The prefix of NeMo's Lightning module around Megatron's model."""
 LAYER_PREFIX = "decoder.layers."
 _LAYER = "model.layers.{layer}."
 
 TOP_LEVEL: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
-    "decoder.final_layernorm.weight": Whole("model.norm.weight", ("hidden_size",)),
+    "decoder.final_layernorm.weight": Direct("model.norm.weight", ("hidden_size",)),
 }
 OUTPUT_LAYER: dict[str, Rule] = {"output_layer.weight": Vocabulary("lm_head.weight")}
 
 LAYER: dict[str, Rule] = {
-    "self_attention.linear_qkv.layer_norm_weight": Whole(_LAYER + "input_layernorm.weight", ("hidden_size",)),
+    "self_attention.linear_qkv.layer_norm_weight": Direct(_LAYER + "input_layernorm.weight", ("hidden_size",)),
     "self_attention.linear_qkv.weight": QueryKeyValue("weight"),
-    "self_attention.linear_proj.weight": Whole(_LAYER + "self_attn.o_proj.weight", ("hidden_size", "query_size")),
-    "mlp.linear_fc1.layer_norm_weight": Whole(_LAYER + "post_attention_layernorm.weight", ("hidden_size",)),
+    "self_attention.linear_proj.weight": Direct(_LAYER + "self_attn.o_proj.weight", ("hidden_size", "query_size")),
+    "mlp.linear_fc1.layer_norm_weight": Direct(_LAYER + "post_attention_layernorm.weight", ("hidden_size",)),
     "mlp.linear_fc1.weight": GateUp(_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": Whole(_LAYER + "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")),
+    "mlp.linear_fc2.weight": Direct(_LAYER + "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")),
 }
 QKV_BIAS: dict[str, Rule] = {"self_attention.linear_qkv.bias": QueryKeyValue("bias")}
 QK_NORM: dict[str, Rule] = {
-    "self_attention.q_layernorm.weight": Whole(_LAYER + "self_attn.q_norm.weight", ("kv_channels",)),
-    "self_attention.k_layernorm.weight": Whole(_LAYER + "self_attn.k_norm.weight", ("kv_channels",)),
+    "self_attention.q_layernorm.weight": Direct(_LAYER + "self_attn.q_norm.weight", ("kv_channels",)),
+    "self_attention.k_layernorm.weight": Direct(_LAYER + "self_attn.k_norm.weight", ("kv_channels",)),
 }
 
 
@@ -85,7 +85,11 @@ def top_level_rules(architecture: Architecture) -> dict[str, Rule]:
 
 
 def rule_for(sharded_key: str, architecture: Architecture) -> Rule:
-    """The rule of a sharded key. KeyError if the family has none: a tensor nobody knows must stop the run."""
+    """Return the rule of a sharded key.
+
+    Raises:
+        KeyError: The family has no rule for it; an unknown tensor must stop the run.
+    """
     key = sharded_key.removeprefix(WRAPPER_PREFIX)
     if key.startswith(LAYER_PREFIX):
         return layer_rules(architecture)[key.removeprefix(LAYER_PREFIX)]
@@ -95,7 +99,7 @@ def rule_for(sharded_key: str, architecture: Architecture) -> Rule:
 
 
 def tensor_shapes(rule: Rule, layer: int | None, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors behind a rule, in its order, with their shapes."""
+    """Return the shapes of a rule's Hugging Face tensors by name, in the rule's order."""
     hidden_size = architecture.hidden_size
     if isinstance(rule, QueryKeyValue):
         sizes = {"q": architecture.query_size, "k": architecture.key_value_size, "v": architecture.key_value_size}
@@ -113,19 +117,19 @@ def tensor_shapes(rule: Rule, layer: int | None, architecture: Architecture) -> 
 
 
 def fused_shape(rule: Rule, layer: int | None, architecture: Architecture) -> tuple[int, ...]:
-    """Megatron's one tensor for the rule's several, without padding."""
+    """Return the shape of Megatron's fused tensor for a rule, without padding."""
     shapes = list(tensor_shapes(rule, layer, architecture).values())
     return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
 def layer_shapes(layer: int, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The tensors of one layer."""
+    """Return the shapes of one layer's Hugging Face tensors by name."""
     rules = layer_rules(architecture).values()
     return {name: shape for rule in rules for name, shape in tensor_shapes(rule, layer, architecture).items()}
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor a checkpoint of this architecture must hold, and its shape."""
+    """Return the shapes of all Hugging Face tensors that a checkpoint of this architecture must hold, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in top_level_rules(architecture).values():
         shapes |= tensor_shapes(rule, None, architecture)
@@ -135,7 +139,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_sources(architecture: Architecture) -> dict[str, tuple[str, int | None, Rule, int]]:
-    """Hugging Face name -> sharded key, layer, rule, and which of the rule's tensors it is."""
+    """Return sharded key, layer, rule and position among the rule's tensors, by Hugging Face name."""
     rules: list[tuple[str, int | None, Rule]] = [
         (key, None, rule) for key, rule in top_level_rules(architecture).items()
     ]
@@ -153,12 +157,12 @@ def count_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def deliberately_unused(name: str, architecture: Architecture) -> bool:
-    """Tensors some checkpoints carry that this architecture derives or shares."""
+    """Return whether a tensor, which some checkpoints hold, is derived or shared in this architecture."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and architecture.tied_embeddings)
 
 
 def split_qkv(fused: torch.Tensor, architecture: Architecture) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse of the interleaving, for a whole fused tensor of shape (rows, …)."""
+    """Return query, key and value rows of a complete fused tensor of shape (rows, …)."""
     width = architecture.kv_channels
     queries = architecture.num_attention_heads // architecture.num_query_groups
     grouped = fused.view(architecture.num_query_groups, queries + 2, width, *fused.shape[1:])
@@ -166,12 +170,12 @@ def split_qkv(fused: torch.Tensor, architecture: Architecture) -> tuple[torch.Te
     return query.flatten(0, 2), key.flatten(0, 1), value.flatten(0, 1)
 
 
-def pieces_of(
+def split_tensor(
     rule: Rule, full: torch.Tensor, architecture: Architecture, *, by_rank: int = 1
 ) -> tuple[torch.Tensor, ...]:
-    """A whole Megatron tensor as the rule's Hugging Face tensors: what :func:`fill` does, backwards.
+    """Split a complete Megatron tensor into the rule's Hugging Face tensors.
 
-    ``by_rank`` > 1 is for rows that lie as they did on that many tensor parallel ranks, gate and up on each.
+    ``by_rank`` is the number of tensor parallel ranks if gate and up rows alternate rank by rank, else 1.
     """
     if isinstance(rule, QueryKeyValue):
         return split_qkv(full, architecture)

@@ -74,7 +74,7 @@ def test_special_tokens_must_be_the_models(name: str, model: Path) -> None:
     token = load_data_tokenizer(str(model)).convert_ids_to_tokens(found)
     assert str(refused.value) == (
         f"{model}: its tokenizer's {name}_token is {token!r} (id {found}), and config.json and generation_config.json "
-        f"have {field} 7, 8, 9; copy the tokenizer of the model that the weights are of, or set {field} in "
+        f"have {field} 7, 8, 9; copy the tokenizer of the model that the weights are from, or set {field} in "
         "generation_config.json to what it was trained with"
     )
 

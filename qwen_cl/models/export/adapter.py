@@ -20,7 +20,7 @@ from qwen_cl.models.loading.adapted import read_factors
 from qwen_cl.models.loading.base_adapter import PREFIX, BaseAdapter, find_adapter
 from qwen_cl.models.loading.megatron_shards import layer_of, local_shards
 from qwen_cl.models.reference import HUB_REFERENCE, local_directory, read_model_config
-from qwen_cl.models.weight_mapping import pieces_of, rule_for, tensor_shapes
+from qwen_cl.models.weight_mapping import split_tensor, rule_for, tensor_shapes
 
 
 def save_adapter(
@@ -80,7 +80,7 @@ def peft_tensors(
     names = [name.removesuffix(".weight") for name in tensor_shapes(rule, layer, architecture)]
     pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
     if "rows" in tensor.shape:
-        pieces = pieces_of(rule, full, architecture, by_rank=tensor_parallel if tensor.by_rank else 1)
+        pieces = split_tensor(rule, full, architecture, by_rank=tensor_parallel if tensor.by_rank else 1)
     return {f"{PREFIX}{name}.{tensor.peft}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
 
 

@@ -23,7 +23,7 @@ from qwen_cl.models.weight_mapping import (
     expected_shapes,
     fused_shape,
     layer_rules,
-    pieces_of,
+    split_tensor,
     tensor_sources,
     top_level_rules,
 )
@@ -164,7 +164,7 @@ class MergedModel:
         key, layer, rule, position = self._sources[name]
         if self._fused is None or self._fused[0] != (key, layer):
             full = self.trained.weights.read(self._keys[key], layer)
-            self._fused = (key, layer), pieces_of(rule, full, self.trained.architecture)
+            self._fused = (key, layer), split_tensor(rule, full, self.trained.architecture)
         return self._fused[1][position]
 
 

@@ -13,7 +13,7 @@ from qwen_cl.models.formats.safetensors import Checkpoint
 from qwen_cl.models.formats.torch_dist import DistributedWeights
 from qwen_cl.models.loading.adapted import AdaptedTensors, Tensors
 from qwen_cl.models.loading.base_adapter import BaseAdapter
-from qwen_cl.models.weight_mapping import WRAPPER_PREFIX, pieces_of, tensor_sources
+from qwen_cl.models.weight_mapping import WRAPPER_PREFIX, split_tensor, tensor_sources
 
 
 def open_tensors(directory: Path, architecture: Architecture, adapter: BaseAdapter | None = None) -> Tensors:
@@ -44,7 +44,7 @@ class NemoTensors:
         key, layer, rule, position = self._sources[name]
         if self._fused is None or self._fused[0] != (key, layer):
             full = self._weights.read(*self._stored(key, layer))
-            self._fused = (key, layer), pieces_of(rule, full, self._architecture)
+            self._fused = (key, layer), split_tensor(rule, full, self._architecture)
         return self._fused[1][position][slices]
 
     def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
