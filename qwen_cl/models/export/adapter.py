@@ -20,7 +20,7 @@ from qwen_cl.models.loading.adapted import read_factors
 from qwen_cl.models.loading.base_adapter import PREFIX, BaseAdapter, find_adapter
 from qwen_cl.models.loading.megatron_shards import layer_of, local_shards
 from qwen_cl.models.reference import HUB_REFERENCE, local_directory, read_model_config
-from qwen_cl.models.weight_mapping import split_tensor, rule_for, tensor_shapes
+from qwen_cl.models.weight_mapping import rule_for, split_tensor, tensor_shapes
 
 
 def save_adapter(
