@@ -16,7 +16,7 @@ from qwen_cl.models.rope import Rope, RopeScaling, read_rope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The sizes and features of a model, under the names of megatron.core's TransformerConfig where it has the field."""
+    """The sizes and features of a model, named as in megatron.core's TransformerConfig where it has the field."""
 
     model_type: str
     num_layers: int
