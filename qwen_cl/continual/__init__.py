@@ -1,1 +1,1 @@
-"""Stages trained one after another, with learning and forgetting measured."""
+"""Continual learning: stages trained one after another, with learning and forgetting evaluated."""

@@ -1,4 +1,4 @@
-"""Each step of the chain is a launch of its own: what it says is ours to show, what stops us stops it."""
+"""The launcher as a child process: each stage, evaluation and export of task=continual is one."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from qwen_cl.launch.local import terminate_with_parent
 from qwen_cl.launch.signals import forward_signals
 
 STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
-"""What a launch ends with that was asked to stop; before it listens, the signal itself ends it."""
+"""Exit codes of a launcher that got a signal; the negative ones are of a signal before it installed its handlers."""
 
 
-def launch(what: str, directory: Path, overrides: Sequence[str], advice: str) -> None:
-    """``python launch.py hydra.run.dir=DIRECTORY OVERRIDES`` to its end.
+def launch(description: str, directory: Path, overrides: Sequence[str], advice: str) -> None:
+    """Run ``python launch.py hydra.run.dir=DIRECTORY OVERRIDES`` to its end; its output goes to this terminal.
 
     Raises:
-        RunPreempted: it, or this process, was asked to stop.
-        RunFailed: it ended in any other way but well; its own message is on the terminal.
+        RunPreempted: it, or this process, got a signal to stop.
+        RunFailed: it failed; its own message is on the terminal.
     """
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={quoted(str(directory))}", *overrides]
     sys.stdout.flush()
-    # A session of its own: a Ctrl-C would reach it twice, from the terminal and from us, and twice kills it.
+    # In a new session: Ctrl-C would otherwise reach it twice, from the terminal and from here, and the second kills it.
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=terminate_with_parent)
     with forward_signals(process):
         returncode = process.wait()
     if returncode in STOPPED:
-        raise RunPreempted(f"PREEMPTED in {what}; {advice}", interrupted=returncode != EXIT_PREEMPTED)
+        raise RunPreempted(f"PREEMPTED in {description}; {advice}", interrupted=returncode != EXIT_PREEMPTED)
     if returncode:
-        raise RunFailed(f"FAILED in {what}; {advice}")
+        raise RunFailed(f"FAILED in {description}; {advice}")

@@ -1,4 +1,4 @@
-"""What each stage learnt and forgot by its own measurements: a table, ``comparison.json`` and ``report.png``."""
+"""Learning and forgetting per stage, from each stage's own metrics: a table, ``comparison.json`` and ``report.png``."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ NAME_WIDTH = 18
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Of one set in one stage; ``unit`` is bits_per_byte, or loss where a set has no text."""
+    """The change of one set's loss in one stage."""
 
     stage: str
     set: str
     unit: str
+    """``bits_per_byte``, or ``loss`` for a set without text."""
     before: float
     after: float
 
     @property
     def change(self) -> float:
-        """Above 0: got worse."""
+        """The increase of the loss: above 0 is worse."""
         return self.after - self.before
 
 
 def write_comparison(stages: Sequence[Stage], directory: Path, console: Console) -> None:
-    """Of the stages that have measured; draws nothing where none has."""
+    """Print and write the changes of every stage; the figure is drawn if a stage has validated."""
     curves = {stage.name: read_curves(read_metrics(stage.folder)) for stage in stages}
     changes = [
         Change(name, "target" if curve.name == TARGET else curve.name, curve.unit, curve.values[0], curve.values[-1])
-        for name, of_stage in curves.items()
-        for curve in of_stage
+        for name, stage_curves in curves.items()
+        for curve in stage_curves
     ]
     records = [{**asdict(change), "change": change.change} for change in changes]
     (directory / "comparison.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
@@ -52,8 +53,8 @@ def _print_table(changes: Sequence[Change], curves: dict[str, list[Curve]], cons
     heading = "stage".ljust(width) + "".join(f"{name:>34}" for name in sets)
     console.print("\n" + heading, highlight=False, soft_wrap=True, markup=False)
     for name in curves:
-        of_stage = {change.set: change for change in changes if change.stage == name}
-        cells = "".join(_cell(of_stage.get(name)) for name in sets)
+        by_set = {change.set: change for change in changes if change.stage == name}
+        cells = "".join(_cell(by_set.get(set_name)) for set_name in sets)
         console.print(name.ljust(width) + cells, highlight=False, soft_wrap=True, markup=False)
     unit = "Bits per byte" if all(change.unit == BITS for change in changes) else "Bits per byte, or loss without text,"
     console.print(f"{unit} before and after each stage; lower is better.\n", highlight=False, soft_wrap=True)

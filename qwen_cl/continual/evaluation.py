@@ -1,4 +1,4 @@
-"""Every set evaluated at one point of the chain. The chain asks through ``measure`` alone."""
+"""The evaluation of every set before the first stage and after each stage."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ from qwen_cl.inference.evaluate import plan_evaluation
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class StageLosses:
+    """The losses of every set after one stage."""
+
     loss: list[float]
+    """Nats per token, in the order of task.sets."""
     bits_per_byte: list[float]
     """In the order of task.sets."""
 
 
-def measure(task: ContinualConfig, first: Stage, stage: Stage | None, directory: Path, advice: str) -> Measured:
-    """After ``stage``; None for before the first. What was measured before on the same files is taken from its file,
-    ``directory/evaluation.json``.
+def evaluate_stage(
+    task: ContinualConfig, first: Stage, stage: Stage | None, directory: Path, advice: str
+) -> StageLosses:
+    """Evaluate every set after ``stage``, or before the first stage if it is None.
+
+    The results are kept in ``directory/evaluation.json``, and are read from it if the files and the settings of the
+    evaluation are the same.
 
     Raises:
         RunFailed, RunPreempted: the evaluation did not complete.
@@ -36,19 +43,20 @@ def measure(task: ContinualConfig, first: Stage, stage: Stage | None, directory:
     output = directory / "evaluation.json"
     if (found := _read(output, task)) is None:
         output.unlink(missing_ok=True)
-        said = [*evaluation_overrides(task, first, stage), f"task.output={quoted(str(output))}"]
-        launch(f"the evaluation {after(stage)}", directory / "evaluation", said, advice)
+        overrides = [*evaluation_overrides(task, first, stage), f"task.output={quoted(str(output))}"]
+        when = "before training" if stage is None else f"after {stage.name}"
+        launch(f"the evaluation {when}", directory / "evaluation", overrides, advice)
         found = json.loads(output.read_text(encoding="utf-8"))
     sets = [found["sets"][name] for name in task.sets]
-    return Measured([each["loss"] for each in sets], [each["bits_per_byte"] for each in sets])
-
-
-def after(stage: Stage | None) -> str:
-    return "before training" if stage is None else f"after {stage.name}"
+    return StageLosses([each["loss"] for each in sets], [each["bits_per_byte"] for each in sets])
 
 
 def check_evaluation(task: ContinualConfig, first: Stage) -> None:
-    """Raises UserError where a set or an override of the evaluation is not what it must be."""
+    """Check the evaluation before the first stage runs.
+
+    Raises:
+        UserError: a set or an override of the evaluation is invalid.
+    """
     overrides = evaluation_overrides(task, first, None)
     config = compose_config(overrides)
     assert isinstance(config.task, EvaluateConfig)
@@ -56,19 +64,17 @@ def check_evaluation(task: ContinualConfig, first: Stage) -> None:
 
 
 def evaluation_overrides(task: ContinualConfig, first: Stage, stage: Stage | None) -> list[str]:
+    """Return the overrides of the ``task=evaluate`` after a stage, or of the initial model."""
     sets = ", ".join(f"{name}: {quoted(path)}" for name, path in task.sets.items())
-    said = ["task=evaluate", f"task.sets={{{sets}}}", *task.evaluation]
+    overrides = ["task=evaluate", f"task.sets={{{sets}}}", *task.evaluation]
     if stage is not None:
-        return [
-            *said,
-            f"task.run={quoted(str(stage.folder.directory))}",
-            *_of(stage, keys_of(Scope.inference, Scope.access)),
-        ]
-    return [*said, *_of(first, ("model", *keys_of(Scope.inference, Scope.rendering)))]
+        shared = _overrides_of(stage, keys_of(Scope.inference, Scope.access))
+        return [*overrides, f"task.run={quoted(str(stage.folder.directory))}", *shared]
+    return [*overrides, *_overrides_of(first, ("model", *keys_of(Scope.inference, Scope.rendering)))]
 
 
-def _of(stage: Stage, keys: Sequence[str]) -> list[str]:
-    """What was said of these keys or groups."""
+def _overrides_of(stage: Stage, keys: Sequence[str]) -> list[str]:
+    """Return the stage's overrides of these keys or groups."""
     return [
         override
         for override in stage.overrides
@@ -77,15 +83,15 @@ def _of(stage: Stage, keys: Sequence[str]) -> list[str]:
 
 
 def _read(path: Path, task: ContinualConfig) -> dict[str, Any] | None:
-    """None where it is of other files, or measured otherwise."""
+    """Read the results of an earlier evaluation; None if its files or settings were others."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     hashes = {name: each["sha256"] for name, each in found["sets"].items()}
     now = {name: set_hash(path, f"task.sets.{name}") for name, path in task.sets.items()}
-    wanted = compose_config(["task=evaluate", *task.evaluation]).task
-    assert isinstance(wanted, EvaluateConfig)
+    requested = compose_config(["task=evaluate", *task.evaluation]).task
+    assert isinstance(requested, EvaluateConfig)
     loss_on = rename_mapping({"loss_on": found["loss_on"]}, "task")["loss_on"]
-    same = (found["sequence_length"], loss_on) == (wanted.sequence_length, wanted.loss_on.value)
+    same = (found["sequence_length"], loss_on) == (requested.sequence_length, requested.loss_on.value)
     return found if hashes == now and same else None

@@ -1,4 +1,4 @@
-"""The matrix of what was known when: a row before training and one after each stage, a column per set."""
+"""The matrix of losses: a row before training and one after each stage, a column per set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from qwen_cl.config.task.continual import ContinualConfig
-from qwen_cl.continual.evaluation import Measured
+from qwen_cl.continual.evaluation import StageLosses
 from qwen_cl.continual.transfer import Transfer, measure_transfer
 from qwen_cl.files.atomic import write_text
 from qwen_cl.reporting.console import console_for_tables
@@ -23,22 +23,22 @@ MEASURES = {
     "average": "average after the last stage",
     "backward": "backward transfer (above 0: later stages helped)",
     "forward": "forward transfer (above 0: earlier stages helped)",
-    "forgetting": "forgetting (above 0: lost since its best)",
+    "forgetting": "forgetting (above 0: worse than its best)",
 }
 
 
-def write_matrix(task: ContinualConfig, rows: Sequence[Measured], directory: Path, console: Console) -> None:
-    """matrix.json and matrix.txt, and the same on the terminal. ``rows`` begins with the one before training."""
+def write_matrix(task: ContinualConfig, rows: Sequence[StageLosses], directory: Path, console: Console) -> None:
+    """Write matrix.json and matrix.txt, and print the tables. ``rows`` begins with the one before training."""
     names = ["before", *(stage.name for stage in task.stages)]
     matrices = {value: [getattr(row, value) for row in rows] for value in VALUES}
-    learnt_in = [task.taught_in(name) for name in task.sets]
+    learned_in = [task.taught_in(name) for name in task.sets]
     measures = {
-        value: measure_transfer(matrix, learnt_in, higher_is_better=False) for value, matrix in matrices.items()
+        value: measure_transfer(matrix, learned_in, higher_is_better=False) for value, matrix in matrices.items()
     }
     record: dict[str, Any] = {
         "rows": names,
         "sets": list(task.sets),
-        "learnt_in": [names[row] for row in learnt_in],
+        "learned_in": [names[row] for row in learned_in],
         **matrices,
         "measures": {value: asdict(measure) for value, measure in measures.items()},
     }

@@ -1,4 +1,4 @@
-"""``task=continual``: run the stages in order, stop at the first that fails, go on from there the next time."""
+"""``task=continual``: run the stages in order, stop at the first that fails, and resume there the next time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwen_cl.config.saved import save_config
 from qwen_cl.config.task.continual import ContinualConfig
 from qwen_cl.continual.child_process import launch
 from qwen_cl.continual.comparison import write_comparison
-from qwen_cl.continual.evaluation import Measured, check_evaluation, measure
+from qwen_cl.continual.evaluation import StageLosses, check_evaluation, evaluate_stage
 from qwen_cl.continual.matrix import write_matrix
-from qwen_cl.continual.stage_state import archive, is_finished, remember
+from qwen_cl.continual.stage_state import archive, is_finished, record_stage
 from qwen_cl.continual.stages import MERGED, Stage, plan_stages
 from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.reporting.console import console_for_tables, print_facts
@@ -29,10 +29,10 @@ from qwen_cl.runs.status import State, now
 
 
 def continual(config: RunConfig, task: ContinualConfig, invocation: Invocation) -> None:
-    """Run the stages of ``task.stages`` that are not complete yet.
+    """Run the stages of ``task.stages`` that are not completed yet.
 
     Raises:
-        UserError: a stage or a set is not what it must be, or a completed stage was run with something else.
+        UserError: a stage or a set is invalid, or a completed stage was run with other settings or data.
         RunFailed: a stage, or an evaluation, did not complete.
     """
     directory = invocation.output_dir
@@ -53,7 +53,7 @@ def continual(config: RunConfig, task: ContinualConfig, invocation: Invocation) 
         except (RunFailed, KeyboardInterrupt) as error:
             stopped = isinstance(error, RunPreempted | KeyboardInterrupt)
             state = State.PREEMPTED if stopped else State.FAILED
-            kind = FailureKind.interrupted if stopped else _kind_of_failure(stages)
+            kind = FailureKind.interrupted if stopped else _failure_kind(stages)
             folder.finish(state, str(error), kind, stages=_states(stages))
             raise
         folder.finish(State.COMPLETED, stages=_states(stages))
@@ -65,7 +65,7 @@ def continual(config: RunConfig, task: ContinualConfig, invocation: Invocation) 
 
 
 def _done(stages: list[Stage]) -> list[Stage]:
-    """Finished, and so is what they started from: what comes of another start is another result."""
+    """Return the finished stages whose initial stage is finished too; with another initial model they run again."""
     done: list[Stage] = []
     for stage in stages:
         if is_finished(stage) and (stage.start is None or stage.start in done):
@@ -73,52 +73,54 @@ def _done(stages: list[Stage]) -> list[Stage]:
     return done
 
 
-def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: RunFolder) -> list[Measured]:
-    advice = f"the same command with {printed_path('hydra.run.dir', folder.directory)} goes on from there"
+def _run(task: ContinualConfig, stages: list[Stage], done: list[Stage], folder: RunFolder) -> list[StageLosses]:
+    advice = f"the same command with {printed_path('hydra.run.dir', folder.directory)} resumes there"
     rows = []
     if task.sets:
-        rows.append(measure(task, stages[0], None, folder.directory / "00-before", advice))
+        rows.append(evaluate_stage(task, stages[0], None, folder.directory / "00-before", advice))
     for stage in stages:
-        there = " is there already" if stage in done else ""
-        print(f"stage {stage.number} of {len(stages)}: {stage.name}{there}", flush=True)
+        note = " is already completed" if stage in done else ""
+        print(f"stage {stage.number} of {len(stages)}: {stage.name}{note}", flush=True)
         if stage not in done:
             _train(stage, advice, lambda: folder.update_status(stages=_states(stages)))
         if adapter_of(stage.config.peft) is not None and any(later.start is stage for later in stages):
             _export(stage, advice)
         if task.sets:
-            rows.append(measure(task, stages[0], stage, stage.folder.directory, advice))
+            rows.append(evaluate_stage(task, stages[0], stage, stage.folder.directory, advice))
     return rows
 
 
 def _train(stage: Stage, advice: str, record: Callable[[], None]) -> None:
     archive(stage)
-    remember(stage)
+    record_stage(stage)
     record()
     try:
         launch(f"stage {stage.name}", stage.folder.directory, stage.overrides, advice)
     finally:
         record()
     if not is_finished(stage):
-        raise RunFailed(f"FAILED in stage {stage.name}: {stage.folder.status_file} does not say COMPLETED; {advice}")
+        raise RunFailed(f"FAILED in stage {stage.name}: {stage.folder.status_file} is not COMPLETED; {advice}")
 
 
 def _export(stage: Stage, advice: str) -> None:
-    """Whole, so that the next stage starts from it; in fp32 where it trained in fp32, or rounding to the base's bf16
-    would lose some of what was learnt."""
+    """Export the merged model, which a later stage starts from.
+
+    It is in fp32 after training in fp32: rounding to the base's bf16 would lose some of the update.
+    """
     output = stage.folder.directory / MERGED
     if output.exists():
         return
     fp32 = stage.plan.config.cluster.precision is Precision.fp32
-    said = [
+    overrides = [
         "task=export",
         f"task.run={quoted(str(stage.folder.directory))}",
         f"task.dtype={'fp32' if fp32 else 'auto'}",
     ]
-    launch(f"the export of {stage.name}", stage.folder.directory / "export", said, advice)
+    launch(f"the export of {stage.name}", stage.folder.directory / "export", overrides, advice)
 
 
-def _kind_of_failure(stages: list[Stage]) -> FailureKind:
-    """Return that of the stage that failed."""
+def _failure_kind(stages: list[Stage]) -> FailureKind:
+    """Return the failure kind of the stage that failed."""
     failed = (status for stage in stages if (status := stage.folder.status()).state is State.FAILED)
     return next((status.failure_kind for status in failed if status.failure_kind), FailureKind.error)
 

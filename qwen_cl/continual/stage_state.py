@@ -1,4 +1,4 @@
-"""Which stages are done, with what, and what becomes of those that were cut off."""
+"""The state of a stage: finished with the present settings, or interrupted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ RECORD = "stage.yaml"
 
 
 def is_finished(stage: Stage) -> bool:
-    """Completed, with the config and the data that the stage has now.
+    """Return True if the stage completed with its present config and data.
 
     Raises:
-        UserError: completed with others; says which.
+        UserError: it completed with others, which the message names.
     """
     status = stage.folder.status()
     if status.state is not State.COMPLETED:
         return False
     record = read_plain(stage.folder.directory / RECORD)
-    then, now = leaves_to_compare(record), leaves_to_compare(to_plain(_settled(stage)))
+    then, now = leaves_to_compare(record), leaves_to_compare(to_plain(_resolved(stage)))
     differing = [
-        f"{key} ({_shown(then, key)} then, {_shown(now, key)} now)"
+        f"{key} ({_format(then, key)} then, {_format(now, key)} now)"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
@@ -35,34 +35,35 @@ def is_finished(stage: Stage) -> bool:
         differing.append("the content of its data")
     if differing:
         raise UserError(
-            f"stage {stage.name} was completed with something else: {', '.join(differing[:4])}; say it as then, choose "
-            f"another hydra.run.dir, or move {stage.folder.directory} away to run it, and what starts from it, again"
+            f"stage {stage.name} completed with other settings: {', '.join(differing[:4])}; use the earlier values, "
+            f"choose another hydra.run.dir, or rename {stage.folder.directory} to run it, and the stages that start "
+            "from it, again"
         )
     return True
 
 
-def remember(stage: Stage) -> None:
-    """Before it starts: what it is run with."""
+def record_stage(stage: Stage) -> None:
+    """Write the config that the stage is about to run with."""
     stage.folder.directory.mkdir(parents=True, exist_ok=True)
-    save_config(_settled(stage), stage.folder.directory / RECORD)
+    save_config(_resolved(stage), stage.folder.directory / RECORD)
 
 
 def archive(stage: Stage) -> None:
-    """Of a stage that was cut off and is not to be gone on with; nothing of it is deleted.
+    """Rename the folder of an interrupted stage that is not resumed; nothing is deleted.
 
     Raises:
-        UserError: it is still running.
+        UserError: the stage is still running.
     """
     if isinstance(stage.config.resume, AutoResumeConfig) and stage.folder.status().state is not State.COMPLETED:
         return
-    if aside := stage.folder.archive():
-        print(f"what there was of stage {stage.name} is in {aside}")
+    if archived := stage.folder.archive():
+        print(f"the earlier folder of stage {stage.name} was renamed to {archived}")
 
 
-def _settled(stage: Stage) -> RunConfig:
-    """As it was said, but of its data what has an effect on them."""
+def _resolved(stage: Stage) -> RunConfig:
+    """Return the config with its data settings resolved; the others are compared as the user wrote them."""
     return replace(stage.config, data=stage.plan.config.data)
 
 
-def _shown(leaves: dict[str, Any], key: str) -> str:
-    return str(leaves[key]) if key in leaves else "not there"
+def _format(leaves: dict[str, Any], key: str) -> str:
+    return str(leaves[key]) if key in leaves else "absent"

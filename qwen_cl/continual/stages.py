@@ -1,4 +1,4 @@
-"""From ``task.stages`` to composed, checked stages: a mistake in the last is told before the first runs."""
+"""The stages of ``task.stages``, all composed and checked before the first one runs."""
 
 from __future__ import annotations
 
@@ -31,65 +31,74 @@ MERGED = "export-merged"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
+    """A stage, with its composed config and its plan."""
+
     number: int
     """From 1 on."""
-    said: StageConfig
+    stage_config: StageConfig
     start: Stage | None
-    """None for the model given."""
+    """The stage whose result it starts from; None for the initial model."""
     folder: RunFolder
     overrides: list[str]
-    """All of them, in Hydra's order."""
+    """All overrides, in Hydra's order."""
     config: RunConfig
     plan: Plan
 
     @property
     def name(self) -> str:
-        return self.said.name
+        """The stage's name."""
+        return self.stage_config.name
 
     @property
     def result(self) -> Path:
-        """The directory a later stage starts from: an adapter's run is exported for it, else the checkpoint will do."""
+        """The directory that a later stage starts from: the merged export of an adapter, or the last checkpoint."""
         if adapter_of(self.config.peft) is not None:
             return self.folder.directory / MERGED
         return self.folder.checkpoints / f"step={self.config.training.max_steps}"
 
 
 def plan_stages(task: ContinualConfig, overrides: Sequence[str], directory: Path) -> list[Stage]:
-    """``overrides`` are the user's own words; those of the groups that stages have are said to each.
+    """Compose and plan every stage. ``overrides`` are the command line's, which all stages share.
 
     Raises:
-        UserError: names the stage.
+        UserError: a stage is invalid; the message names it.
     """
     own = (*keys_of(Scope.command), "hydra", "experiment")
     shared = [override for override in overrides if override_key(override).partition(".")[0] not in own]
     stages: list[Stage] = []
-    for number, said in enumerate(task.stages, start=1):
-        start = _start(said, stages)
-        folder = RunFolder(directory / f"{number:02}-{said.name}")
-        named = f"name={quoted(said.name)}"  # on the dashboard
-        every = last_values([named, *task.overrides, *shared, *said.overrides, *_start_overrides(start)])
+    for number, stage in enumerate(task.stages, start=1):
+        start = _start(stage, stages)
+        folder = RunFolder(directory / f"{number:02}-{stage.name}")
+        run_name = f"name={quoted(stage.name)}"  # in W&B
+        merged = last_values([run_name, *task.overrides, *shared, *stage.overrides, *_start_overrides(start)])
         try:
-            _refuse_overrides(said, start)
-            config = compose_config(every)
-            stages.append(Stage(number, said, start, folder, every, config, _plan(config, start, folder)))
+            _refuse_overrides(stage, start)
+            config = compose_config(merged)
+            stages.append(Stage(number, stage, start, folder, merged, config, _plan(config, start, folder)))
         except UserError as error:
-            raise UserError(f"task.stages[{number - 1}] ({said.name}): {error}") from error
+            raise UserError(f"task.stages[{number - 1}] ({stage.name}): {error}") from error
     return stages
 
 
 def last_values(overrides: Sequence[str]) -> list[str]:
-    """The last override of each key, where it stood last: Hydra takes a group once. A group chosen again leaves nothing
-    of what was said of its keys before."""
-    kept: dict[str, str] = {}
+    """Return the last override of each key, in the order of the last ones, as Hydra takes a group's choice only once.
+
+    A group that is chosen again discards the earlier overrides of its keys.
+    """
+    latest: dict[str, str] = {}
     for override in overrides:
         key = override_key(override)
-        kept = {name: text for name, text in kept.items() if name != key and not name.startswith(f"{key}.")}
-        kept[key] = override
-    return list(kept.values())
+        latest = {name: text for name, text in latest.items() if name != key and not name.startswith(f"{key}.")}
+        latest[key] = override
+    return list(latest.values())
 
 
 def compose_config(overrides: Sequence[str]) -> RunConfig:
-    """As the launcher composes one; raises UserError."""
+    """Compose a config as the launcher does.
+
+    Raises:
+        UserError: an override is invalid.
+    """
     refuse_parts(overrides)
     try:
         composed = compose("config", list(overrides))
@@ -99,37 +108,39 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
         raise UserError(explain(error)) from error
 
 
-def _start(said: StageConfig, before: Sequence[Stage]) -> Stage | None:
-    if said.init_from == MODEL or not before:
+def _start(stage: StageConfig, before: Sequence[Stage]) -> Stage | None:
+    if stage.init_from == MODEL or not before:
         return None
-    if said.init_from is None:
+    if stage.init_from is None:
         return before[-1]
-    return next(stage for stage in before if stage.name == said.init_from)
+    return next(earlier for earlier in before if earlier.name == stage.init_from)
 
 
 def _start_overrides(start: Stage | None) -> list[str]:
     return [] if start is None else ["model=local", f"model.source={quoted(str(start.result))}", "model.adapter=null"]
 
 
-def _refuse_overrides(said: StageConfig, start: Stage | None) -> None:
-    for override in said.overrides:
+def _refuse_overrides(stage: StageConfig, start: Stage | None) -> None:
+    for override in stage.overrides:
         key = override_key(override)
         if key.partition(".")[0] in ("hydra", "dry_run"):
-            raise UserError(f"{override} is for the whole command; remove it from the stage")
+            raise UserError(f"{override} applies to the whole command; remove it from the stage")
         if start is not None and key in (MODEL, "model.source", "model.adapter"):
             raise UserError(
-                f"{override}: the stage starts from {start.name}; remove it, or write init_from: {MODEL} for the "
-                "model given"
+                f"{override}: the stage starts from {start.name}; remove it, or write init_from: {MODEL} to start "
+                "from the initial model"
             )
 
 
 def _plan(config: RunConfig, start: Stage | None, folder: RunFolder) -> Plan:
-    """Of a stage whose model is not there yet, with the model its chain begins with: of the same architecture and
-    tokenizer."""
+    """Plan a stage with the initial model, as the result of an earlier stage does not exist yet.
+
+    Architecture and tokenizer are the same.
+    """
     if not isinstance(config.task, TrainingConfig):
-        raise UserError("a stage trains: task=pretrain or task=finetune")
+        raise UserError("a stage must train a model: task=pretrain or task=finetune")
     if not isinstance(config.cluster, LocalConfig):
-        raise UserError("a chain runs on one machine, with cluster=local; a cluster takes single runs and sweeps")
+        raise UserError("task=continual runs on one machine, with cluster=local; a cluster runs single runs and sweeps")
     while start is not None:
         config = replace(config, model=start.config.model)
         start = start.start

@@ -1,4 +1,4 @@
-"""``task=continual``: the mistakes it finds before its first stage."""
+"""``task=continual``: the errors that are found before the first stage runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.continual.test_run_stages import SHARED, run_here
 
 
 def stages(*more: str) -> str:
-    """Two stages, the second with these fields."""
+    """Return the override of two stages, the second with these fields."""
     return "task.stages=[{name: one, overrides: [task=pretrain]}, {" + ", ".join(more) + "}]"
 
 
@@ -50,19 +50,19 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "no training": (
         [stages("name: two", "overrides: [task=inspect]")],
-        r"task\.stages\[1\] \(two\): a stage trains: task=pretrain or task=finetune",
+        r"task\.stages\[1\] \(two\): a stage must train a model: task=pretrain or task=finetune",
     ),
     "a cluster": (
         [stages("name: two", "overrides: [cluster=slurm]")],
-        r"task\.stages\[1\] \(two\): a chain runs on one machine, with cluster=local; a cluster takes single runs",
+        r"task\.stages\[1\] \(two\): task=continual runs on one machine, with cluster=local; a cluster runs single runs",
     ),
     "of the command": (
         [stages("name: two", "overrides: [hydra.run.dir=x]")],
-        r"task\.stages\[1\] \(two\): hydra\.run\.dir=x is for the whole command; remove it from the stage",
+        r"task\.stages\[1\] \(two\): hydra\.run\.dir=x applies to the whole command; remove it from the stage",
     ),
     "two models": (
         [stages("name: two", "overrides: [model=qwen2.5-7b]")],
-        r"model=qwen2\.5-7b: the stage starts from one; remove it, or write init_from: model for the model given",
+        r"model=qwen2\.5-7b: the stage starts from one; remove it, or write init_from: model to start from",
     ),
     "no set": (
         ["task.sets={ja: /no/such.txt}", stages("name: two")],
@@ -86,5 +86,5 @@ def test_mistakes_are_told_before_the_first_stage(name: str, tmp_path: Path) -> 
 
 
 def _quote_overrides(said: str) -> str:
-    """Hydra wants quotes around an override inside a list."""
+    """Quote the overrides inside a list, as Hydra requires."""
     return re.sub(r"(?<=[\[ ])([\w.]+=[^,\]]+)(?=[,\]])", r"'\1'", said)

@@ -1,4 +1,4 @@
-"""``task=continual``: a chain that is stopped and goes on."""
+"""``task=continual``: stages that are stopped and resumed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMMAND = [*COMMON, f"task.stages=[{JAPANESE}, {CHAT}]"]
 
 
 def run_here(directory: Path, *said: str) -> None:
-    """What the launcher does once Hydra has composed the config; stages and evaluations are processes anyway."""
+    """Do in this process what the launcher does with a composed config; stages and evaluations are child processes."""
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = cast(RunConfig, OmegaConf.to_object(compose("config", list(said))))
@@ -66,20 +66,22 @@ def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], str]:
-    """Of one stage, then of two, stopped in the second and run again: the folder, when the first part was done, what
-    the rest said."""
+    """Run one stage, then two, stopped in the second and resumed.
+
+    Return the folder, the times when the first stage and the first evaluation ended, and the output of the resumed run.
+    """
     directory = tmp_path_factory.mktemp("continual") / "chain"
     alone = launcher.launch(*COMMON, f"task.stages=[{JAPANESE}]", directory=directory, warm=True)
     assert alone.returncode == 0, alone.stderr
     command = [sys.executable, "launch.py", f"hydra.run.dir={directory}", *COMMAND]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     second_stage = directory / "02-chat/status.json"
-    # Once its worker speaks, its launcher listens.
+    # Its launcher handles signals by the time its worker reports a phase.
     wait_for(lambda: second_stage.exists() and read(second_stage)["phase"] != "starting", first)
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate()
     assert first.returncode == 130, said
-    assert f"PREEMPTED in stage chat; the same command with hydra.run.dir={directory} goes on from there" in said
+    assert f"PREEMPTED in stage chat; the same command with hydra.run.dir={directory} resumes there" in said
     assert "Traceback" not in said
     assert read(directory / "status.json")["state"] == "PREEMPTED"
     assert states(directory) == ["COMPLETED", "PREEMPTED"]
@@ -93,14 +95,14 @@ def test_it_goes_on_where_it_was_stopped(chain: tuple[Path, list[float], str]) -
     directory, ended, said = chain
     now = [(directory / name).stat().st_mtime for name in ("01-japanese/status.json", "00-before/evaluation.json")]
     assert now == ended
-    assert "stage 1 of 2: japanese is there already" in said
+    assert "stage 1 of 2: japanese is already completed" in said
     assert read(directory / "status.json")["state"] == "COMPLETED"
     assert states(directory) == ["COMPLETED", "COMPLETED"]
     assert [cut["state"] for cut in read(directory / "02-chat/status.json")["resumed"]] == ["PREEMPTED"]
 
 
 def test_a_stage_starts_from_what_the_one_before_became(chain: tuple[Path, list[float], str]) -> None:
-    """The adapter of the first is merged: the second starts at the loss that the first was evaluated at."""
+    """Check that the second stage starts at the loss of the first one's merged model."""
     directory, *_ = chain
     merged = directory / "01-japanese/export-merged"
     config = yaml.safe_load((directory / "02-chat/config.yaml").read_text())
@@ -119,7 +121,7 @@ def test_the_matrix_holds_every_evaluation_and_its_measures(chain: tuple[Path, l
     directory, _, said = chain
     matrix = read(directory / "matrix.json")
     assert (matrix["rows"], matrix["sets"]) == (["before", "japanese", "chat"], ["ja", "chat"])
-    assert matrix["learnt_in"] == ["japanese", "chat"]
+    assert matrix["learned_in"] == ["japanese", "chat"]
     for value in ("loss", "bits_per_byte"):
         rows = [
             [read(directory / folder / "evaluation.json")["sets"][name][value] for name in ("ja", "chat")]
@@ -143,7 +145,7 @@ def test_a_finished_chain_runs_nothing_again(
     before = {path: path.stat().st_mtime for path in directory.glob("*/*")}
     run_here(directory, *COMMAND)
     assert {path: path.stat().st_mtime for path in directory.glob("*/*")} == before
-    assert "stage 2 of 2: chat is there already" in capfd.readouterr().out
+    assert "stage 2 of 2: chat is already completed" in capfd.readouterr().out
 
 
 def test_a_finished_stage_with_another_config_or_other_data_is_refused(
@@ -151,12 +153,12 @@ def test_a_finished_stage_with_another_config_or_other_data_is_refused(
 ) -> None:
     directory, *_ = chain
     changed = [part.replace("lr=1e-3", "lr=2e-3") for part in COMMAND]
-    with pytest.raises(UserError, match=r"stage chat was completed with .* else: lr \(0\.001 then, 0\.002 now\)"):
+    with pytest.raises(UserError, match=r"stage chat completed with other settings: lr \(0\.001 then, 0\.002 now\)"):
         run_here(directory, *changed)
     copy = Path(shutil.copytree(directory, tmp_path / "chain", ignore=shutil.ignore_patterns("checkpoints")))
     status = read(copy / "01-japanese/status.json")
     (copy / "01-japanese/status.json").write_text(json.dumps({**status, "data_sha256": "0" * 64}))
-    with pytest.raises(UserError, match=r"stage japanese was completed .* else: the content of its data; say it as"):
+    with pytest.raises(UserError, match=r"stage japanese completed with other settings: the content of its data; use"):
         run_here(copy, *COMMAND)
 
 

@@ -1,4 +1,4 @@
-"""The measures of transfer and forgetting against what the papers' formulas give by hand."""
+"""The measures of transfer and forgetting against the papers' formulas, computed by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_losses_have_the_same_signs() -> None:
 
 
 def test_what_the_base_knew_can_be_forgotten() -> None:
-    """English from the base, Japanese from the first stage, instructions from the second; losses."""
+    """Measure losses of English (known to the base), Japanese (first stage) and instructions (second stage)."""
     matrix = [[2.0, 5.0, 6.0], [2.6, 3.0, 5.5], [2.4, 3.2, 1.0]]
     found = measure_transfer(matrix, [BEFORE, 1, 2], higher_is_better=False)
     assert found.average == pytest.approx((2.4 + 3.2 + 1.0) / 3)
@@ -43,7 +43,9 @@ def test_what_the_base_knew_can_be_forgotten() -> None:
 def test_forgetting_looks_at_the_best_there_was_not_at_the_stage_that_taught() -> None:
     matrix = [[0.9, 0.0], [0.5, 0.3], [0.2, 0.6], [0.4, 0.4]]
     found = measure_transfer(matrix, [1, 1], higher_is_better=True)
-    assert found.forgetting == pytest.approx(((0.5 - 0.4) + (0.6 - 0.4)) / 2)  # 0.9 was before it was taught
+    assert found.forgetting == pytest.approx(
+        ((0.5 - 0.4) + (0.6 - 0.4)) / 2
+    )  # 0.9 was before the stage that teaches it
     assert found.backward == pytest.approx(((0.4 - 0.5) + (0.4 - 0.3)) / 2)
     known = measure_transfer(matrix, [BEFORE, 1], higher_is_better=True)
     assert known.forgetting == pytest.approx(((0.9 - 0.4) + (0.6 - 0.4)) / 2)
@@ -55,14 +57,14 @@ def test_one_stage_alone_has_no_transfer_between_stages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrix", "learnt_in", "message"),
+    ("matrix", "learned_in", "message"),
     [
         ([[1.0]], [0], "one per stage"),
         ([[1.0], [1.0, 2.0]], [1], "one column per set"),
         ([[], []], [], "one column per set"),
-        ([[1.0], [1.0]], [2], r"learnt_in \(\[2\]\) must name rows 0 to 1"),
+        ([[1.0], [1.0]], [2], r"learned_in \(\[2\]\) must name rows 0 to 1"),
     ],
 )
-def test_what_is_no_matrix(matrix: list[list[float]], learnt_in: list[int], message: str) -> None:
+def test_what_is_no_matrix(matrix: list[list[float]], learned_in: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        measure_transfer(matrix, learnt_in, higher_is_better=False)
+        measure_transfer(matrix, learned_in, higher_is_better=False)

@@ -236,7 +236,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
     shutil.copyfile(text_run.run.folder.status_file, stage.folder.status_file)
     assert is_finished(stage)
     path.write_bytes(gzip.compress(b'{"text": "another"}\n', mtime=0))
-    with pytest.raises(UserError, match="stage text was completed with something else: the content of its data; say"):
+    with pytest.raises(UserError, match="stage text completed with other settings: the content of its data; use"):
         is_finished(stage)
 
 
