@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "a cluster": (
         [stages("name: two", "overrides: [cluster=slurm]")],
-        r"task\.stages\[1\] \(two\): task=continual runs on one machine, with cluster=local; a cluster runs single runs",
+        r"task\.stages\[1\] \(two\): task=continual runs on one machine, with cluster=local; a cluster",
     ),
     "of the command": (
         [stages("name: two", "overrides: [hydra.run.dir=x]")],
