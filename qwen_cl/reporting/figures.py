@@ -43,12 +43,12 @@ def pareto_front(trials: Sequence[RunSummary]) -> list[RunSummary]:
 
 
 def _weighed(trials: Sequence[RunSummary]) -> list[RunSummary]:
-    return [trial for trial in trials if trial.completed and trial.forgotten is not None]
+    return [trial for trial in trials if trial.completed and trial.forgetting is not None]
 
 
 def _objectives(trial: RunSummary) -> tuple[float, float]:
-    assert trial.loss is not None and trial.forgotten is not None
-    return trial.loss, trial.forgotten
+    assert trial.loss is not None and trial.forgetting is not None
+    return trial.loss, trial.forgetting
 
 
 def _completed(trials: Sequence[RunSummary]) -> tuple[list[RunSummary], list[float]]:
@@ -123,7 +123,7 @@ def _parallel_coordinates(trials: Sequence[RunSummary]) -> Picture | None:
     columns: dict[str, list[Any]] = {key: [trial.overrides.get(key, "unset") for trial in done] for key in keys}
     columns["target loss"] = losses
     if len(_weighed(done)) == len(done):
-        columns["forgotten"] = [trial.forgotten for trial in done]
+        columns["forgotten"] = [trial.forgetting for trial in done]
     axes = _axes()
     placed = [_placed(axes, column, values) for column, values in enumerate(columns.values())]
     for row in reversed(range(len(done))):

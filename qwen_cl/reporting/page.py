@@ -97,7 +97,7 @@ def _trial_table(trials: Sequence[RunSummary]) -> Table:
         "step",
         "target loss",
         "at step 0",
-        "forgotten",
+        "forgetting",
         *(f"{name} loss" for name in sets),
     ]
     columns += ["tokens/s", "peak GiB", "seconds", "device-seconds", "reason"]
@@ -114,7 +114,7 @@ def _trial_row(trial: RunSummary, keys: Iterable[str], sets: Iterable[str]) -> l
         Cell.of(trial.status.step, "d"),
         Cell.of(trial.loss, ".4f"),
         Cell.of(trial.first_loss, ".4f"),
-        Cell.of(trial.forgotten, "+.4f"),
+        Cell.of(trial.forgetting, "+.4f"),
         *(Cell.of(trial.retention_losses.get(name), ".4f") for name in sets),
         Cell.of(trial.tokens_per_second, ",.0f"),
         Cell.of(trial.status.peak_memory_gib, ".2f"),

@@ -68,7 +68,7 @@ class Measurements:
         return {curve.name: _finite(curve.values[-1]) for curve in self.retention}
 
     @property
-    def forgotten(self) -> float | None:
+    def forgetting(self) -> float | None:
         """How much the losses of the retention sets rose since step 0, on average; None where none was measured."""
         return _finite(statistics.fmean(curve.change for curve in self.retention)) if self.retention else None
 

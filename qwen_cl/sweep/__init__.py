@@ -1,1 +1,1 @@
-"""Sweeps: trials, the slots they run in, and their results."""
+"""Sweeps: their trials, the slots that trials run in, and the results."""

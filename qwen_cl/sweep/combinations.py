@@ -1,4 +1,4 @@
-"""From what was typed to the combinations that are trials."""
+"""The combinations of swept values; each is a trial."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ Combination = tuple[str, ...]
 
 
 def combinations(overrides: Sequence[Override]) -> list[Combination]:
-    """The product of all values that are given. Raises UserError where there is no end of them."""
+    """Return the Cartesian product of the values of all keys.
+
+    Raises:
+        UserError: an override is an interval, which has no list of values.
+    """
     columns: dict[str, list[str]] = {}
     for override in overrides:
         if override.is_interval_sweep():
             raise UserError(
-                f"{override.input_line} has no end of values, for hydra/sweeper=grid; write a,b,c or range(a,b), or "
-                "search it with hydra/sweeper=optuna"
+                f"{override.input_line} is an interval, which hydra/sweeper=grid cannot enumerate; write a,b,c or "
+                "range(a,b), or search it with hydra/sweeper=optuna"
             )
         key = override.get_key_element()
         if override.is_discrete_sweep():
@@ -38,30 +42,32 @@ def combinations(overrides: Sequence[Override]) -> list[Combination]:
 def applicable(
     found: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]
 ) -> tuple[list[Combination], list[str]]:
-    """Where a group is swept, some choices may lack a key that others have: there it is left out, and what comes out
-    equal is one trial. A key that none has stays, for the composition to refuse. Also says what was left out where.
+    """Drop the overrides of keys that a combination's choice of a swept group does not have.
+
+    Combinations that become equal are one trial. A key that no choice has stays, and is refused at composition.
+    Also return a note per dropped key.
     """
     swept = {key for key in differing(found) if key in CHOOSERS}
     composed = functools.cache(compose)
-    has = [_keys_there(combination, composed) if swept else _dotted(combination) for combination in found]
-    known = set().union(*has)
-    kept: dict[Combination, None] = {}
-    left_out: dict[str, None] = {}
-    for combination, there in zip(found, has):
-        lacking = (known & _dotted(combination)) - there
-        kept[tuple(text for text in combination if override_key(text) not in lacking)] = None
+    existing = [_existing_keys(combination, composed) if swept else _dotted(combination) for combination in found]
+    known = set().union(*existing)
+    retained: dict[Combination, None] = {}
+    notes: dict[str, None] = {}
+    for combination, keys in zip(found, existing):
+        lacking = (known & _dotted(combination)) - keys
+        retained[tuple(text for text in combination if override_key(text) not in lacking)] = None
         choices = " ".join(text for text in combination if override_key(text) in swept)
-        left_out |= dict.fromkeys(f"{key} is left out where {choices}, which has none" for key in sorted(lacking))
-    return list(kept), list(left_out)
+        notes |= dict.fromkeys(f"{key} is dropped for {choices}, which has no such key" for key in sorted(lacking))
+    return list(retained), list(notes)
 
 
 def differing(found: Sequence[Sequence[str]]) -> list[str]:
-    """The keys that tell the combinations apart, in the order they were given."""
+    """Return the keys whose values differ between the combinations, in the order of the overrides."""
     values: dict[str, set[str | None]] = {override_key(text): set() for combination in found for text in combination}
     for combination in found:
-        said = {override_key(text): text for text in combination}
+        by_key = {override_key(text): text for text in combination}
         for key in values:
-            values[key].add(said.get(key))
+            values[key].add(by_key.get(key))
     return [key for key, texts in values.items() if len(texts) > 1]
 
 
@@ -69,7 +75,7 @@ def _dotted(combination: Iterable[str]) -> set[str]:
     return {key for key in map(override_key, combination) if "." in key}
 
 
-def _keys_there(combination: Sequence[str], compose: Callable[[Combination], DictConfig]) -> set[str]:
+def _existing_keys(combination: Sequence[str], compose: Callable[[Combination], DictConfig]) -> set[str]:
     base = compose(tuple(text for text in combination if override_key(text) in CHOOSERS))
     return {key for key in _dotted(combination) if _has(base, key)}
 

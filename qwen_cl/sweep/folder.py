@@ -1,4 +1,4 @@
-"""A sweep's folder: one sweep at a time, and what an earlier one left there."""
+"""A sweep's folder: its lock, and the trials of an earlier sweep in it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from qwen_cl.launch.slurm.job_status import refresh, seconds_of
 from qwen_cl.runs.folder import remove_if_empty
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.outcome import is_settled, record_failure
-from qwen_cl.sweep.processes import wait_for_the_end_of
+from qwen_cl.sweep.processes import wait_for_exit
 from qwen_cl.sweep.trial import Trial, read_records
 
 
 @contextmanager
 def claim(directory: Path) -> Iterator[None]:
-    """Hold the folder against other sweeps; the system lets go of it if this process dies.
+    """Lock the folder against other sweeps; the system releases the lock if this process dies.
 
     Raises:
-        UserError: another sweep is using it, or it cannot be made.
+        UserError: another sweep is using it, or it cannot be created.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"hydra.sweep.dir ({directory}) cannot be made: {error.strerror}; choose another folder"
+            f"hydra.sweep.dir ({directory}) cannot be created: {error.strerror}; choose another folder"
         ) from error
     lock = FileLock(directory / ".lock")
     try:
@@ -45,17 +45,23 @@ def claim(directory: Path) -> Iterator[None]:
 
 
 def wait_for_earlier_trials(directory: Path) -> None:
-    """Raises UserError where one does not end."""
+    """Wait for the processes of trials that a killed sweep started.
+
+    Raises:
+        UserError: one does not end.
+    """
     for record in read_records(directory):
-        wait_for_the_end_of(directory / record["name"])
+        wait_for_exit(directory / record["name"])
 
 
-def decided(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that an earlier sweep finished. Of the others, what died without a word gets its last one,
-    and its cost is counted."""
+def finished_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that an earlier sweep finished.
+
+    Trials whose process was killed get a final status, and the time that they took is added to their record.
+    """
     done = []
     for trial in trials:
-        trial.renew()
+        trial.update_differing()
         status = trial.folder.status()
         if status.job.id is not None:
             over = refresh(trial.folder) is None

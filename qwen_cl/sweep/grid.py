@@ -1,4 +1,4 @@
-"""``python launch.py -m …``: every combination, checked before the first starts."""
+"""``python launch.py -m …``: a trial per combination, all checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.sweep import LauncherConfig
 from qwen_cl.sweep.combinations import applicable, differing
-from qwen_cl.sweep.folder import claim, decided, wait_for_earlier_trials
+from qwen_cl.sweep.folder import claim, finished_trials, wait_for_earlier_trials
 from qwen_cl.sweep.outcome import Outcome, StopCause
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.slots import make_slots
@@ -20,12 +20,12 @@ from qwen_cl.sweep.trial import Trial, identify
 
 
 def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master: DictConfig) -> None:
-    """``master`` is what Hydra composed for the sweep itself.
+    """Run a grid sweep. ``master`` is the config that Hydra composed for the sweep itself.
 
     Raises:
-        UserError: a trial, or what the sweep is to run on, is not what it must be; nothing was started.
-        RunFailed: not every trial completed.
-        RunPreempted: the sweep was asked to stop.
+        UserError: a trial or an option of the launcher is invalid; nothing was started.
+        RunFailed: a trial did not complete.
+        RunPreempted: the sweep got a signal to stop.
     """
     options = cast(LauncherConfig, OmegaConf.to_object(master.hydra.launcher))
     directory = Path(master.hydra.sweep.dir).absolute()
@@ -41,35 +41,43 @@ def run_grid(combinations: Sequence[Sequence[str]], loader: ConfigLoader, master
             return
         for trial in trials:
             planner.prepare(trial.plan)
-        done = decided(trials)
+        done = finished_trials(trials)
         waiting = [trial for trial in trials if trial not in done]
-        run_trials(sweep, Listed(waiting), planned=len(trials), done=done, waiting=waiting)
+        run_trials(sweep, TrialList(waiting), planned=len(trials), done=done, waiting=waiting)
 
 
 def plan_trials(combinations: Sequence[Sequence[str]], planner: Planner, directory: Path) -> list[Trial]:
-    """Raises UserError where one of them could not run."""
-    kept, notes = applicable(combinations, planner.compose)
-    keys = differing(kept)
-    plans = [planner.plan(overrides, keys) for overrides in kept]
+    """Plan every combination.
+
+    Raises:
+        UserError: a trial is invalid.
+    """
+    retained, notes = applicable(combinations, planner.compose)
+    keys = differing(retained)
+    plans = [planner.plan(overrides, keys) for overrides in retained]
     for note in notes:
         print(note)
-    return identify(list(zip(kept, plans)), keys, directory)
+    return identify(list(zip(retained, plans)), keys, directory)
 
 
-class Listed:
-    """Trials in the order of a list."""
+class TrialList:
+    """A source of trials (see scheduler.py) that takes them from a list."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
+        """Take the trials in the order of the list."""
         self.remaining = list(trials)
 
     def next(self) -> Trial | None:
+        """Return the next trial, or None."""
         return self.remaining.pop(0) if self.remaining else None
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        pass
+        """Ignore the outcome."""
 
-    def why_stop(self, trial: Trial) -> StopCause | None:
+    def stop_cause(self, trial: Trial) -> StopCause | None:
+        """Return None: no trial is stopped early."""
         return None
 
     def waiting(self) -> int:
+        """Return the number of trials that have not started."""
         return len(self.remaining)

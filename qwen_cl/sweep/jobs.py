@@ -1,4 +1,4 @@
-"""Trials in Slurm's queue: submitted, followed, and found again when the sweep that submitted them is gone."""
+"""Trials as Slurm jobs: submitted, followed, and found again by a later sweep in the same folder."""
 
 from __future__ import annotations
 
@@ -22,45 +22,50 @@ from qwen_cl.training.prepare import fetch_inputs, initialize_run_folder
 
 
 class Queue:
-    """What Slurm says of all jobs of a sweep, asked in one go."""
+    """The Slurm states of all jobs of a sweep, from one query."""
 
     def __init__(self) -> None:
+        """Start without jobs; a TrialJob adds its number."""
         self.numbers: set[str] = set()
         self.known: dict[str, Job | None] = {}
-        """None for one that Slurm has forgotten."""
+        """State by job id; None if Slurm no longer knows the job."""
         self._last = float("-inf")
 
-    def look(self) -> None:
+    def refresh(self) -> None:
+        """Query Slurm, unless that was done a moment ago."""
         if time.monotonic() < self._last + QUERY_SECONDS or not self.numbers:
             return
         self._last = time.monotonic()
         try:
             found = commands.query(sorted(self.numbers))
-        except SlurmUnavailable:  # another time
+        except SlurmUnavailable:  # retried at the next call
             return
         self.known = {number: found.get(number) for number in self.numbers}
 
     def is_over(self, number: str) -> bool:
-        """By what was heard last; False before anything was."""
+        """Return True if the job had ended at the last query."""
         return number in self.known and ((job := self.known[number]) is None or job.is_over)
 
 
 class TrialJob:
-    """A trial as a job of its own, or an element of an array."""
+    """A trial that runs as a Slurm job, or as a task of a job array."""
 
     returncode = 0
-    """Its record alone says how it ended."""
+    """Always 0: the status of the run says how it ended."""
 
     def __init__(self, trial: Trial, slot: Slot, number: str, queue: Queue) -> None:
+        """Follow the job ``number`` of a trial."""
         self.trial, self.slot, self.number, self.queue = trial, slot, number, queue
         queue.numbers.add(number)
 
     @property
     def state(self) -> str:
+        """RUNNING, or SUBMITTED while the job is pending."""
         return State.SUBMITTED.value if self.trial.folder.status().state is State.SUBMITTED else State.RUNNING.value
 
     def is_over(self) -> bool:
-        self.queue.look()
+        """Return True if the job has ended; its final state is then recorded."""
+        self.queue.refresh()
         if not self.queue.is_over(self.number):
             return False
         record_job_state(self.trial.folder, self.number, self.queue.known[self.number])
@@ -68,31 +73,38 @@ class TrialJob:
         self.trial.count(seconds_of(self.trial.folder.status()))
         return True
 
-    def ask_to_stop(self) -> None:
-        """One that waits never starts; one that runs saves first, and does not go back into the queue."""
+    def request_stop(self) -> None:
+        """Cancel a pending job; make a running one save and end, without being requeued."""
         if self.state == State.SUBMITTED:
             commands.cancel(self.number)
         else:
             request_end(self.trial.folder, self.number)
 
     def kill(self) -> None:
-        """A sweep that is gone leaves its jobs to Slurm."""
+        """Do nothing: jobs keep running when the sweep ends."""
 
     def last_log_line(self) -> str:
+        """Return the reason for a job that has no log."""
         return f"job {self.number} never started"
 
 
 class JobStarter:
-    """Trials that can start together are one array, where they ask for the same."""
+    """The starter of trials as Slurm jobs; trials that start together with the same resources are one job array."""
 
-    leaves = True
-    """When the sweep is interrupted, its jobs go on, and the same command finds them again."""
+    detached = True
+    """True: jobs keep running when the sweep is interrupted, and the same command finds them again."""
 
     def __init__(self, directory: Path) -> None:
+        """``directory`` is the sweep's folder."""
         self.directory, self.queue = directory, Queue()
 
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialJob]:
-        """Raises UserError where Slurm refuses one, and SlurmSilent where it does not answer."""
+        """Submit the trials, or find their jobs if they were submitted before.
+
+        Raises:
+            UserError: Slurm refuses a job.
+            SlurmUnavailable: Slurm does not answer.
+        """
         found = {trial.name: refresh(trial.folder) for trial, _ in batch}
         numbers = {name: job.id for name, job in found.items() if job is not None}
         for group in _groups([trial for trial, _ in batch if trial.name not in numbers]):
@@ -100,6 +112,7 @@ class JobStarter:
         return [TrialJob(trial, slot, numbers[trial.name], self.queue) for trial, slot in batch]
 
     def preview(self, trials: Sequence[Trial]) -> str:
+        """Return the batch scripts."""
         return "\n".join(self._script(group) for group in _groups(trials))
 
     def _script(self, trials: Sequence[Trial]) -> str:
@@ -123,7 +136,7 @@ class JobStarter:
 
 def _write(trial: Trial, plan: Plan, cost: float) -> None:
     before = trial.record()
-    trial.make_room()
+    trial.archive_unless_resumed()
     trial.begin(before, cost)
     with trial.folder.lock():
         initialize_run_folder(plan, trial.folder, invocation=trial.invocation)

@@ -1,4 +1,4 @@
-"""How a trial went, by its own record."""
+"""The outcome of a trial, from the status of its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_cl.sweep.running import Running
 
 @dataclass(frozen=True, slots=True)
 class StopCause:
-    """The cause for which a sweep asks a trial to stop."""
+    """The reason for which a sweep stops a trial."""
 
     reason: str
     kind: FailureKind
@@ -21,30 +21,33 @@ class StopCause:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """The end of a trial."""
+
     state: State
     reason: str | None
     kind: FailureKind | None = None
-    lost: bool = False
-    """Its process died of something outside it, and another try may go well."""
+    retriable: bool = False
+    """True if its process was killed from outside, and another attempt may succeed."""
 
     @property
     def pruned(self) -> bool:
+        """True if the search stopped it early."""
         return self.state is State.PREEMPTED and self.kind is FailureKind.pruned
 
 
-def read_outcome(process: Running, asked: StopCause | None) -> Outcome:
-    """Return how a trial ended that is over. ``asked`` is why we asked it to stop, if we did."""
+def read_outcome(process: Running, stop_cause: StopCause | None) -> Outcome:
+    """Return the outcome of a trial that is over. ``stop_cause`` is given if the sweep stopped it."""
     folder = process.trial.folder
     status = folder.status()
     if status.state is None:
-        return _never_started(process, asked)
+        return _never_started(process, stop_cause)
     if status.state is State.RUNNING:
-        record_failure(folder, f"the launcher was {_how(process.returncode)}")
-    if folder.status().state is State.PREEMPTED and asked is not None:
-        folder.update_status(reason=asked.reason, failure_kind=asked.kind)
+        record_failure(folder, f"the launcher {_describe_exit(process.returncode)}")
+    if folder.status().state is State.PREEMPTED and stop_cause is not None:
+        folder.update_status(reason=stop_cause.reason, failure_kind=stop_cause.kind)
     outcome = outcome_of(folder.status())
-    killed = process.returncode < 0 and asked is None and outcome.state is not State.COMPLETED
-    return replace(outcome, lost=killed or outcome.lost)
+    killed = process.returncode < 0 and stop_cause is None and outcome.state is not State.COMPLETED
+    return replace(outcome, retriable=killed or outcome.retriable)
 
 
 def record_failure(folder: RunFolder, reason: str) -> None:
@@ -53,27 +56,29 @@ def record_failure(folder: RunFolder, reason: str) -> None:
 
 
 def outcome_of(status: RunStatus) -> Outcome:
-    """Return how a trial ended by its own record; one without a final status was lost."""
+    """Return the outcome that a status records; a trial without one is retriable."""
     if status.state is None:
-        return Outcome(State.FAILED, None, lost=True)
-    lost = status.state is not State.COMPLETED and status.retriable
-    return Outcome(status.state, status.reason, status.failure_kind, lost)
+        return Outcome(State.FAILED, None, retriable=True)
+    retriable = status.state is not State.COMPLETED and status.retriable
+    return Outcome(status.state, status.reason, status.failure_kind, retriable)
 
 
 def is_settled(status: RunStatus) -> bool:
-    """Return True where nothing is left to do: a sweep that is started again leaves the trial as it is."""
+    """Return True if the trial completed or was pruned: a resumed sweep does not start it again."""
     outcome = outcome_of(status)
     return outcome.state is State.COMPLETED or outcome.pruned
 
 
-def _never_started(process: Running, asked: StopCause | None) -> Outcome:
-    if asked is not None:
-        return Outcome(State.PREEMPTED, f"{asked.reason}, before it started", asked.kind)
+def _never_started(process: Running, stop_cause: StopCause | None) -> Outcome:
+    if stop_cause is not None:
+        return Outcome(State.PREEMPTED, f"{stop_cause.reason}, before it started", stop_cause.kind)
     if process.returncode < 0:
-        why = f"the launcher was {_how(process.returncode)} before the run started"
-        return Outcome(State.FAILED, why, FailureKind.rank_lost, lost=True)
+        reason = f"the launcher {_describe_exit(process.returncode)} before the run started"
+        return Outcome(State.FAILED, reason, FailureKind.rank_lost, retriable=True)
     return Outcome(State.FAILED, process.last_log_line(), FailureKind.error)
 
 
-def _how(returncode: int) -> str:
-    return f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"gone, exit code {returncode}"
+def _describe_exit(returncode: int) -> str:
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"exited with code {returncode}"

@@ -1,4 +1,4 @@
-"""Every trial composed, typed and planned before the first one starts."""
+"""The composition and planning of trials, before the first one starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Compose = Callable[[Sequence[str]], DictConfig]
 
 
 def composer(loader: ConfigLoader, master: DictConfig) -> Compose:
-    """Composes a trial's config from its overrides, as Hydra's own launcher would."""
+    """Return a function that composes a trial's config from its overrides, as Hydra's own launchers do."""
 
     def compose(overrides: Sequence[str]) -> DictConfig:
         try:
@@ -41,32 +41,40 @@ def composer(loader: ConfigLoader, master: DictConfig) -> Compose:
 
 
 class Planner:
-    """Checks trials as a run alone would be checked, but what they have in common once."""
+    """The planner of trials, which checks what they have in common only once."""
 
     def __init__(self, compose: Compose, directory: Path | None = None) -> None:
-        """``directory`` is the sweep's, which may hold trials already."""
+        """``directory`` is the sweep's folder, which may hold earlier trials."""
         self.compose = compose
         self._made_on = previous_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
-        self._once = Memo()
+        self._memo = Memo()
         self._fetched: set[str] = set()
-        self._tokenised: set[str] = set()
+        self._tokenized: set[str] = set()
 
     def plan(self, overrides: Sequence[str], keys: Sequence[str]) -> Plan:
-        """Raises UserError, which says which trial it is by the ``keys`` that differ between them."""
+        """Plan one trial. ``keys`` are those that differ between the trials.
+
+        Raises:
+            UserError: the trial is invalid; the message names it by the values of ``keys``.
+        """
         try:
             return self._plan(overrides)
         except UserError as error:
-            said = [text for text in overrides if override_key(text) in keys]
-            raise UserError(f"trial {' '.join(said or overrides)}: {error}") from error
+            differing = [text for text in overrides if override_key(text) in keys]
+            raise UserError(f"trial {' '.join(differing or overrides)}: {error}") from error
 
     def prepare(self, plan: Plan) -> None:
-        """Fill the caches once for all trials: raw text is tokenized, the weights are fetched. Raises UserError."""
+        """Tokenize the raw text and download the weights of a trial, unless another trial had the same.
+
+        Raises:
+            UserError: one of them fails.
+        """
         config = plan.config
         if isinstance(config.data, TextDataConfig):
             key = repr((plan.model.source, config.data, config.seed))
-            if key not in self._tokenised:
+            if key not in self._tokenized:
                 with_text(plan, config.data)
-                self._tokenised.add(key)
+                self._tokenized.add(key)
         if plan.model.source not in self._fetched:
             fetch_weights(plan)
             self._fetched.add(plan.model.source)
@@ -78,18 +86,18 @@ class Planner:
             config = cast(RunConfig, OmegaConf.to_object(composed))
         except OmegaConfBaseException as error:
             raise UserError(explain(error)) from error
-        _refuse_what_is_no_trial(config)
-        return make_plan(config, self._once, self._made_on)
+        _check_trial(config)
+        return make_plan(config, self._memo, self._made_on)
 
 
-def _refuse_what_is_no_trial(config: RunConfig) -> None:
+def _check_trial(config: RunConfig) -> None:
     if not isinstance(config.task, TrainingConfig):
         raise UserError(
-            "a trial trains: task=finetune or task=pretrain; add hydra/launcher=basic to run other tasks one after "
-            "another, without a comparison"
+            "a trial must train a model: task=finetune or task=pretrain; add hydra/launcher=basic to run other tasks "
+            "one after another, without a comparison"
         )
     if isinstance(config.replay, GeneratedReplayConfig) and not isinstance(config.cluster, LocalConfig):
         raise UserError(
-            "replay=generated is written where the command is; for a sweep on a cluster write it once, with a run, and "
-            "name its file with replay=files"
+            "replay=generated samples its text on this machine; for a sweep on a cluster sample it once, with a run, "
+            "and name its file with replay=files"
         )

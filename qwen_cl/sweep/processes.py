@@ -1,4 +1,4 @@
-"""A trial's processes: started, asked to stop, and found again when the one that started them is gone."""
+"""Trials as processes on this machine: started, stopped, and found again after their sweep was killed."""
 
 from __future__ import annotations
 
@@ -25,47 +25,53 @@ from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import Trial
 
 LOG = "launch.log"
-"""In a trial's folder: what a run alone prints on the terminal."""
-MARK = "QWEN_CL_TRIAL"
-"""Environment of every process of a trial: its folder. They are found by it when their parents are gone."""
+"""The file in a trial's folder with the launcher's output."""
+TRIAL_FOLDER = "QWEN_CL_TRIAL"
+"""The environment variable with a trial's folder; its processes are found by it after their parents ended."""
 
 
 class ProcessStarter:
-    """Trials on this machine."""
+    """The starter of trials on this machine."""
 
-    leaves = False
-    """When the sweep is interrupted, they are stopped."""
+    detached = False
+    """False: trials are stopped when the sweep is interrupted."""
 
     def __init__(self, hydra_arguments: Sequence[str]) -> None:
+        """``hydra_arguments`` are those of Hydra's own command line, for every trial."""
         self.hydra_arguments = list(hydra_arguments)
 
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialProcess]:
+        """Start the trials."""
         return [self._start(trial, slot) for trial, slot in batch]
 
     def preview(self, trials: Sequence[Trial]) -> str:
+        """Return nothing: a dry run only lists the trials."""
         return ""
 
     def _start(self, trial: Trial, slot: Slot) -> TrialProcess:
         before = trial.record()
-        trial.make_room()
+        trial.archive_unless_resumed()
         trial.begin(before, slot.cost, slot.gpus)
         return TrialProcess(trial, slot, self.hydra_arguments)
 
 
 class TrialProcess:
-    """``python launch.py hydra.run.dir=FOLDER OVERRIDES`` on a slot, in a session of its own: what comes from the
-    terminal reaches it through us alone."""
+    """The process ``python launch.py hydra.run.dir=FOLDER OVERRIDES`` of a trial.
+
+    It runs in a session of its own, so that signals from the terminal reach it through the sweep only.
+    """
 
     def __init__(self, trial: Trial, slot: Slot, hydra_arguments: list[str]) -> None:
+        """Start the process on a slot."""
         self.trial, self.slot = trial, slot
         directory = trial.folder.directory
         command = [sys.executable, str(ROOT / "launch.py"), *hydra_arguments]
         command += [f"hydra.run.dir={quoted(str(directory))}", *trial.overrides, *_template_date(trial)]
-        inherited = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # each takes its own
+        inherited = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # one port per trial
         environment = {
             **inherited,
             **slot.environment(trial.plan.config.cluster),
-            MARK: str(directory),
+            TRIAL_FOLDER: str(directory),
             SWEEP: str(directory.parent),
             TRIAL_NAME: trial.name,
         }
@@ -80,14 +86,15 @@ class TrialProcess:
                 preexec_fn=partial(terminate_with_parent, os.getpid()),
             )
         self.ended: float | None = None
-        """When it ended; what it started may take longer."""
+        """Monotonic time when it ended; its child processes may take longer."""
 
     @property
     def state(self) -> str:
+        """RUNNING."""
         return State.RUNNING.value
 
     def is_over(self) -> bool:
-        """It and all that it started. What outlives it for too long was asked to stop when it died, and is killed."""
+        """Return True if it and its child processes have ended; children that take too long to stop are killed."""
         if self.process.poll() is None:
             return False
         if self.ended is None:
@@ -97,57 +104,60 @@ class TrialProcess:
             kill(remaining)
         return not remaining
 
-    def ask_to_stop(self) -> None:
-        """Once: it saves, and ends as PREEMPTED. A second time kills its worker."""
+    def request_stop(self) -> None:
+        """Send SIGTERM: the first makes it save and end as PREEMPTED, the second kills its worker."""
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
+        """Kill it and its child processes."""
         kill(processes_of(self.trial.folder.directory))
 
     @property
     def returncode(self) -> int:
+        """The exit code; negative for a signal."""
         return int(self.process.returncode)
 
     def last_log_line(self) -> str:
-        """The last line that it printed."""
+        """Return the last line that it printed."""
         text = (self.trial.folder.directory / LOG).read_text(encoding="utf-8", errors="replace")
-        return next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+        return next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
 
 
 def processes_of(directory: Path) -> list[psutil.Process]:
-    """All that run for a trial, whoever their parents are now."""
+    """Return the processes of a trial, also those whose parents have ended."""
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # gone meanwhile, or somebody else's
-            if process.environ().get(MARK) == str(directory):
+        with suppress(psutil.Error, OSError):  # ended meanwhile, or another user's
+            if process.environ().get(TRIAL_FOLDER) == str(directory):
                 found.append(process)
     return found
 
 
 def kill(processes: list[psutil.Process]) -> None:
+    """Kill the processes that are still running."""
     for process in processes:
         with suppress(psutil.Error):
             process.kill()
 
 
-def wait_for_the_end_of(directory: Path) -> None:
-    """What a sweep that was killed had started was asked to stop by the system, and may be saving still.
+def wait_for_exit(directory: Path) -> None:
+    """Wait for the processes of a trial whose sweep was killed; they got a signal then, and may still be saving.
 
     Raises:
-        UserError: it does not end.
+        UserError: a process does not end.
     """
     deadline = time.monotonic() + STOP_GRACE + 10
     while remaining := processes_of(directory):
         if time.monotonic() > deadline:
             numbers = ", ".join(str(process.pid) for process in remaining)
-            raise UserError(f"{directory} is still written to by process {numbers}, of a sweep before; stop it first")
+            raise UserError(f"{directory} is still in use by process {numbers} of an earlier sweep; stop it first")
         time.sleep(0.2)
 
 
 def _template_date(trial: Trial) -> list[str]:
-    """The day that its template renders, which is the same for all trials, whenever each starts."""
+    """Return the override of the chat template's date, which is the same for all trials, whenever they start."""
     key, data = "data.template_date", trial.plan.config.data
-    said = any(override_key(override) == key for override in trial.overrides)
-    if said or not isinstance(data, ChatDataConfig) or data.template_date is None:
+    overridden = any(override_key(override) == key for override in trial.overrides)
+    if overridden or not isinstance(data, ChatDataConfig) or data.template_date is None:
         return []
     return [f"{key}='{data.template_date}'"]

@@ -1,4 +1,4 @@
-"""What a sweep found: every trial of its folder, the best, by how much, and what it cost."""
+"""The results of a sweep: a table of its trials, the best one, and the cost."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from qwen_cl.sweep.trial import RECORD, read_record, read_records, write_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
+    """The result of one trial."""
+
     number: int
     name: str
     state: str
@@ -31,57 +33,58 @@ class Result:
     max_steps: int
     attempts: int
     seconds: float
-    """Of all attempts, with starting up."""
+    """Wall-clock seconds of all attempts, including startup."""
     gpu_seconds: float
     val_loss: float | None
     """At the last validation."""
     first_val_loss: float | None
     train_loss: float | None
-    """Of the last step."""
+    """Training loss of the last step."""
     retention: dict[str, float | None]
-    """Loss of each set at the last validation."""
-    forgotten: float | None
-    """How much the losses of the retention sets rose since step 0, on average."""
+    """Loss of each retention set at the last validation."""
+    forgetting: float | None
+    """Mean increase of the retention sets' losses since step 0."""
     tokens_per_second: float | None
-    """Of the median step."""
+    """Throughput of the median step."""
     peak_memory_gib: float | None
 
     @property
     def completed(self) -> bool:
+        """True if the run completed."""
         return self.state == State.COMPLETED.value
 
 
 def read_results(directory: Path) -> list[Result]:
-    """Of every trial that a sweep's folder has; the completed first, and the lower its loss the earlier."""
+    """Read the results of every trial in a sweep's folder, sorted: completed trials first, by validation loss."""
     results = [read_result(directory / record["name"]) for record in read_records(directory)]
     worst = float("inf")
     return sorted(results, key=lambda one: (not one.completed, worst if one.val_loss is None else one.val_loss))
 
 
 def read_result(directory: Path) -> Result:
-    """Of one trial that was started."""
+    """Read the result of a trial that was started."""
     record, measured = read_record(directory / RECORD), read_measurements(RunFolder(directory))
     status = measured.status
-    never = f"it never started; {directory / 'launch.log'} says why"
+    never_started = f"it never started; see {directory / 'launch.log'}"
     return Result(
         **{name: record[name] for name in ("number", "name", "overrides", "differing", "max_steps", "attempts")},
         seconds=record["seconds"],
         gpu_seconds=record["gpu_seconds"],
         state=(status.state or State.FAILED).value,
-        reason=never if status.state is None else status.reason,
+        reason=never_started if status.state is None else status.reason,
         step=status.step,
         val_loss=measured.loss,
         first_val_loss=measured.first_loss,
         train_loss=measured.train_loss,
         retention=measured.retention_losses,
-        forgotten=measured.forgotten,
+        forgetting=measured.forgetting,
         tokens_per_second=measured.tokens_per_second,
         peak_memory_gib=status.peak_memory_gib,
     )
 
 
 def write_results(directory: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
-    """``sweep.json`` with everything, and ``sweep.csv`` for a spreadsheet."""
+    """Write ``sweep.json`` with all details, and ``sweep.csv`` for a spreadsheet."""
     best = best_of(results)
     summary = {**facts, "objective": f"{TARGET}/{LOSS}", "best": None if best is None else best.name}
     write_json({**summary, "results": [asdict(result) for result in results]}, directory / "sweep.json")
@@ -94,11 +97,12 @@ def write_results(directory: Path, results: Sequence[Result], facts: dict[str, A
 
 
 def best_of(results: Sequence[Result]) -> Result | None:
-    """The first of sorted results, if any completed."""
+    """Return the first of sorted results, or None if none completed with a validation loss."""
     return results[0] if results and results[0].completed and results[0].val_loss is not None else None
 
 
 def print_results(results: Sequence[Result], facts: Sequence[tuple[str, str]], console: Console) -> None:
+    """Print the table of trials, the trials that did not complete, the best trial, and ``facts``."""
     console.print(_table(results), highlight=False)
     for result in results:
         if not result.completed:
@@ -121,7 +125,7 @@ def _table(results: Sequence[Result]) -> Table:
     table = Table(box=None, header_style="bold")
     for name in ("", "trial", "state"):
         table.add_column(name)
-    figures = ("val loss", "+", "forgotten", "train loss", "tokens/s", "GiB", "s", *(("GPU-s",) if costs_gpu else ()))
+    figures = ("val loss", "+", "forgetting", "train loss", "tokens/s", "GiB", "s", *(("GPU-s",) if costs_gpu else ()))
     for name in (*keys, *figures):
         table.add_column(name, justify="right")
     best = best_of(results)
@@ -134,7 +138,7 @@ def _table(results: Sequence[Result]) -> Table:
             *(result.differing.get(key, "") for key in keys),
             _figure(result.val_loss, ".4f"),
             "" if result is best else _figure(behind, ".4f"),
-            _figure(result.forgotten, "+.4f"),
+            _figure(result.forgetting, "+.4f"),
             _figure(result.train_loss, ".4f"),
             _figure(result.tokens_per_second, ",.0f"),
             _figure(result.peak_memory_gib, ".2f"),
@@ -157,4 +161,4 @@ def _verdict(results: Sequence[Result]) -> list[tuple[str, str]]:
     if second is not None and second.val_loss is not None:
         behind = second.val_loss - best.val_loss
         text += f", {behind:.4f} ({behind / second.val_loss:.1%}) below the next, {second.name}"
-    return [("best", text), ("its overrides", " ".join(best.overrides))]
+    return [("best", text), ("overrides", " ".join(best.overrides))]

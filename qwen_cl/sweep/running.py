@@ -1,4 +1,4 @@
-"""What a sweep asks of those that run its trials, on this machine or in a cluster's queue."""
+"""The interface of trials that run on this machine or as Slurm jobs, and of what starts them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from qwen_cl.sweep.trial import Trial
 
 
 class Running(Protocol):
-    """A trial that was started, on this machine or another."""
+    """A trial that was started."""
 
     trial: Trial
     slot: Slot
 
     @property
     def state(self) -> str:
-        """RUNNING, or where it waits for its turn SUBMITTED."""
+        """RUNNING, or SUBMITTED while its job is pending."""
 
     @property
     def returncode(self) -> int:
-        """Below 0 where its process was killed."""
+        """The exit code; negative if its process was killed by a signal."""
 
     def is_over(self) -> bool:
-        """It and all that it started."""
+        """Return True if it and its child processes have ended."""
 
-    def ask_to_stop(self) -> None:
-        """To save, and end as PREEMPTED."""
+    def request_stop(self) -> None:
+        """Make it save a checkpoint and end as PREEMPTED."""
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        """Kill its processes at once."""
 
     def last_log_line(self) -> str:
-        """Of one that ended before its run had a folder."""
+        """Return the last output of a trial that ended before its run had a folder."""
 
 
 class Starter(Protocol):
-    leaves: bool
-    """Whether what it started goes on when the sweep is interrupted."""
+    """An object that starts trials."""
+
+    detached: bool
+    """True if trials keep running when the sweep is interrupted."""
 
     def preview(self, trials: Sequence[Trial]) -> str:
-        """What a dry run shows of them, beside their names; nothing where there is nothing more."""
+        """Return what a dry run shows besides the trials' names; may be empty."""
 
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> Sequence[Running]:
-        """Start those that can start now, or find them where they run already."""
+        """Start the trials, or find those that are running already."""

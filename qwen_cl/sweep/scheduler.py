@@ -1,4 +1,4 @@
-"""Trials onto slots: as many at a time as fit, until there are no more or somebody says stop."""
+"""The scheduler, which runs trials on free slots until there are no more or the sweep is stopped."""
 
 from __future__ import annotations
 
@@ -19,41 +19,44 @@ STOPPED = "stopped on request"
 
 
 class Source(Protocol):
-    """Where trials come from."""
+    """A source of trials."""
 
     def next(self) -> Trial | None:
-        """To start now; None when there are no more."""
+        """Return a trial to start now, or None if there are no more."""
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
-        """Once for each trial, when it is not tried again."""
+        """Take the outcome of a trial; called once for each, after its last attempt."""
 
-    def why_stop(self, trial: Trial) -> StopCause | None:
-        """A few times a second for each that runs: a reason to ask it to stop early."""
+    def stop_cause(self, trial: Trial) -> StopCause | None:
+        """Return a cause to stop a running trial early, or None; called a few times a second."""
 
     def waiting(self) -> int:
-        """How many there still are."""
+        """Return the number of trials that have not started."""
 
 
 class Scheduler:
+    """The scheduler of a sweep's trials."""
+
     def __init__(self, slots: Sequence[Slot], config: LauncherConfig, source: Source, start: Starter) -> None:
+        """Take the trials of ``source`` and start them with ``start``, one per slot."""
         self.config, self.source, self.start = config, source, start
         self.free = list(slots)
         self.running: list[Running] = []
         self.outcomes: dict[str, Outcome] = {}
-        """By name, of those that ended."""
+        """Outcomes of the trials that ended, by name."""
         self.stopping: str | None = None
-        """Why, once no more are started."""
+        """The reason why no more trials are started, or None."""
         self.interrupted = 0
-        """How often we were asked to stop."""
+        """Number of signals to stop so far."""
         self.retried: list[str] = []
-        """A name for each time that one was started again."""
-        self._heeded = 0
-        self._left = False
-        self._asked: dict[str, StopCause] = {}
-        self._again: list[Trial] = []
+        """The names of trials that were started again, once per retry."""
+        self._handled = 0
+        self._detached = False
+        self._stop_causes: dict[str, StopCause] = {}
+        self._retries: list[Trial] = []
 
     def run(self, watch: Callable[[], None]) -> None:
-        """To the end. ``watch`` is called several times a second."""
+        """Run all trials. ``watch`` is called several times a second."""
         with handle_signals(self._interrupt):
             try:
                 while self._advance():
@@ -65,69 +68,71 @@ class Scheduler:
         watch()
 
     def stop(self, reason: str) -> None:
-        """No more are started, and those that run are asked to save and end."""
+        """Start no more trials, and make the running ones save and end."""
         self.stopping = self.stopping or reason
         for process in self.running:
-            self._ask(process, StopCause(reason, FailureKind.interrupted))
+            self._request_stop(process, StopCause(reason, FailureKind.interrupted))
 
     def waiting(self) -> int:
-        """How many were not started, or not again."""
-        return self.source.waiting() + len(self._again)
+        """Return the number of trials that have not started, or are to be retried."""
+        return self.source.waiting() + len(self._retries)
 
     def _advance(self) -> bool:
-        """False when there is nothing left to wait for."""
-        self._heed_interrupts()
+        """Do one step; return False when no trial is left to wait for."""
+        self._handle_interrupts()
         for process in [process for process in self.running if process.is_over()]:
             self._end(process)
         for process in self.running:
-            if process.trial.name not in self._asked and (cause := self.source.why_stop(process.trial)):
-                self._ask(process, cause)
+            if process.trial.name not in self._stop_causes and (cause := self.source.stop_cause(process.trial)):
+                self._request_stop(process, cause)
         batch = []
         while self.free and self.stopping is None and (trial := self._next()):
             batch.append((trial, self.free.pop(0)))
         if batch:
             self.running += self.start(batch)
-        return bool(self.running) and not self._left
+        return bool(self.running) and not self._detached
 
     def _next(self) -> Trial | None:
-        return self._again.pop(0) if self._again else self.source.next()
+        return self._retries.pop(0) if self._retries else self.source.next()
 
     def _end(self, process: Running) -> None:
         trial, name = process.trial, process.trial.name
         self.running.remove(process)
         self.free.append(process.slot)
         trial.end(time.time())
-        outcome = read_outcome(process, self._asked.pop(name, None))
-        if outcome.lost and self.stopping is None and self.retried.count(name) < self.config.max_retries:
+        outcome = read_outcome(process, self._stop_causes.pop(name, None))
+        if outcome.retriable and self.stopping is None and self.retried.count(name) < self.config.max_retries:
             self.retried.append(name)
-            self._again.append(trial)
+            self._retries.append(trial)
             return
         self.outcomes[name] = outcome
         self.source.ended(trial, outcome)
         if outcome.state is State.FAILED and self.config.fail_fast:
             self.stop(f"stopped because {name} failed (hydra.launcher.fail_fast)")
 
-    def _ask(self, process: Running, cause: StopCause) -> None:
-        if process.trial.name not in self._asked:
-            self._asked[process.trial.name] = cause
-            process.ask_to_stop()
+    def _request_stop(self, process: Running, cause: StopCause) -> None:
+        if process.trial.name not in self._stop_causes:
+            self._stop_causes[process.trial.name] = cause
+            process.request_stop()
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self.interrupted += 1
 
-    def _heed_interrupts(self) -> None:
-        """The first time all are asked to save, the second their workers are killed, and then everything. Jobs of a
-        cluster go on without us."""
-        if self.interrupted and self.start.leaves:
+    def _handle_interrupts(self) -> None:
+        """Make all trials save at the first signal, kill their workers at the second, and everything at the third.
+
+        Slurm jobs keep running.
+        """
+        if self.interrupted and self.start.detached:
             self.stopping = self.stopping or STOPPED
-            self._left = True
+            self._detached = True
             return
-        while self._heeded < self.interrupted:
-            self._heeded += 1
-            if self._heeded == 1:
+        while self._handled < self.interrupted:
+            self._handled += 1
+            if self._handled == 1:
                 self.stop(STOPPED)
             for process in self.running:
-                if self._heeded == 2:
-                    process.ask_to_stop()
-                elif self._heeded > 2:
+                if self._handled == 2:
+                    process.request_stop()
+                elif self._handled > 2:
                     process.kill()

@@ -1,4 +1,4 @@
-"""``hydra/sweeper=optuna``: each trial is proposed when a slot is free, from what those before it came to."""
+"""``hydra/sweeper=optuna``: each trial is proposed when a slot is free, from the results of the earlier ones."""
 
 from __future__ import annotations
 
@@ -25,51 +25,53 @@ from qwen_cl.sweep.trial import identify
 if TYPE_CHECKING:
     pass
 
-JOBS_OF_A_SEARCH = 4
-"""In a cluster's queue at once, where ``hydra.launcher.jobs`` does not say: each is proposed from those that ended."""
+SEARCH_JOBS = 4
+"""The default of ``hydra.launcher.jobs``: few at once, as each is proposed from the results of those that ended."""
 STUDY = "study.journal"
-"""In the sweep's folder: Optuna's own record, read by ``JournalStorage``."""
+"""The file of Optuna's study in the sweep's folder, in the format of ``JournalStorage``."""
 
 
 def run_search(overrides: Sequence[Override], loader: ConfigLoader, master: DictConfig) -> None:
-    """``master`` is what Hydra composed for the sweep itself.
+    """Run a search. ``master`` is the config that Hydra composed for the sweep itself.
 
     Raises:
-        UserError: Optuna is missing, there is nothing to search, or the ends of the space could not run.
-        RunFailed: not every trial completed or was pruned.
-        RunPreempted: the sweep was asked to stop.
+        UserError: Optuna is not installed, there is nothing to search, or a trial at the bounds is invalid.
+        RunFailed: a trial neither completed nor was pruned.
+        RunPreempted: the sweep got a signal to stop.
     """
     options = cast(OptunaConfig, OmegaConf.to_object(master.hydra.sweeper))
     launcher = OmegaConf.to_object(master.hydra.launcher)
     if not isinstance(launcher, LauncherConfig):
         raise UserError(
-            f"hydra/launcher={master.hydra.runtime.choices['hydra/launcher']} runs its trials in batches, which "
-            "hydra/sweeper=optuna does not make; remove it, for hydra/launcher=processes"
+            f"hydra/launcher={master.hydra.runtime.choices['hydra/launcher']} runs batches of trials, and "
+            "hydra/sweeper=optuna proposes one at a time; remove it, to use hydra/launcher=processes"
         )
     space = Space(overrides)
     directory = Path(master.hydra.sweep.dir).absolute()
     with claim(directory):
         wait_for_earlier_trials(directory)
         planner = Planner(composer(loader, master), directory)
-        ends = [(overrides, planner.plan(overrides, space.keys)) for overrides in space.ends(planner)]
-        clusters = [plan.config.cluster for _, plan in ends]
-        slots = make_slots(launcher, clusters, JOBS_OF_A_SEARCH)
+        bounds = [(overrides, planner.plan(overrides, space.keys)) for overrides in space.bounds(planner)]
+        clusters = [plan.config.cluster for _, plan in bounds]
+        slots = make_slots(launcher, clusters, SEARCH_JOBS)
         sweep = Sweep(directory, slots, launcher, make_starter(clusters, directory, hydra_arguments(master)))
-        if any(plan.config.dry_run for _, plan in ends):
-            print_trials(sweep, identify(ends, space.keys, directory), options.n_trials)
+        if any(plan.config.dry_run for _, plan in bounds):
+            print_trials(sweep, identify(bounds, space.keys, directory), options.n_trials)
             return
-        for _, plan in ends:
+        for _, plan in bounds:
             planner.prepare(plan)
-        study = open_study(directory, options, _first_rung(options, [plan for _, plan in ends]))
+        study = open_study(directory, options, _first_rung(options, [plan for _, plan in bounds]))
         proposals = Proposals(study, space, planner, options, directory)
         run_trials(sweep, proposals, planned=options.n_trials)
 
 
 def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
-    """A new one, or that of the sweep's folder. A seed is used once: after a resume nothing is drawn again.
+    """Open the study of the sweep's folder, or create it.
+
+    A resumed study has another seed, so that it does not propose the first points again.
 
     Raises:
-        UserError: the folder's study minimises something else.
+        UserError: the folder's study has other objectives.
     """
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -90,7 +92,7 @@ def open_study(directory: Path, options: OptunaConfig, first_rung: int) -> Any:
     before = rename_mapping({"objectives": study.user_attrs.get("objectives", names)}, "hydra.sweeper")["objectives"]
     if before != names:
         raise UserError(
-            f"hydra.sweeper.objectives ({', '.join(names)}) were {', '.join(before)} in {directory}; say the same, or "
+            f"hydra.sweeper.objectives ({', '.join(names)}) were {', '.join(before)} in {directory}; use the same, or "
             "choose another hydra.sweep.dir"
         )
     study.set_user_attr("objectives", names)

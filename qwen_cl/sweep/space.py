@@ -1,4 +1,4 @@
-"""The search space of a sweep, as Optuna's distributions."""
+"""The search space of a sweep as Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 class Space:
-    """What is searched, and what all trials have in common."""
+    """The distributions that are searched, and the overrides that all trials have in common."""
 
     def __init__(self, overrides: Sequence[Override]) -> None:
-        """Raises UserError where nothing is left open."""
+        """Take the overrides of the command line.
+
+        Raises:
+            UserError: no override has several values or an interval.
+        """
         self.fixed: list[str] = []
         self.distributions: dict[str, BaseDistribution] = {}
         for override in overrides:
@@ -35,19 +39,22 @@ class Space:
 
     @property
     def keys(self) -> list[str]:
+        """The keys that are searched."""
         return list(self.distributions)
 
     def overrides(self, values: dict[str, Any], planner: Planner) -> Combination:
-        """Of one point; a key that the point's own choices lack is left out."""
-        said = self._said(values)
+        """Return the overrides of one point, without the keys that its choices of groups do not have."""
+        combination = self._combination(values)
         groups = {key: self._choices(key) for key in self.keys if key in CHOOSERS}
-        others = [self._said({**values, **dict(zip(groups, chosen))}) for chosen in itertools.product(*groups.values())]
-        return applicable([said, *others], planner.compose)[0][0]
+        others = [
+            self._combination({**values, **dict(zip(groups, chosen))}) for chosen in itertools.product(*groups.values())
+        ]
+        return applicable([combination, *others], planner.compose)[0][0]
 
-    def ends(self, planner: Planner) -> list[Combination]:
-        """All at their least, and all at their most: what lies between is of the same kind."""
-        ends = [{key: self._choices(key)[which] for key in self.keys} for which in (0, -1)]
-        return [self.overrides(values, planner) for values in ends]
+    def bounds(self, planner: Planner) -> list[Combination]:
+        """Return the points with all keys at their lowest and at their highest, which are checked for the others."""
+        bounds = [{key: self._choices(key)[index] for key in self.keys} for index in (0, -1)]
+        return [self.overrides(values, planner) for values in bounds]
 
     def _choices(self, key: str) -> list[Any]:
         from optuna.distributions import CategoricalDistribution
@@ -57,7 +64,7 @@ class Space:
             return list(distribution.choices)
         return [distribution.low, distribution.high]
 
-    def _said(self, values: dict[str, Any]) -> Combination:
+    def _combination(self, values: dict[str, Any]) -> Combination:
         texts = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items()}
         return (*self.fixed, *(f"{key}={text}" for key, text in texts.items()))
 
@@ -69,8 +76,8 @@ def _distribution(override: Override) -> BaseDistribution:
     value: Any = override.value()
     log = "log" in getattr(value, "tags", ())
     if override.is_interval_sweep():
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=log)
+        is_integer = isinstance(value.start, int) and isinstance(value.end, int)
+        return (IntDistribution if is_integer else FloatDistribution)(value.start, value.end, log=log)
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 

@@ -1,4 +1,4 @@
-"""A sweep from its first trial to the answer, wherever its trials come from."""
+"""The run of a sweep: from its first trial to its results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwen_cl.sweep.view import WAITING, SweepView, tally
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What its trials have in common."""
+    """The settings that all trials of a sweep share."""
 
     directory: Path
     slots: Sequence[Slot]
@@ -40,21 +40,24 @@ class Sweep:
     start: Starter
 
     def describe(self, planned: int, done: int = 0) -> str:
-        there = f", {done} there already" if done else ""
-        where = f"{len(self.slots)} at a time" + (" in Slurm's queue" if self.start.leaves else "")
+        """Return a line with the numbers of trials and slots."""
+        completed = f", {done} already completed" if done else ""
+        slots = f"{len(self.slots)} at a time" + (" in Slurm's queue" if self.start.detached else "")
         if self.slots[0].gpus:
-            where += f", on GPUs {' '.join(dict.fromkeys(','.join(slot.gpus) for slot in self.slots))}"
-        return f"{planned} trials{there}, {where}, in {self.directory}"
+            slots += f", on GPUs {' '.join(dict.fromkeys(','.join(slot.gpus) for slot in self.slots))}"
+        return f"{planned} trials{completed}, {slots}, in {self.directory}"
 
 
 def run_trials(
     sweep: Sweep, source: Source, *, planned: int, done: Sequence[Trial] = (), waiting: Sequence[Trial] = ()
 ) -> None:
-    """``planned`` is how many there are in all; ``done`` and ``waiting`` are those that are known before the start.
+    """Run the trials of ``source``, and write and print the results.
+
+    ``planned`` is the number of all trials; ``done`` and ``waiting`` are those known before the start.
 
     Raises:
-        RunFailed: not every trial completed or was pruned.
-        RunPreempted: the sweep was asked to stop.
+        RunFailed: a trial neither completed nor was pruned.
+        RunPreempted: the sweep got a signal to stop.
     """
     with tolerate_broken_output(sweep.directory):
         console = console_for_tables()
@@ -73,7 +76,7 @@ def run_trials(
 
 
 def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
-    """Files, pictures and the table, of all that the folder has; however the sweep ended."""
+    """Write and print the results of all trials in the folder, however the sweep ended."""
     results = read_results(directory)
     write_results(directory, results, facts)
     used = sum(result.seconds for result in results), sum(result.gpu_seconds for result in results)
@@ -84,21 +87,21 @@ def report(directory: Path, facts: dict[str, Any], console: Console) -> None:
         *_page_facts(directory),
     ]
     if command := sync_command(directory):
-        lines.append(("to the dashboard", command))
+        lines.append(("upload", command))
     print_results(results, lines, console)
 
 
 def _page_facts(directory: Path) -> list[tuple[str, str]]:
-    """What it cannot show must not hide how the sweep ended."""
+    """Write the page; an error is only printed, as it must not hide how the sweep ended."""
     try:
-        page, *pictures = write_report(directory)
+        page, *plots = write_report(directory)
     except UserError as error:
         return [("no page", str(error))]
-    return [("page", str(page)), *(("picture", str(path)) for path in pictures)]
+    return [("page", str(page)), *(("plot", str(path)) for path in plots)]
 
 
 def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
-    """The dry run of a sweep."""
+    """Print the trials of a dry run."""
     console = Console()
     console.print(sweep.describe(planned), highlight=False, soft_wrap=True, markup=False)
     width = max(len(trial.name) for trial in trials)
@@ -111,7 +114,7 @@ def print_trials(sweep: Sweep, trials: Sequence[Trial], planned: int) -> None:
 
 
 def hydra_arguments(master: DictConfig) -> list[str]:
-    """What of the sweep's own command line a trial needs to find the same files."""
+    """Return the Hydra arguments of the sweep's command line that a trial needs to find the same config files."""
     arguments = []
     if master.hydra.job.config_name != "config":
         arguments += ["--config-name", str(master.hydra.job.config_name)]
@@ -126,7 +129,7 @@ def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> N
     waiting = scheduler.waiting()
     left = [process.state for process in scheduler.running]
     states = [*before, *(outcome.state.value for outcome in outcomes), *left, *[WAITING] * waiting]
-    message = f"{tally(states)}; the same command with {printed_path('hydra.sweep.dir', directory)} goes on from there"
+    message = f"{tally(states)}; the same command with {printed_path('hydra.sweep.dir', directory)} resumes there"
     if scheduler.interrupted:
         raise RunPreempted(f"PREEMPTED: {message}")
     if waiting or not all(outcome.state is State.COMPLETED or outcome.pruned for outcome in outcomes):
@@ -134,5 +137,5 @@ def _conclude(scheduler: Scheduler, before: Sequence[str], directory: Path) -> N
 
 
 def make_starter(clusters: Sequence[ClusterConfig], directory: Path, hydra_arguments: Sequence[str]) -> Starter:
-    """``clusters`` are the trials', all of one kind (``make_slots``)."""
+    """Return the starter for the trials' clusters, which are all of one kind (``make_slots``)."""
     return JobStarter(directory) if isinstance(clusters[0], SlurmConfig) else ProcessStarter(hydra_arguments)

@@ -1,4 +1,4 @@
-"""One trial: what it is, what identifies it, and where it is kept."""
+"""A trial: its plan, its identity, and its record in its folder."""
 
 from __future__ import annotations
 
@@ -24,38 +24,45 @@ from qwen_cl.runs.folder import ARCHIVED, RunFolder
 
 LONGEST_NAME = 80
 RECORD = "trial.json"
-"""In a trial's folder, written before it starts: which trial it is, how often it was started, what that took."""
+"""The file in a trial's folder with its identity, the number of attempts, and the time they took."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
+    """A trial of a sweep."""
+
     number: int
-    """Of the sweep's folder, from 0 on; a continued sweep keeps it."""
+    """Number in the sweep's folder, from 0 on; kept when the sweep is resumed."""
     name: str
-    """Also of its folder: the number and what differs from the other trials."""
+    """Name, also of its folder: the number and the values that differ from the other trials."""
     overrides: tuple[str, ...]
     differing: dict[str, str]
-    """The keys that tell it from the other trials, with its values."""
+    """Its values of the keys that differ between the trials."""
     folder: RunFolder
     plan: Plan
     config_hash: str
 
     @property
     def record_file(self) -> Path:
+        """The path of its record."""
         return self.folder.directory / RECORD
 
     @property
     def invocation(self) -> Invocation:
-        said = list(self.overrides)
-        return Invocation(output_dir=self.folder.directory, overrides=said, typed=said, runtime={})
+        """The invocation of its run."""
+        overrides = list(self.overrides)
+        return Invocation(output_dir=self.folder.directory, overrides=overrides, typed=overrides, runtime={})
 
     def record(self) -> dict[str, Any]:
-        """Of its last start; empty before the first."""
+        """Return the record of its last attempt; empty before the first."""
         return read_record(self.record_file)
 
     def begin(self, before: dict[str, Any], gpus: float, visible: Sequence[str] = ()) -> None:
-        """``before`` is the record of its last start, whose costs count; ``gpus`` is how many it takes, or what part
-        of one, and ``visible`` which, where that is ours to say."""
+        """Record the start of an attempt.
+
+        ``before`` is the record of the attempt before, whose costs are added; ``gpus`` is the number of GPUs, or the
+        fraction of a shared one; ``visible`` are their names, unless Slurm assigns them.
+        """
         self.folder.directory.mkdir(parents=True, exist_ok=True)
         record = {
             "number": self.number,
@@ -73,24 +80,24 @@ class Trial:
         }
         write_json(record, self.record_file)
 
-    def make_room(self) -> None:
-        """Before it starts again: it goes on in its folder, or begins in a new one."""
+    def archive_unless_resumed(self) -> None:
+        """Rename the folder of an earlier attempt, unless the run resumes in it."""
         if not isinstance(self.plan.config.resume, AutoResumeConfig):
             self.folder.archive()
 
-    def renew(self) -> None:
-        """What tells it from the others may have become more since it was started: a command added values."""
+    def update_differing(self) -> None:
+        """Add keys to its record that differ only since a later command added values."""
         record = self.record()
         if record and not self.differing.items() <= record["differing"].items():
             write_json({**record, "differing": {**record["differing"], **self.differing}}, self.record_file)
 
     def end(self, at: float) -> None:
-        """Count what it took, if nobody has; ``at`` is seconds since the epoch."""
+        """Record the end of an attempt at ``at`` (seconds since the epoch), unless it is recorded."""
         if (started := self.record().get("started")) is not None:
             self.count(at - started)
 
     def count(self, seconds: float) -> None:
-        """What it took since it was begun, if nobody has counted that."""
+        """Add the duration of an attempt to its cost, unless it is recorded."""
         record = self.record()
         if record.get("started") is None:
             return
@@ -101,10 +108,10 @@ class Trial:
 
 
 def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str], directory: Path) -> list[Trial]:
-    """Numbers and names for checked overrides. What the sweep's folder has already keeps its own; what is the same
-    trial as one before, with other words, is left out.
+    """Number and name the trials of checked overrides.
 
-    ``keys`` are those that differ between the trials.
+    A trial that is in the sweep's folder keeps its number and name; overrides that resolve to the same config are one
+    trial. ``keys`` are those that differ between the trials.
     """
     known = {record["config_hash"]: record for record in read_records(directory)}
     number = 1 + max((record["number"] for record in known.values()), default=-1)
@@ -117,40 +124,43 @@ def identify(trials: Sequence[tuple[tuple[str, ...], Plan]], keys: Sequence[str]
         differing = {key: values[key] for key in keys if key in values}
         if config_hash in known:
             record = known[config_hash]
-            this, name = record["number"], record["name"]
+            own_number, name = record["number"], record["name"]
         else:
-            this, name = number, trial_name(number, differing)
+            own_number, name = number, trial_name(number, differing)
             number += 1
         folder = RunFolder(directory / name)
-        found[config_hash] = Trial(this, name, tuple(overrides), differing, folder, plan, config_hash)
+        found[config_hash] = Trial(own_number, name, tuple(overrides), differing, folder, plan, config_hash)
     return list(found.values())
 
 
 def hash_config(plan: Plan) -> str:
-    """Of everything that the result depends on: the resolved config, with the model's commit, and the data. Its keys
-    are spelled as when sweeps first had such a hash."""
+    """Return a hash of everything that affects the result: the resolved config, the model's commit, and the data.
+
+    The keys have their earliest names, so that the hashes in old sweep folders stay valid.
+    """
     leaves = earlier_names(leaves_to_compare(to_plain(plan.config)))
-    if plan.automatic_micro_batch:  # another machine would settle it otherwise, to the same result
+    if plan.automatic_micro_batch:  # another machine may choose another size, with the same result
         leaves["task.micro_batch_size"] = AUTO
     text = json.dumps([leaves, plan.content()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def trial_name(number: int, differing: dict[str, str]) -> str:
-    """Letters, digits, dots, dashes and underscores: it must need no quotes, in a shell or in an override."""
+    """Return a name that needs no quotes in a shell or an override: letters, digits, dots, dashes and underscores."""
     parts = [
-        _sanitised(value if key in GROUPS else f"{key.rpartition('.')[2]}_{value}") for key, value in differing.items()
+        _sanitized(value if key in GROUPS else f"{key.rpartition('.')[2]}_{value}") for key, value in differing.items()
     ]
     return "-".join([f"{number:02}", *filter(None, parts)])[:LONGEST_NAME].rstrip("-_.")
 
 
 def read_records(directory: Path) -> Iterable[dict[str, Any]]:
-    """Of every trial that was ever started in a sweep's folder, by number; not of what was moved aside."""
+    """Return the records of all trials that were started in a sweep's folder, by number, without archived folders."""
     paths = [path for path in directory.glob(f"*/{RECORD}") if ARCHIVED not in path.parent.name]
     return sorted(map(read_record, paths), key=lambda record: int(record["number"]))
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Read a trial's record; empty if there is none."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,10 +174,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Atomic: a reader sees the old file or the new one."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _sanitised(text: str) -> str:
+def _sanitized(text: str) -> str:
     text = re.sub(r"e\+(?=\d)", "e", text.replace("hf://", ""))  # 1e+30 is not 1e-30
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._")[:40]

@@ -1,4 +1,4 @@
-"""What the terminal shows of a sweep: a line a trial, kept up to date; on a pipe a line for each event."""
+"""The terminal view of a sweep: a live line per trial, or on a pipe a line per event."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ STYLES = {
     "FAILED": "red",
     "PREEMPTED": "yellow",
 }
-BY_INTEREST = (RUNNING, "FAILED", "PREEMPTED", SUBMITTED, WAITING, "COMPLETED")
-"""Which lines stay where the terminal is too low for all."""
+BY_PRIORITY = (RUNNING, "FAILED", "PREEMPTED", SUBMITTED, WAITING, "COMPLETED")
+"""The states in the order in which lines are kept when the terminal is too low for all."""
 
 
 @dataclass(slots=True)
 class Line:
-    """A trial as it is seen now."""
+    """The line of a trial."""
 
     trial: Trial
     state: str = WAITING
     note: str = ""
-    """What it is doing before it trains; why it ended, if not well."""
+    """The phase before training, or the reason why it did not complete."""
     latest: dict[str, Any] = field(default_factory=dict)
-    """The newest value of every metric."""
+    """The latest value of every metric."""
     first_step: tuple[float, int] | None = None
-    """When the first step was logged, and which."""
+    """Time and number of the first step in the log."""
     tail: MetricsTail | None = None
     attempt: int = 0
 
     def follow(self) -> None:
-        """Read what it wrote since the last time."""
+        """Read the metrics and the status that were written since the last call."""
         attempt = self.trial.record().get("attempts", 0)
-        if self.tail is None or attempt != self.attempt:  # it started again, in a new folder of the same name
+        if self.tail is None or attempt != self.attempt:  # a new attempt, in a new folder of the same name
             self.tail, self.attempt, self.latest, self.first_step = MetricsTail(self.trial.folder), attempt, {}, None
         for record in self.tail.new_records():
             self.latest.update(record)
@@ -62,25 +62,31 @@ class Line:
 
     @property
     def step(self) -> int:
+        """The latest step."""
         return int(self.latest.get("step", 0))
 
     @property
     def max_steps(self) -> int:
+        """The number of steps in all."""
         return self.trial.plan.config.training.max_steps
 
     def seconds_left(self) -> float | None:
-        """At the rate of the steps so far."""
+        """Return the seconds that remain at the average rate so far, or None before the second step."""
         if self.first_step is None or self.step == self.first_step[1]:
             return None
         since, first = self.first_step
         return (self.latest["time"] - since) / (self.step - first) * (self.max_steps - self.step)
 
     def figure(self, key: str, form: str) -> str:
+        """Return the latest value of a metric as text; empty without one."""
         return format(self.latest[key], form) if key in self.latest else ""
 
 
 class SweepView:
+    """The view of a sweep, as a context manager."""
+
     def __init__(self, console: Console) -> None:
+        """Show the sweep on ``console``."""
         self.console = console
         self.lines: dict[str, Line] = {}
         self.started = time.monotonic()
@@ -99,20 +105,22 @@ class SweepView:
             self._live.stop()
 
     def add(self, trial: Trial, state: str | None) -> None:
-        """``state`` of one that is there already."""
+        """Add a line; ``state`` is given for a trial that has already ended."""
         line = self.lines[trial.name] = Line(trial)
         if state is not None:
             line.follow()
             line.state, line.note = state, trial.folder.status().reason or ""
 
     def update(self, scheduler: Scheduler) -> None:
+        """Update all lines."""
         if scheduler.interrupted and not self._stopping:
             self._stopping = True
-            said = "Stopping: every trial saves a checkpoint first. Again to kill them."
-            self.console.print("The jobs go on without us." if scheduler.start.leaves else said, highlight=False)
+            notice = "Stopping: every trial saves a checkpoint first. Interrupt again to kill the trials."
+            detached = "The jobs keep running; the same command finds them again."
+            self.console.print(detached if scheduler.start.detached else notice, highlight=False)
         running = {process.trial.name: process for process in scheduler.running}
         for process in running.values():
-            if process.trial.name not in self.lines:  # a search makes them as it goes
+            if process.trial.name not in self.lines:  # proposed by a search meanwhile
                 self.add(process.trial, None)
         for name, line in self.lines.items():
             outcome = scheduler.outcomes.get(name)
@@ -132,6 +140,7 @@ class SweepView:
             self.console.print(describe(line), highlight=False, soft_wrap=True, markup=False)
 
     def table(self) -> Table:
+        """Return the live table."""
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         table = Table(
             title=f"{tally(line.state for line in self.lines.values())}, {minutes}:{seconds:02}",
@@ -149,6 +158,7 @@ class SweepView:
 
 
 def cells(line: Line) -> list[str]:
+    """Return the cells of a line, in the order of the table's columns."""
     left = line.seconds_left() if line.state == RUNNING else None
     return [
         line.trial.name,
@@ -163,7 +173,7 @@ def cells(line: Line) -> list[str]:
 
 
 def describe(line: Line) -> str:
-    """One event, for a pipe."""
+    """Return the text of one event, for a pipe."""
     _, state, step, loss, val, rate, _, note = cells(line)
     if line.state == RUNNING:
         return f"{line.trial.name}  started" + (f", attempt {line.attempt}" if line.attempt > 1 else "")
@@ -174,7 +184,7 @@ def describe(line: Line) -> str:
 
 
 def tally(states: Iterable[str]) -> str:
-    """How many are in each state."""
+    """Return the number of trials in each state."""
     counts = Counter(states)
     return ", ".join(f"{counts[state]} {state}" for state in (WAITING, *State.__members__) if counts[state])
 
@@ -182,4 +192,4 @@ def tally(states: Iterable[str]) -> str:
 def _fitting(lines: Sequence[Line], height: int) -> Sequence[Line]:
     if len(lines) <= height:
         return lines
-    return sorted(lines, key=lambda line: BY_INTEREST.index(line.state))[: max(1, height)]
+    return sorted(lines, key=lambda line: BY_PRIORITY.index(line.state))[: max(1, height)]

@@ -43,9 +43,7 @@ def test_what_the_base_knew_can_be_forgotten() -> None:
 def test_forgetting_looks_at_the_best_there_was_not_at_the_stage_that_taught() -> None:
     matrix = [[0.9, 0.0], [0.5, 0.3], [0.2, 0.6], [0.4, 0.4]]
     found = measure_transfer(matrix, [1, 1], higher_is_better=True)
-    assert found.forgetting == pytest.approx(
-        ((0.5 - 0.4) + (0.6 - 0.4)) / 2
-    )  # 0.9 was before training
+    assert found.forgetting == pytest.approx(((0.5 - 0.4) + (0.6 - 0.4)) / 2)  # 0.9 was before training
     assert found.backward == pytest.approx(((0.4 - 0.5) + (0.4 - 0.3)) / 2)
     known = measure_transfer(matrix, [BEFORE, 1], higher_is_better=True)
     assert known.forgetting == pytest.approx(((0.9 - 0.4) + (0.6 - 0.4)) / 2)

@@ -131,7 +131,7 @@ def test_the_table_has_every_trial_with_its_figures(rendered: str) -> None:
     page = Page(rendered)
     columns, *rows = page.tables[0]
     assert columns == [
-        "run", "state", "lr", "peft.rank", "data", "step", "target loss", "at step 0", "forgotten",
+        "run", "state", "lr", "peft.rank", "data", "step", "target loss", "at step 0", "forgetting",
         "english loss", "tokens/s", "peak GiB", "seconds", "device-seconds", "reason",
     ]  # fmt: skip
     assert [row[0] for row in rows] == ["04", "03", "05", "02", "01", "00", "06"]

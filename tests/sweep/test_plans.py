@@ -1,4 +1,4 @@
-"""What a sweep does before its first trial; nothing is trained here."""
+"""The checks of a sweep before its first trial; nothing is trained here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.hydra_errors import explain
 from qwen_cl.config.store import HYDRA_GROUPS, register_schemas
-from qwen_cl.sweep.folder import decided
+from qwen_cl.sweep.folder import finished_trials
 from qwen_cl.sweep.grid import plan_trials
 from qwen_cl.sweep.planning import Planner, composer
 from qwen_cl.sweep.trial import trial_name
@@ -40,7 +40,7 @@ def test_every_option_has_its_value_in_a_file_that_says_what_it_is(path: Path) -
 
 
 def multirun(directory: Path, *said: str) -> None:
-    """``launch.py -m`` in this process; mistakes end as the launcher tells them."""
+    """Run ``launch.py -m`` in this process; errors are raised as the launcher explains them."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     overrides = [f"hydra.sweep.dir={directory}", "cluster.accelerator=cpu", *said]
@@ -51,7 +51,7 @@ def multirun(directory: Path, *said: str) -> None:
 
 
 def dry_run(directory: Path, capsys: pytest.CaptureFixture[str], *said: str) -> list[str]:
-    """The lines that are printed."""
+    """Return the printed lines of a dry run."""
     multirun(directory, "dry_run=true", *said)
     assert not directory.exists()
     return capsys.readouterr().out.splitlines()
@@ -59,7 +59,7 @@ def dry_run(directory: Path, capsys: pytest.CaptureFixture[str], *said: str) -> 
 
 def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(tmp_path / "sweep", capsys, "peft=lora,none", "peft.rank=8,32", "lr=1e-4,3e-4")
-    assert lines[0] == "peft.rank is left out where peft=none, which has none"
+    assert lines[0] == "peft.rank is dropped for peft=none, which has no such key"
     assert lines[1].startswith("6 trials, ")
     said = [line.split("dry_run=true ")[1] for line in lines[2:]]
     assert said == [
@@ -107,26 +107,29 @@ def test_what_is_said_twice_is_one_trial(tmp_path: Path, capsys: pytest.CaptureF
         (["task.sequence_length=512,8192"], "trial task.sequence_length=8192: task.sequence_length (8192) must be"),
         (
             ["task=inspect"],
-            "trial cluster.accelerator=cpu task=inspect: a trial trains: task=finetune or task=pretrain",
+            "trial cluster.accelerator=cpu task=inspect: a trial must train a model: task=finetune or task=pretrain",
         ),
         (
             ["hydra/sweeper=optuna", "hydra/launcher=basic", "lr=1,2"],
-            "hydra/launcher=basic runs its trials in batches, which hydra/sweeper=optuna does not make; remove it",
+            "hydra/launcher=basic runs batches of trials, and hydra/sweeper=optuna proposes one at a time; remove it",
         ),
         (["hydra/sweeper=optuna", "lr=interval(-1,1)"], "trial lr=-1: lr (-1.0) must be above 0"),
         (["hydra/sweeper=optuna", "n_trials=3", "lr=1,2"], "n_trials: unknown key"),
-        (["lr=interval(1e-5,1e-3)"], "lr=interval(1e-5,1e-3) has no end of values, for hydra/sweeper=grid; write"),
+        (
+            ["lr=interval(1e-5,1e-3)"],
+            "lr=interval(1e-5,1e-3) is an interval, which hydra/sweeper=grid cannot enumerate",
+        ),
         (
             ["cluster=slurm", "replay=generated", "lr=1e-3,1e-4"],
-            "trial lr=0.001: replay=generated is written where the command is; for a sweep on a cluster write it once",
+            "trial lr=0.001: replay=generated samples its text on this machine; for a sweep on a cluster sample it",
         ),
-        (["cluster=docker", "cluster.image=i", "lr=1,2"], "a sweep runs with cluster=local or cluster=slurm; nothing"),
+        (["cluster=docker", "cluster.image=i", "lr=1,2"], "a sweep runs with cluster=local or cluster=slurm; other"),
         (["hydra.launcher.jobs=0"], "hydra.launcher.jobs (0) must be at least 1"),
         (["hydra.launcher.cpu_slots=0"], "hydra.launcher.cpu_slots (0) must be at least 1"),
         (["hydra.launcher.gpus_per_trial=0"], "hydra.launcher.gpus_per_trial (0) must be at least 1"),
         (["hydra.launcher.trials_per_gpu=0"], "hydra.launcher.trials_per_gpu (0) must be at least 1"),
         (["hydra.launcher.max_retries=-1"], "hydra.launcher.max_retries (-1) must be at least 0"),
-        (["hydra.launcher.gpus=[0,1]"], "hydra.launcher.gpus (0, 1) would change nothing: the trials run on the CPU"),
+        (["hydra.launcher.gpus=[0,1]"], "hydra.launcher.gpus (0, 1) has no effect: the trials run on the CPU"),
         (["hydra.launcher.slots=2"], "hydra.launcher.slots: unknown key; did you mean hydra.launcher.cpu_slots? (keys"),
     ],
 )
@@ -139,7 +142,9 @@ def test_one_bad_trial_refuses_the_sweep(said: list[str], message: str, tmp_path
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=r"^hydra.sweep.dir \(.*/file/sweep\) cannot be made: Not a directory; choose"):
+    with pytest.raises(
+        UserError, match=r"^hydra.sweep.dir \(.*/file/sweep\) cannot be created: Not a directory; choose"
+    ):
         multirun(tmp_path / "file/sweep", "lr=1e-4,2e-4")
 
 
@@ -159,7 +164,7 @@ def test_a_folder_name_needs_no_quotes() -> None:
 
 
 def test_a_trial_that_fits_no_layout_refuses_the_sweep(hydra: None, tmp_path: Path) -> None:
-    """Also where another, which differs in its adapter alone, fits."""
+    """Refuse it also if another trial, which differs only in its adapter, fits."""
     hydra_now = GlobalHydra.instance().hydra
     assert hydra_now is not None
     common = ["cluster.accelerator=cpu", "cluster.devices=2", "cluster.tensor_parallel=2"]
@@ -183,8 +188,8 @@ def test_a_sweep_that_gets_more_values_keeps_its_trials(hydra: None, tmp_path: P
         ["cluster.accelerator=cpu", f"lr={lr}", f"peft.rank={rank}"] for lr in ("1e-4", "3e-4") for rank in (16, 32)
     ]
     trials = plan_trials(more, planner, tmp_path)
-    # 32 is what peft.rank was without being said.
+    # 32 is the default of peft.rank.
     assert [trial.name for trial in trials] == ["01-lr_1e-4-rank_16", "00", "02-lr_3e-4-rank_16", "03-lr_3e-4-rank_32"]
-    assert [trial.name for trial in decided(trials)] == ["00"]
+    assert [trial.name for trial in finished_trials(trials)] == ["00"]
     assert only.record()["differing"] == {"lr": "1e-4", "peft.rank": "32"}
     assert only.record()["attempts"] == 1

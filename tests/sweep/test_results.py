@@ -1,4 +1,4 @@
-"""What a sweep says while it runs and after its last trial, of folders as trials leave them."""
+"""The view and the results of a sweep, from folders as trials write them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qwen_cl.sweep.view import SweepView
 
 
 def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: tuple[float, ...], **said: str) -> None:
-    """As a completed trial leaves it; no losses: as one that failed."""
+    """Write the folder of a completed trial, or of a failed one if there are no losses."""
     name = trial_name(number, said)
     folder = RunFolder(directory / name)
     folder.directory.mkdir()
@@ -48,7 +48,7 @@ def write_trial(directory: Path, number: int, losses: tuple[float, ...], kept: t
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """lr x rank with one failure."""
+    """Write the trials of lr x rank, one of which failed."""
     for number, (rate, rank, losses, kept) in enumerate(
         [
             ("1e-4", "8", (5.0, 4.0, 3.5), (2.0, 2.0, 2.1)),
@@ -70,7 +70,7 @@ def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> N
     best = best_of(results)
     assert best is not None
     assert (best.name, best.val_loss, best.first_val_loss, best.train_loss) == ("02-lr_1e-3-rank_8", 2.5, 5.0, 3.0)
-    assert best.forgotten == pytest.approx(0.4)
+    assert best.forgetting == pytest.approx(0.4)
     assert best.tokens_per_second == 300.0
     console = console_for_tables(io.StringIO())
     print_results(results, [("time", "9 s")], console)
@@ -118,6 +118,6 @@ def test_a_terminal_shows_a_line_a_trial(finished: Path) -> None:
     line = view.lines["02-lr_1e-3-rank_8"]
     assert "it broke" in text
     assert line.seconds_left() == 0.0
-    # The first of its training steps was logged at 0.5 s.
+    # Its first training step was logged at 0.5 s.
     line.latest.update(step=5, time=1.5)
     assert line.seconds_left() == pytest.approx((1.5 - 0.5) / 5 * 3)

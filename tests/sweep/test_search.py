@@ -1,4 +1,4 @@
-"""Optuna's proposals, with its real study; what a trial's process would write is written here."""
+"""Optuna's proposals with a real study; the tests write the files of a trial's process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def planner() -> Iterator[Planner]:
 
 
 def proposals(planner: Planner, directory: Path, *said: str, space: list[str] = SPACE, **options: Any) -> Proposals:
-    """As a command makes them, with other options where given."""
+    """Return the proposals of a command, with the given options."""
     directory.mkdir(exist_ok=True)
     values = cast(DictConfig, OmegaConf.load(ROOT / "conf/hydra/sweeper/optuna.yaml"))
     del values["defaults"]
@@ -103,7 +103,7 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
     start(again)
     new = next_of(second)
     assert new.number == 3
-    # A seed that starts over would draw the first point again.
+    # The same seed would propose the first point again.
     assert new.config_hash not in {trial.config_hash for trial in trials}
     assert second.next() is None
     assert second.waiting() == 0
@@ -129,17 +129,17 @@ def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path)
     good, bad = start(next_of(source)), start(next_of(source))
     measure(good, 0, 9.0)
     measure(bad, 0, 9.0)
-    assert source.why_stop(good) is None
+    assert source.stop_cause(good) is None
     measure(good, 2, 3.0)
-    assert source.why_stop(good) is None
-    assert source.why_stop(bad) is None
+    assert source.stop_cause(good) is None
+    assert source.stop_cause(bad) is None
     measure(bad, 2, 4.0)
     why = "pruned: its validation loss at step 2 (4.0000) is not among the best 1 in 2"
-    cause = source.why_stop(bad)
+    cause = source.stop_cause(bad)
     assert cause == StopCause(why, FailureKind.pruned)
     finish(source, bad, State.PREEMPTED, cause)
     assert states(source) == ["RUNNING", "PRUNED"]
-    # Where a sweep goes on it stays as it is.
+    # A resumed sweep leaves it as it is.
     later = proposals(planner, tmp_path / "sweep", "task.max_steps=40", n_trials=2, reduction_factor=2)
     assert next_of(later).name == good.name
     assert later.next() is None
@@ -152,14 +152,14 @@ def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
         trial = start(next_of(source))
         measure(trial, 0, 9.0)
         measure(trial, step, loss)
-        assert source.why_stop(trial) is None
+        assert source.stop_cause(trial) is None
         finish(source, trial, State.COMPLETED)
     assert [trial.values for trial in source.study.best_trials] == [
         [3.0, pytest.approx(0.1)],
         [2.0, pytest.approx(0.3)],
     ]
     with pytest.raises(
-        UserError, match=r"objectives \(val_loss\) were val_loss, forgetting in .*; say the same, or choose"
+        UserError, match=r"objectives \(val_loss\) were val_loss, forgetting in .*; use the same, or choose"
     ):
         proposals(planner, tmp_path / "sweep")
 

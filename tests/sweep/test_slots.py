@@ -1,4 +1,4 @@
-"""On which GPUs or cores trials run, and how many at once."""
+"""The slots of trials: GPUs or cores, and their number."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cluster(accelerator: Accelerator, devices: int = 1) -> LocalConfig:
 def test_gpus_are_shared_out(
     options: dict[str, Any], devices: int, expected: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5", "6", "7"])  # of a machine that this one is not
+    monkeypatch.setattr(slots, "gpu_names", lambda: ["4", "5", "6", "7"])  # the GPUs of another machine
     found = slots.make_slots(launcher(**options), [cluster(Accelerator.gpu, devices)], 9)
     assert [slot.gpus for slot in found] == expected
     shared = options.get("trials_per_gpu", 1)
@@ -61,8 +61,12 @@ def test_gpus_are_shared_out(
     ("options", "devices", "message"),
     [
         ({"gpus": ["0"]}, 1, r"^hydra.launcher.gpus \(0\) is not visible here; there are 4, 5$"),
-        ({"gpus": ["4", "4"]}, 1, r"^hydra.launcher.gpus \(4, 4\) names one twice; hydra.launcher.trials_per_gpu"),
-        ({}, 3, r"^a trial takes 3 GPUs .* and the sweep has 2 \(4, 5\); lower it, or give more"),
+        (
+            {"gpus": ["4", "4"]},
+            1,
+            r"^hydra.launcher.gpus \(4, 4\) names a GPU twice; set hydra.launcher.trials_per_gpu",
+        ),
+        ({}, 3, r"^a trial needs 3 GPUs .* and the sweep has 2 \(4, 5\); lower it, or list more"),
         ({"gpus_per_trial": 1}, 2, r"^cluster.devices \(2\) is more than hydra.launcher.gpus_per_trial \(1\)"),
     ],
 )
@@ -88,10 +92,10 @@ def test_a_cluster_takes_all_trials_or_as_many_as_are_said() -> None:
 @pytest.mark.parametrize(
     ("options", "clusters", "message"),
     [
-        ({"gpus": ["0"]}, ["slurm"], r"^hydra.launcher.gpus \(0\) would change nothing: the trials are Slurm's"),
-        ({"cpu_slots": 2}, ["slurm"], r"^hydra.launcher.cpu_slots \(2\) would change nothing: the trials are Slurm's"),
-        ({"jobs": 2}, ["local"], r"^hydra.launcher.jobs \(2\) would change nothing on this machine"),
-        ({}, ["local", "slurm"], "^cluster=local,slurm: the trials of a sweep run here or there"),
+        ({"gpus": ["0"]}, ["slurm"], r"^hydra.launcher.gpus \(0\) has no effect on Slurm jobs"),
+        ({"cpu_slots": 2}, ["slurm"], r"^hydra.launcher.cpu_slots \(2\) has no effect on Slurm jobs"),
+        ({"jobs": 2}, ["local"], r"^hydra.launcher.jobs \(2\) has no effect on this machine"),
+        ({}, ["local", "slurm"], "^cluster=local,slurm: the trials of a sweep run all here or all on Slurm"),
     ],
 )
 def test_slots_that_are_not_the_clusters_are_refused(

@@ -1,4 +1,4 @@
-"""`python launch.py -m`, with real trials: killed, continued, stopped."""
+"""`python launch.py -m` with real trials: killed, resumed, stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.sweeping import left_running, start_sweep, states, sweep, tri
 
 pytestmark = pytest.mark.slow
 
-# A rate of 1e30 beside a scale of 1e-30 moves nothing; beside a scale of 8 the gradient overflows.
+# A learning rate of 1e30 with a scale of 1e-30 changes nothing; with a scale of 8 the gradient overflows.
 GRID = ["lr=1e30,1e-3", "peft.alpha=1e-30,2e-30,8", "hydra.launcher.cpu_slots=2"]
 VALUES = {
     "00": (1e30, 1e-30),
@@ -51,7 +51,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     while left_running(directory):
         assert time.monotonic() < deadline, left_running(directory)
         time.sleep(0.2)
-    # Whatever ran was asked to stop, and not killed: of 02 it depends on how far it had come.
+    # Running trials got a signal to stop and were not killed; the state of 02 depends on its progress.
     assert {state for number, state in states(directory).items() if number != "02"} <= {
         "COMPLETED",
         "PREEMPTED",
@@ -66,19 +66,19 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     assert left_running(directory) == []
     assert {name: finished(directory)[name] for name in before} == before
     assert states(directory) == {number: "FAILED" if number == "02" else "COMPLETED" for number in VALUES}
-    assert f"{len(before)} there already" in stdout
+    assert f"{len(before)} already completed" in stdout
     check_results(directory, stdout)
-    # The killed one, and those that the killed sweep left half-way, were started twice.
+    # The killed trial, and those that the killed sweep interrupted, were started twice.
     attempts = {number: record_of(directory, number)["attempts"] for number in VALUES}
     gone_on = {number: folder.status().resumed for number, folder in trial_folders(directory).items()}
-    # One more for a trial whose launcher went before its run had a folder.
+    # One more if a trial's launcher was killed before its run had a folder.
     assert all(1 + len(gone_on[number]) <= attempts[number] <= 2 + len(gone_on[number]) for number in VALUES)
     assert [cut["state"] for cut in gone_on[killed]] == ["FAILED"]
     assert {number for number in before if attempts[number] > 1} <= {killed}
 
 
 def kill_a_worker(directory: Path) -> str:
-    """Of the first trial that has one; returns the trial's number."""
+    """Kill the worker of the first trial that has one; return the trial's number."""
     for number, folder in trial_folders(directory).items():
         for process in processes_of(folder.directory):
             if "qwen_cl.training.worker" in " ".join(process.cmdline()):
@@ -88,7 +88,7 @@ def kill_a_worker(directory: Path) -> str:
 
 
 def finished(directory: Path) -> dict[str, tuple[bytes, bytes]]:
-    """What must not change any more."""
+    """Return the files that must not change any more, by trial."""
     return {
         number: (folder.status_file.read_bytes(), folder.metrics_file.read_bytes())
         for number, folder in trial_folders(directory).items()
@@ -102,7 +102,7 @@ def record_of(directory: Path, number: str) -> dict[str, Any]:
 
 
 def check_results(directory: Path, stdout: str) -> None:
-    """Against the trials' own files."""
+    """Check the results against the trials' own files."""
     register_schemas()
     summary = json.loads((directory / "sweep.json").read_text())
     results = {f"{result['number']:02}": result for result in summary["results"]}
@@ -118,9 +118,9 @@ def check_results(directory: Path, stdout: str) -> None:
         losses[number] = [line["val/target/loss"] for line in records if "val/target/loss" in line]
         assert results[number]["val_loss"] == losses[number][-1]
         old = [line["retention/old/loss"] for line in records if "retention/old/loss" in line]
-        assert results[number]["forgotten"] == pytest.approx(old[-1] - old[0])
+        assert results[number]["forgetting"] == pytest.approx(old[-1] - old[0])
         assert results[number]["seconds"] > 0
-    # Only one trial was free to learn.
+    # Only one trial had a learning rate and a scale that learn.
     assert losses["05"][-1] < losses["05"][0] - 0.1
     assert losses["00"][-1] == pytest.approx(losses["00"][0], abs=1e-3)
     order = [f"{result['number']:02}" for result in summary["results"]]
@@ -168,7 +168,7 @@ def test_ctrl_c_asks_every_trial_to_stop(tmp_path: Path) -> None:
 def test_a_search_stops_who_falls_behind_and_repeats_nothing(tmp_path: Path) -> None:
     base = write_data(tmp_path / "data")
     directory = tmp_path / "sweep"
-    # Of this seed the first two points differ, and the third is one of them again.
+    # With this seed the first two points differ, and the third repeats one of them.
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.seed=0", "peft.alpha=1e-30,8"]
     halving = ["hydra.sweeper.reduction_factor=2", "task.val_check_interval=2", "task.max_steps=120", "lr=1e-3"]
     returncode, stdout, stderr = sweep(directory, *base, *search, *halving, "hydra.launcher.cpu_slots=1", warm=True)

@@ -267,7 +267,7 @@ def test_a_sweep_is_an_array_that_goes_on_when_it_is_left(tmp_path: Path) -> Non
     first.send_signal(signal.SIGINT)
     stdout, stderr = first.communicate(timeout=60)
     assert first.returncode == 130, stderr
-    assert "The jobs go on without us." in stdout
+    assert "The jobs keep running; the same command finds them again." in stdout
     assert "PREEMPTED: " in stderr
     numbers = {name: job(folder) for name, folder in trial_folders(directory).items()}
     array = numbers["00"].partition("_")[0]
