@@ -19,7 +19,7 @@ from qwen_cl.config.run import RunConfig
 from qwen_cl.config.saved import load_config
 from qwen_cl.config.store import register_schemas
 from qwen_cl.config.task.continual import StageConfig
-from qwen_cl.continual.stage_state import is_finished, remember
+from qwen_cl.continual.stage_state import is_finished, record_stage
 from qwen_cl.continual.stages import Stage
 from qwen_cl.data.corpus.split import split_documents
 from qwen_cl.data.corpus.text_dataset import TextTarget
@@ -232,7 +232,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
     config = compose_run(*text_run.command[:5], f"data.path={path}", *text_run.command[6:])
     said = StageConfig(name="text", init_from=None, overrides=[], eval_sets=[])
     stage = Stage(1, said, None, RunFolder(tmp_path / "stage"), [], config, make_plan(config))
-    remember(stage)
+    record_stage(stage)
     shutil.copyfile(text_run.run.folder.status_file, stage.folder.status_file)
     assert is_finished(stage)
     path.write_bytes(gzip.compress(b'{"text": "another"}\n', mtime=0))
