@@ -1,1 +1,1 @@
-"""From files to rows to the data module."""
+"""Data: files, rows, examples, and the data module that training reads."""

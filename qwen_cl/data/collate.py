@@ -1,4 +1,4 @@
-"""From examples to the tensors of one micro batch."""
+"""Collation of examples into the tensors of a micro batch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qwen_cl.data.examples import Example
 
 @dataclass(frozen=True, slots=True)
 class StaticShape:
-    """Of every micro batch, so that what is compiled or recorded for one serves all."""
+    """The shape shared by all micro batches, so that a compiled graph or captured CUDA graph serves them all."""
 
     width: int
-    """Positions of a row."""
+    """Positions per sequence."""
     segments: int
-    """Of a row; those that it has not are empty, at the end of the batch."""
+    """Segments per sequence; missing ones are empty, at the end of the batch."""
 
 
 def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[str, torch.Tensor]:
-    """A micro batch, padded at the end to its longest row: tensors of shape (batch, positions).
+    """Return a micro batch, right-padded to its longest example: tensors of shape (batch, positions).
 
-    Where a row has several segments there is ``segments`` too: their boundaries in the flattened batch, int32, from 0
-    to batch x positions, as attention kernels want them (``cu_seqlens``). Padding is of the segment before it, which
-    as attention is causal never sees it.
+    If an example has several segments, ``segments`` holds their boundaries in the flattened batch: int32, from 0 to
+    batch x positions, as attention kernels take them (``cu_seqlens``). Padding belongs to the segment before it, which
+    never attends to it, as attention is causal.
     """
     width = padded_width([example.num_positions for example in examples]) if shape is None else shape.width
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
@@ -35,7 +35,7 @@ def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[s
     for row, example in enumerate(examples):
         _fill_row(example, tokens[row], labels[row], loss_mask[row])
         boundaries += [row * width + start - number for number, start in enumerate(example.starts)]
-    # A position is a distance to rotary embeddings, so those of a segment may start anywhere.
+    # Rotary embeddings depend on relative positions only, so those of a segment may start anywhere.
     position_ids = torch.arange(width).expand(len(examples), width).contiguous()
     batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     most = len(boundaries) if shape is None else len(examples) * shape.segments
@@ -46,7 +46,7 @@ def collate(examples: list[Example], shape: StaticShape | None = None) -> dict[s
 
 
 def _fill_row(example: Example, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
-    """The last id of a segment is a label only, so the next segment's first takes the position after it."""
+    """Fill one row. The last id of a segment is a label only, so each segment has one position less than ids."""
     ids = torch.tensor(example.ids)
     in_loss = torch.zeros(len(ids))
     for start, stop in example.loss_spans:

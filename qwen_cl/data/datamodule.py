@@ -36,17 +36,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sets:
+    """The training and evaluation sets of a run."""
+
     train: list[tuple[Sequence[Example], float]]
-    """Each with its share of the labels."""
+    """Each set with its share of the labels."""
     evaluation: list[ScoredSet]
-    """Named as their metrics are."""
+    """Each set under the name of its metrics."""
 
 
 class TokenDataModule(pl.LightningDataModule, IOMixin):
-    """Trains and validates on token sequences. Subclasses say where the examples come from."""
+    """The base of the data modules of token sequences; subclasses provide the examples."""
 
     raw_text = False
-    """The target is documents, rather than conversations."""
+    """The target is raw text, not conversations."""
 
     def __init__(
         self,
@@ -68,13 +70,13 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.seed = seed
         self.static_shapes = static_shapes
         self.shape: StaticShape | None = None
-        """Of the micro batches that are trained on, if it is always the same."""
+        """Fixed shape of the training micro batches, or None."""
         self.data_sampler = MegatronDataSampler(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
 
     def build_sets(self) -> Sets:
-        """What is trained on and what is measured."""
+        """Return the training and evaluation sets."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
@@ -82,7 +84,7 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
         self.train_dataset = Mixture(
             [examples for examples, _ in sets.train],
             [share for _, share in sets.train],
-            # A batch more than is trained on: Megatron's sampler refuses to go on where nothing is left.
+            # One batch more than is trained on: Megatron's sampler refuses to resume when no samples are left.
             num_samples=(self.max_steps + 1) * self.global_batch_size,
             seed=self.seed,
         )
@@ -117,12 +119,12 @@ class TokenDataModule(pl.LightningDataModule, IOMixin):
 
 
 def _most_segments(examples: Sequence[Example]) -> int:
-    """Of one example; those of a corpus, which are no list, are one stretch of text each."""
+    """Return the largest number of segments of an example; those of a corpus, which is no list, have one."""
     return max(len(example.starts) for example in examples) if isinstance(examples, list) else 1
 
 
 class MixedDataModule(TokenDataModule):
-    """The target, with other sets replayed in fixed shares, and others measured."""
+    """The target mixed with replay sets in fixed ratios, evaluated on the validation and retention sets."""
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class MixedDataModule(TokenDataModule):
         self.chat = ChatSettings(**(chat or {}))
 
     def build_target(self) -> tuple[Sequence[Example], ScoredSet]:
-        """What is trained on, and what is held out of it."""
+        """Return the training examples and the validation set of the target."""
         raise NotImplementedError
 
     def build_sets(self) -> Sets:
@@ -155,7 +157,7 @@ class MixedDataModule(TokenDataModule):
         return Sets(train=[(target, own_share), *replayed], evaluation=[validation, *kept])
 
     def score(self, named: NamedSet, prefix: str = "") -> ScoredSet:
-        """Not packed: the loss would be the same, and a row by itself is seen as it is when it is answered."""
+        """Build an evaluation set, not packed: the loss is the same, and each row is seen as at inference."""
         scored = score_set(named, self.tokenizer.tokenizer, self.seq_length, self.loss_on)
         return replace(scored, name=prefix + scored.name)
 
@@ -165,7 +167,7 @@ class MixedDataModule(TokenDataModule):
 
 
 class RowDataModule(MixedDataModule):
-    """Rows of files, in memory."""
+    """The data module of rows read from files, held in memory."""
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class RowDataModule(MixedDataModule):
 
 
 class TextDataModule(MixedDataModule):
-    """Raw text that the launcher has tokenized: sequences are cut from the file as they are asked for."""
+    """The data module of raw text that the launcher has tokenized; sequences are read lazily from the file."""
 
     raw_text = True
 
@@ -220,7 +222,7 @@ class TextDataModule(MixedDataModule):
 
 
 class MockDataModule(TokenDataModule):
-    """Random tokens in full sequences. (NeMo's own mock module passes its mask flag as the seed.)"""
+    """The data module of random tokens in full sequences. (NeMo's mock module passes its mask flag as the seed.)"""
 
     def __init__(self, *, rows: int, vocab_size: int, **common: Any) -> None:
         super().__init__(**common)

@@ -1,4 +1,4 @@
-"""Evaluation sets by name: what is in their files, what of it counts, and how many bytes that is. No torch."""
+"""Named evaluation sets: their rows, examples and byte counts. No torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NamedSet:
+    """The rows of a named set, as read from its files."""
+
     name: str
     path: str
     rows: list[Row]
-    """All of one kind."""
+    """All conversations, or all texts."""
     places: list[str]
     """FILE:LINE of each row."""
 
@@ -31,36 +33,35 @@ class NamedSet:
 
 @dataclass(frozen=True, slots=True)
 class ScoredSet:
-    """What a loss over the set is summed over, and what it is divided by."""
+    """The examples of an evaluation set, with the byte count that bits per byte divides by."""
 
     name: str
     examples: Sequence[Example]
     rows: int
     num_bytes: int
-    """UTF-8 bytes of the text that counts. Of raw text that is all of it, as it is in the file; of conversations, what
-    the counted tokens say, without the special ones. The loss has the special tokens too: a model that needs fewer
-    nats to end an answer is better at it."""
+    """UTF-8 bytes of the evaluated text: all of raw text, as in the file; the decoded loss tokens of conversations,
+    without special tokens. The loss includes special tokens, since ending an answer well is part of the task."""
 
 
 def read_sets(files: Mapping[str, str], key: str) -> list[NamedSet]:
-    """``key`` is where the files are named, like ``task.sets``.
+    """Read named sets; ``key`` is the config key that lists their files, like ``task.sets``.
 
     Raises:
-        UserError: a file cannot be read, with the line.
+        UserError: a file or line cannot be read.
     """
     return [NamedSet(name, path, *read_set_rows(path, f"{key}.{name}")) for name, path in files.items()]
 
 
 def local_sets(files: Mapping[str, str], key: str) -> dict[str, str]:
-    """Paths that mean the same to a process elsewhere, without a network. Raises UserError."""
+    """Return absolute local paths, valid on other nodes of a shared filesystem without a network. Raises UserError."""
     return {name: local_path(path, f"{key}.{name}") for name, path in files.items()}
 
 
 def score_set(named: NamedSet, tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn) -> ScoredSet:
-    """The same examples as in training.
+    """Return the evaluation set of these rows, encoded as in training.
 
     Raises:
-        UserError: nothing of it would count.
+        UserError: it has no loss tokens.
     """
     check_labels(named.rows, tokenizer, sequence_length, loss_on, named.path)
     built = build_examples(named.rows, tokenizer, sequence_length, loss_on)

@@ -1,4 +1,4 @@
-"""From rows to token sequences with a mask of what counts. No torch."""
+"""Rows as token sequences with their loss tokens. No torch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """A token sequence of one or more segments that do not attend to each other, with its loss tokens."""
+
     ids: list[int]
-    """One more for each segment than the positions trained on: each id but a segment's first is somebody's label."""
+    """Token ids; every id but the first of a segment is the label of the id before it."""
     loss_spans: tuple[tuple[int, int], ...]
-    """Half-open ranges of indices in ``ids``, in order and none with a segment's first, whose ids count as labels."""
+    """Half-open ranges of indices in ``ids`` of the loss tokens, in order; never the first id of a segment."""
     starts: tuple[int, ...] = (0,)
-    """Index in ``ids`` of each segment's first; segments know nothing of each other."""
+    """Index in ``ids`` where each segment starts."""
 
     @property
     def num_labels(self) -> int:
@@ -35,24 +37,24 @@ class Example:
 
     @property
     def num_positions(self) -> int:
-        """What the model is run on: every id but the last of each segment."""
+        """The number of input positions: all ids but the last of each segment."""
         return len(self.ids) - len(self.starts)
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        """Half-open ranges of indices in ``ids``."""
+        """Yield the half-open range of indices in ``ids`` of each segment."""
         return zip(self.starts, [*self.starts[1:], len(self.ids)])
 
     def cut(self, length: int) -> Example:
-        """The first ``length`` ids of an example of one segment, and the labels among them."""
-        kept = tuple((start, min(stop, length)) for start, stop in self.loss_spans if start < length)
-        return Example(self.ids[:length], kept)
+        """Return the first ``length`` ids of a single-segment example, with the loss tokens among them."""
+        spans = tuple((start, min(stop, length)) for start, stop in self.loss_spans if start < length)
+        return Example(self.ids[:length], spans)
 
 
 def build_examples(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn = LossOn.assistant
 ) -> Iterator[Example]:
-    """Conversations become one example each; texts are joined, each with its BOS and end-of-text, and cut to full
-    length."""
+    """Yield one example per conversation, truncated; texts are joined, each with its BOS and end-of-text token, and cut
+    into sequences of full length."""
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -66,7 +68,7 @@ def build_examples(
 
 
 def untruncated_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Iterator[Example]:
-    """Each row by itself, of any length."""
+    """Yield one example per row, of any length."""
     delimiters = None
     for row in rows:
         if isinstance(row, Conversation):
@@ -81,7 +83,7 @@ def untruncated_examples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
 def check_examples(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn, path: str
 ) -> None:
-    """Refuse rows that cannot be rendered, each by its place, and rows of which nothing would be learnt."""
+    """Refuse rows that cannot be rendered, naming FILE:LINE, and sets without loss tokens."""
     for row in rows:
         if isinstance(row, Conversation):
             check_conversation(row, tokenizer, loss_on)
@@ -91,24 +93,24 @@ def check_examples(
 def check_labels(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, loss_on: LossOn, path: str
 ) -> None:
-    """Refuse rows of which nothing would be learnt: every answer lies past the cut, or none is trained on.
+    """Refuse rows without loss tokens: all answers are truncated away, or have weight 0.
 
-    Stops at the first example with a label, so good data costs nothing.
+    Stops at the first example with a loss token, so valid data costs nothing.
     """
     if any(example.num_labels for example in build_examples(rows, tokenizer, sequence_length, loss_on)):
         return
     if not any(example.num_labels for example in untruncated_examples(rows, tokenizer, loss_on)):
-        raise UserError(f"{path}: no row has an answer that is trained on: all have weight 0; give one weight 1")
+        raise UserError(f"{path}: no row has loss tokens: all answers have weight 0; give one weight 1")
     raise UserError(
-        f"{path}: no row has a label within task.sequence_length ({sequence_length}): every prompt alone is "
+        f"{path}: no row has loss tokens within task.sequence_length ({sequence_length}): every prompt alone is "
         "longer; raise task.sequence_length or shorten the prompts"
     )
 
 
 def _pack(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[Example]:
-    """Each text begins with the tokenizer's BOS; where it has none, an end-of-text token comes before the first text as
-    it does before every other. Consecutive sequences share one token: so every token of the texts is a label once, with
-    the context it has later too."""
+    """Yield the sequences of joined texts. Each text begins with the tokenizer's BOS; without one, an end-of-text token
+    precedes the first text too. Consecutive sequences share one token, so that every token of the texts is a label
+    exactly once."""
     delimiters = document_delimiters(tokenizer)
     buffer: list[int] = [] if delimiters.bos_id is not None else [delimiters.eos_id]
     bos_places: list[int] = []
@@ -134,10 +136,10 @@ def _document(row: Text, tokenizer: PreTrainedTokenizerBase, delimiters: Delimit
 
 
 def load_data_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, from its files alone.
+    """Load the tokenizer of a model directory, from its files alone.
 
     Raises:
-        UserError: the directory has none that is read, or it has no end-of-text token.
+        UserError: the directory has no readable tokenizer, or it has no end-of-text token.
     """
     tokenizer = open_tokenizer(Path(directory))
     if tokenizer.eos_token_id is None:

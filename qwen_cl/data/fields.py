@@ -1,4 +1,4 @@
-"""The fields of rows under the names they are read by: as the config says, or as usual. No torch."""
+"""Field names of rows: renamed as the config says, or recognized from common datasets. No torch."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from qwen_cl.data.jsonl import DECODER, json_fault
 
 INSTRUCTION, OUTPUT, INPUT = ALPACA
 FORMS = (PAIR, *((name,) for name in TURNS), (INSTRUCTION, OUTPUT))
-"""The fields that a row of each form must have."""
+"""Required fields of each row format."""
 USUAL_PAIRS = (
     *(PAIR, ("prompt", "response"), ("question", "answer"), ("question", "response"), ("query", "response")),
     *(("user", "assistant"), ("input", "output"), (INSTRUCTION, OUTPUT), (INSTRUCTION, "response")),
 )
-"""What asks and what answers, as datasets and the formats of LLaMA-Factory, Axolotl and TRL call them."""
+"""Names of prompt and answer in common datasets and in the formats of LLaMA-Factory, Axolotl and TRL."""
 CONTEXTS = (INPUT, "context")
-"""What goes with an instruction, in Alpaca's and in Dolly's words."""
+"""Names of the input of an instruction, in Alpaca and in Dolly."""
 KNOWN = {*TURNS, *CONTEXTS, *(name for pair in USUAL_PAIRS for name in pair)}
 KEY = "data.fields"
 
 
 @dataclass(frozen=True, slots=True)
 class NamedRow:
+    """A row with its fields renamed to the standard names."""
+
     fields: dict[str, Any]
-    """By the names that rows are read by; what is no part of a form keeps its own."""
+    """Values by standard name; other fields keep their own names."""
     where: str
+    """FILE:LINE."""
     original_names: dict[str, str]
-    """What the row calls those that were renamed."""
+    """Name in the row of each renamed field, by standard name."""
     left_out: tuple[str, ...]
-    """Fields of another form, where the config chose one."""
+    """Fields of another format than the one the config chose."""
 
     def with_original_names(self, error: UserError) -> UserError:
-        """Name fields as the row's author does."""
+        """Return the error with the row's own field names in its message."""
         message = str(error)
         for name, column in self.original_names.items():
             message = message.replace(f"field {name!r}", f"field {column!r}")
@@ -44,11 +47,11 @@ class NamedRow:
 
 
 def name_rows(records: Iterable[Record], columns: Mapping[str, str], path: str, key: str = KEY) -> Iterator[NamedRow]:
-    """All rows of ``path``. ``columns`` are the rows' own names by those they are read by, as the config says under
-    ``key``; where it chooses no form, each row's fields tell which it has.
+    """Yield all rows of ``path`` under standard names. ``columns`` maps standard names to the rows' own, as set by
+    ``key``; if it chooses no row format, the format is detected from each row's fields.
 
     Raises:
-        UserError: a field that is named is not there, or a row has two forms.
+        UserError: a configured field is missing, or a row has two formats.
     """
     unseen = dict(columns)
     for record in records:
@@ -60,23 +63,25 @@ def name_rows(records: Iterable[Record], columns: Mapping[str, str], path: str, 
 
 
 def name_fields(row: Mapping[str, Any], columns: Mapping[str, str], where: str, key: str = KEY) -> NamedRow:
-    """One row; see :func:`name_rows`."""
+    """Rename the fields of one row; see :func:`name_rows`."""
     chosen = next((form for form in FORMS if set(form) & columns.keys()), None)
     if chosen is None:
         renamed = {**_usual_names(row, where, key), **columns}
-        kept = _without_empty_forms(row, renamed)
+        retained = _without_empty_forms(row, renamed)
     else:
         _require(row, chosen, columns, where, key)
         renamed = dict(columns)
-        own = {*chosen, *columns, *columns.values()}
-        kept = {name: value for name, value in row.items() if name in own or not any(name in form for form in FORMS)}
-    left_out = tuple(name for name in row if name not in kept and _has_value(row, name))
+        used = {*chosen, *columns, *columns.values()}
+        retained = {
+            name: value for name, value in row.items() if name in used or not any(name in form for form in FORMS)
+        }
+    left_out = tuple(name for name in row if name not in retained and _has_value(row, name))
     original_names = {name: column for name, column in renamed.items() if name != column and column in row}
-    _refuse_taken(kept, original_names, where, key)
+    _refuse_taken(retained, original_names, where)
     names = {column: name for name, column in original_names.items()}
     fields = {
         names.get(column, column): value
-        for column, value in kept.items()
+        for column, value in retained.items()
         if column in names or column not in original_names
     }
     for name in TURNS:
@@ -86,19 +91,21 @@ def name_fields(row: Mapping[str, Any], columns: Mapping[str, str], where: str, 
 
 
 def name_prompt(row: Mapping[str, Any], where: str) -> NamedRow:
-    """A row that only asks, whose answer may be there too.
+    """Rename the fields of a row used as a prompt; it may include an answer.
 
     Raises:
-        UserError: it asks twice.
+        UserError: it has two prompts.
     """
-    asked = list(dict.fromkeys(pair[0] for pair in USUAL_PAIRS if _has_value(row, pair[0])))
-    if INSTRUCTION in asked:  # whose input is no question
-        asked = [name for name in asked if name != INPUT]
+    prompts = list(dict.fromkeys(pair[0] for pair in USUAL_PAIRS if _has_value(row, pair[0])))
+    if INSTRUCTION in prompts:  # its input is not a prompt by itself
+        prompts = [name for name in prompts if name != INPUT]
     turns = any(_has_turns(row, name) for name in TURNS)
-    if len(asked) > 1 and not turns:
-        raise UserError(f"{where}: the row has {' and '.join(map(repr, asked))}, which both may ask; keep one")
-    original_names = {PAIR[0]: asked[0]} if asked and not turns and asked[0] not in (PAIR[0], INSTRUCTION) else {}
-    if asked == [INSTRUCTION] and not turns and not _has_value(row, INPUT) and _has_value(row, "context"):
+    if len(prompts) > 1 and not turns:
+        raise UserError(
+            f"{where}: the row has {' and '.join(map(repr, prompts))}, which may both be the prompt; keep one"
+        )
+    original_names = {PAIR[0]: prompts[0]} if prompts and not turns and prompts[0] not in (PAIR[0], INSTRUCTION) else {}
+    if prompts == [INSTRUCTION] and not turns and not _has_value(row, INPUT) and _has_value(row, "context"):
         original_names = {INPUT: "context"}
     names = {column: name for name, column in original_names.items()}
     fields = {names.get(name, name): value for name, value in row.items() if name not in original_names}
@@ -116,7 +123,7 @@ def missing_field_error(
 
 
 def has_conversation(row: Mapping[str, Any]) -> bool:
-    """Whether the row's own names are of a form, and whole."""
+    """Return True if the row's own field names make up a complete row format."""
     return bool(_usual_forms(row))
 
 
@@ -131,7 +138,7 @@ def _usual_names(row: Mapping[str, Any], where: str, key: str) -> dict[str, str]
     if len(forms) > 1:
         first, second = (" and ".join(map(repr, form)) for form in forms[:2])
         choice = _mapping(_read_as(forms[0], None))
-        raise UserError(f"{where}: the row has {first}, and {second} too; say which are meant, like {key}={choice}")
+        raise UserError(f"{where}: the row has {first}, and {second} too; say which to read, like {key}={choice}")
     if not forms or forms[0][0] in TURNS:
         return {}
     pair = forms[0]
@@ -140,8 +147,8 @@ def _usual_names(row: Mapping[str, Any], where: str, key: str) -> dict[str, str]
         with_it = _mapping(_read_as(pair, contexts[-1], alpaca=True))
         without = _mapping(_read_as(pair, contexts[0] if len(contexts) > 1 else None))
         raise UserError(
-            f"{where}: field {contexts[-1]!r} stands beside {' and '.join(map(repr, (*pair, *contexts[:-1])))}; read "
-            f"it with {key}={with_it}, or leave it out with {key}={without}"
+            f"{where}: the row has field {contexts[-1]!r} beside {' and '.join(map(repr, (*pair, *contexts[:-1])))}; "
+            f"read it with {key}={with_it}, or leave it out with {key}={without}"
         )
     return _read_as(pair, contexts[0] if contexts else None)
 
@@ -167,16 +174,16 @@ def _has_turns(row: Mapping[str, Any], name: str) -> bool:
 
 
 def _is_json(value: Any) -> bool:
-    """As a cell of a table has a list."""
+    """Return True for a JSON array in a string, as cells of tables hold lists."""
     return isinstance(value, str) and value.lstrip().startswith("[")
 
 
 def _without_empty_forms(row: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Tables have columns for the other forms of their rows too, empty where a row is of this one."""
+    """Drop empty fields of other formats: tables that mix formats have a column for every field."""
     if not (renamed or any(_has_turns(row, name) for name in TURNS)):
         return dict(row)
-    own = {*renamed.values()}
-    return {name: value for name, value in row.items() if name in own or name not in KNOWN or _has_value(row, name)}
+    used = {*renamed.values()}
+    return {name: value for name, value in row.items() if name in used or name not in KNOWN or _has_value(row, name)}
 
 
 def _require(row: Mapping[str, Any], form: tuple[str, ...], columns: Mapping[str, str], where: str, key: str) -> None:
@@ -189,7 +196,7 @@ def _require(row: Mapping[str, Any], form: tuple[str, ...], columns: Mapping[str
             raise missing_field_error(row, column, where, fix)
 
 
-def _refuse_taken(row: Mapping[str, Any], original_names: Mapping[str, str], where: str, key: str) -> None:
+def _refuse_taken(row: Mapping[str, Any], original_names: Mapping[str, str], where: str) -> None:
     for name, column in original_names.items():
         if name not in original_names.values() and _has_value(row, name):
             raise UserError(

@@ -1,7 +1,7 @@
-"""What stands for a text where texts are compared: the whole of it, and its pieces. No torch.
+"""Fingerprints of texts for overlap detection: a hash of the text, and hashes of its 13-grams. No torch.
 
-Rows are compared by what they say: normalized, and without tokens that are whitespace alone. A corpus is compared as
-it is tokenized, without the latter too; whatever is compared with it must be read the same way.
+Rows are normalized, and their whitespace-only tokens dropped. A corpus is compared by its token ids, without
+whitespace-only tokens; texts compared with a corpus must be fingerprinted the same way.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GRAM = 13
-"""Tokens in a row that two texts do not share by chance (arXiv 2005.14165, appendix C)."""
+"""Consecutive tokens that two texts do not share by chance (arXiv 2005.14165, appendix C)."""
 CHUNK = 1000
 
 Hashes = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.integer[Any]]
 Encode = Callable[[list[str]], list[list[int]]]
-"""Token ids of each text, without special tokens and without tokens that are whitespace alone."""
+"""Returns the token ids of each text, without special tokens and whitespace-only tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
+    """The hashes by which a text is compared with others."""
+
     key: bytes
-    """Stands for the whole text; empty where there is nothing to compare."""
+    """Hash of the complete text; empty if there is nothing to compare."""
     grams: Hashes
-    """Of its 13-token pieces: distinct, in rising order."""
+    """Hashes of its 13-grams: distinct, ascending."""
 
 
 Fingerprints = Callable[[Iterable[str]], Iterator[Fingerprint]]
 
 
 def row_fingerprints(texts: Iterable[str], encode: Encode) -> Iterator[Fingerprint]:
-    """Lazily, some texts at a time."""
+    """Yield the fingerprints of rows' texts, lazily in chunks."""
     normalized = map(normalize, texts)
     while chunk := list(itertools.islice(normalized, CHUNK)):
         for text, ids in zip(chunk, encode(chunk)):
@@ -56,16 +58,16 @@ def row_fingerprinter(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
 
 
 def token_fingerprints(documents: Iterable[Ids], tokenizer: PreTrainedTokenizerBase) -> Iterator[Fingerprint]:
-    """Of documents of a corpus, without their BOS and end-of-text."""
+    """Yield the fingerprints of a corpus's documents, given without BOS and end-of-text."""
     is_blank = _blank_tokens(tokenizer)
     for ids in documents:
-        kept = ids[~is_blank[np.minimum(ids, len(is_blank) - 1)]]
-        key = hashlib.sha256(kept.astype("<i8").tobytes()).digest()[:16] if len(kept) else b""
-        yield Fingerprint(key, gram_hashes(kept))
+        content = ids[~is_blank[np.minimum(ids, len(is_blank) - 1)]]
+        key = hashlib.sha256(content.astype("<i8").tobytes()).digest()[:16] if len(content) else b""
+        yield Fingerprint(key, gram_hashes(content))
 
 
 def corpus_fingerprinter(tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
-    """Of texts, as ``token_fingerprints`` has them once they are tokenized for a corpus."""
+    """Return a function that fingerprints texts as ``token_fingerprints`` does the documents of a corpus."""
 
     def fingerprints(texts: Iterable[str]) -> Iterator[Fingerprint]:
         encoded = (np.array(encode_text(tokenizer, text), np.int64) for text in texts)
@@ -89,13 +91,13 @@ def content_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
 
 
 def gram_hashes(ids: npt.ArrayLike) -> Hashes:
-    """64 bits stand for a gram: two different ones meet less often than once in 10^13."""
+    """Return the distinct 64-bit hashes of all 13-grams, ascending; two grams collide less than once in 10^13."""
     tokens = np.asarray(ids).astype(np.uint64)
     count = len(tokens) - GRAM + 1
     if count < 1:
         return np.zeros(0, np.uint64)
     hashes = np.zeros(count, np.uint64)
-    for offset, factor in enumerate(_FACTORS):  # rather than a window of 13 columns: a long document fits in memory
+    for offset, factor in enumerate(_FACTORS):  # no window of 13 columns, so that a long document fits in memory
         hashes += tokens[offset : offset + count] * factor
     return np.unique(hashes)
 
@@ -104,6 +106,6 @@ _FACTORS = np.random.default_rng(13).integers(0, 2**63, size=GRAM, dtype=np.uint
 
 
 def _blank_tokens(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.bool_]:
-    """By id; one more at the end, for the ids that a model has and its tokenizer does not."""
+    """Return for each id if it is whitespace only; a last entry serves ids beyond the tokenizer's vocabulary."""
     texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
     return np.array([*(not text.strip() for text in texts), False])

@@ -1,6 +1,6 @@
-"""Copies of datasets of the Hub: every row and every column of one split at one commit, in JSON Lines.
+"""Local copies of Hub datasets: every row and column of one split at one commit, in JSON Lines.
 
-A copy is what the processes of a run read, elsewhere perhaps and without a network. No torch.
+The processes of a run read the copy, possibly on another node and without a network. No torch.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from qwen_cl.data.corpus.record import Record
 from qwen_cl.files.cache import cache_home
 
 SPLIT = "train"
-"""Where none is named."""
+"""The default split."""
 
 
 def pin_dataset(path: str, key: str, *, split: str = SPLIT, subset: str | None = None) -> str:
-    """The same reference with its commit, subset and split, of which there is a copy from now on.
+    """Return the reference with its commit, subset and split, after making a local copy of it.
 
-    ``split`` and ``subset`` are those of a reference that names none.
+    ``split`` and ``subset`` are the defaults for a reference that names none.
 
     Raises:
-        UserError: it cannot be read, or the cache not be written to.
+        UserError: the dataset cannot be read, or the cache cannot be written to.
     """
     reference = parse_reference(path, key)
     if subset is not None and reference.subset not in (None, subset):
@@ -58,18 +58,18 @@ def pin_dataset(path: str, key: str, *, split: str = SPLIT, subset: str | None =
     return pinned
 
 
-def reuse_commit(said: str, then: str) -> str:
-    """``then``, pinned, where it is the same dataset that ``said`` means without a revision; else ``said``."""
-    if not (is_hub_dataset(said) and is_hub_dataset(then)):
-        return said
-    now, before = parse_reference(said, "data.path"), parse_reference(then, "data.path")
+def reuse_commit(requested: str, previous: str) -> str:
+    """Return the pinned ``previous`` if ``requested`` is the same dataset without a revision; else ``requested``."""
+    if not (is_hub_dataset(requested) and is_hub_dataset(previous)):
+        return requested
+    now, before = parse_reference(requested, "data.path"), parse_reference(previous, "data.path")
     same = now.revision is None and now.repository == before.repository
     same = same and now.split in (None, before.split) and now.subset in (None, before.subset)
-    return then if same else said
+    return previous if same else requested
 
 
 def copy_of(pinned: str) -> Path:
-    """Where the copy of a dataset is, by what :func:`pin_dataset` returned."""
+    """Return the path of the local copy of a reference that :func:`pin_dataset` returned."""
     reference = parse_reference(pinned, "data.path")
     assert reference.split is not None and reference.revision is not None
     name = f"{quote(reference.subset or 'default', safe='')}.{quote(reference.split, safe='')}.jsonl"
@@ -99,13 +99,13 @@ def _make_copy(file: Path, source: TextSource, commit: str) -> None:
 
 def _lines(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
-        kept = plain_json(without_nulls(dict(record.fields)))
-        yield json.dumps(kept, ensure_ascii=False) + "\n"
+        fields = plain_json(without_nulls(dict(record.fields)))
+        yield json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def plain_json(value: Any) -> Any:
-    """As JSON has it. What it has not (bytes, images, dates) is no text, and an object here, so that nothing reads it
-    as one."""
+    """Return the value as JSON types. Other types (bytes, images, dates) become an object that names the type, so that
+    they are never read as text."""
     if isinstance(value, dict):
         return {str(name): plain_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Lines of text files, each checked where it stands. No torch."""
+"""Lines and JSON objects of text files, checked with FILE:LINE in every error. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qwen_cl.config.errors import UserError
 
 
 def numbered_lines(path: Path, key: str, content: str = "one a line") -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, with ``path:number``. ``key`` is what to set to another file, ``content`` what a file
-    must hold.
+    """Yield the lines that are not blank, each with ``path:number``. Messages name the config ``key`` of the file and
+    the ``content`` that it must hold.
 
     Raises:
-        UserError: it cannot be read, is not UTF-8, or has no such line.
+        UserError: the file cannot be read, is not UTF-8, or has only blank lines.
     """
     try:
         stream = path.open("rb")
@@ -35,7 +35,7 @@ def numbered_lines(path: Path, key: str, content: str = "one a line") -> Iterato
 
 
 def decode(line: bytes, where: str, *, mark: bool = True) -> str:
-    """``mark``: a byte order mark at the start is none of the text."""
+    """Decode a line of UTF-8; ``mark`` drops a byte order mark at its start. Raises UserError."""
     try:
         return line.decode("utf-8-sig" if mark else "utf-8")
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def decode(line: bytes, where: str, *, mark: bool = True) -> str:
 
 
 def decode_text(content: bytes, path: Path) -> str:
-    """A whole file. Raises UserError with the line that is not UTF-8."""
+    """Decode the content of a file. Raises UserError with the line that is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -53,7 +53,7 @@ def decode_text(content: bytes, path: Path) -> str:
 
 
 def not_utf8(where: str, content: bytes, place: int, column: int) -> UserError:
-    """``place`` is that of the byte in ``content``, ``column`` the one in its line."""
+    """Return the error of an invalid byte, at index ``place`` of ``content`` and at ``column`` of its line."""
     encoding = _guess_encoding(content[max(0, place - 200) : place + 200].split(b"\n"))
     looks = f" (it looks like {encoding})" if encoding else ""
     return UserError(
@@ -63,7 +63,7 @@ def not_utf8(where: str, content: bytes, place: int, column: int) -> UserError:
 
 
 def _guess_encoding(lines: list[bytes]) -> str | None:
-    """Of the old Japanese ones, that which makes kana of a line and of no byte nonsense."""
+    """Return the Japanese legacy encoding that decodes a line completely, with kana in it; None if none does."""
     for encoding in ("CP932", "EUC-JP"):
         for line in lines:
             try:
@@ -76,7 +76,7 @@ def _guess_encoding(lines: list[bytes]) -> str | None:
 
 
 class _RefusedValue(ValueError):
-    """JSON that the decoder takes, and that means nothing or says two things."""
+    """An error for JSON that the decoder accepts but that is ambiguous or not standard."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,19 +84,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise _RefusedValue(f"field {twice!r} is there twice; remove one")
+        raise _RefusedValue(f"field {twice!r} appears twice; remove one")
     return found
 
 
 def _constant(name: str) -> Any:
-    raise _RefusedValue(f"{name} is no number of JSON; write a number, or null")
+    raise _RefusedValue(f"{name} is not valid JSON; write a number, or null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
-    """What is wrong with JSON text that :data:`DECODER` did not take, less its place."""
+    """Return the reason why :data:`DECODER` refused a JSON text, without its location."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     if isinstance(error, RecursionError):
@@ -105,7 +105,7 @@ def json_fault(error: ValueError | RecursionError) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls it."""
+    """Return the JSON name of the value's type, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -115,7 +115,7 @@ def kind_of(value: Any) -> str:
 
 
 def parse_object(line: str, where: str, fields: str) -> dict[str, Any]:
-    """``fields`` names, for the message, what an object must hold."""
+    """Parse a line that must be a JSON object; messages say ``fields`` for what it must hold. Raises UserError."""
     try:
         value = DECODER.decode(line)
     except _RefusedValue as error:
@@ -127,5 +127,5 @@ def parse_object(line: str, where: str, fields: str) -> dict[str, Any]:
 
 def require_object(value: Any, where: str, fields: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {kind_of(value)} where an object with {fields} must be")
+        raise UserError(f"{where}: {kind_of(value)}, it must be an object with {fields}")
     return value

@@ -1,4 +1,4 @@
-"""The two sides of a run's data, to be compared: what is trained on, and what is measured. No torch."""
+"""Leakage checks: overlap of the evaluation sets with the training data. No torch."""
 
 from __future__ import annotations
 
@@ -15,43 +15,45 @@ from qwen_cl.data.rows import Row, RowFiles, row_location
 
 TRAINING_SET = "the training set"
 SHOWN = 3
-"""Pairs that the data report names of each set: a place is found by reading its file again."""
+"""Pairs that the data report names per set; finding a location reads the file again."""
 
 
 @dataclass(frozen=True, slots=True)
 class NearPairs:
-    """Of one set that is measured, the texts that nearly repeat what is trained on."""
+    """The texts of an evaluation set that are near duplicates of training texts."""
 
     what: str
-    """The texts, for a person: ``validation rows``."""
+    """Plural name for messages, like ``validation rows``."""
     count: int
     of: int
-    """Texts of the set."""
+    """Number of texts in the set."""
     moved: bool
-    """They train, and no longer validate."""
+    """The texts were moved to the training set."""
     examples: list[tuple[str, str]]
-    """Where some are, each with the place of the training text that it shares most with."""
+    """FILE:LINE of some, each with that of the closest training text."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeakageReport:
+    """The overlap of each evaluation set with the training data."""
+
     overlaps: list[Overlap]
-    """Of each set that is measured with what is trained on, after what was moved."""
+    """Overlap of each set with the training data, after moving near duplicates."""
     moved: tuple[int, ...]
-    """Indices of those texts of the first set that train after all, in rising order."""
+    """Indices of the texts of the validation set that were moved to training, ascending."""
     near: list[NearPairs]
-    """Of each set that is measured."""
+    """Near duplicates of each set."""
 
 
 def check_leakage(data: DataConfig, train: Sequence[ComparedTexts], measured: Sequence[ComparedTexts]) -> LeakageReport:
-    """The overlap of each of ``measured``, of which the first validates, with all of ``train``.
+    """Return the overlap of each of ``measured``, the validation set first, with all of ``train``.
 
     Raises:
-        UserError: a text is on both sides, and ``data.allow_overlap`` does not say that it may be; or nearly, and
-            ``data.near_duplicates`` says that it must not be; or nothing would be left to validate on.
+        UserError: an evaluated text is a training text, without ``data.allow_overlap``; or nearly so, with
+            ``data.near_duplicates=refuse``; or moving near duplicates would leave nothing to validate on.
     """
     comparison = Comparison(train, measured)
-    if not isinstance(data, FileDataConfig | TextDataConfig):  # the embedded sets
+    if not isinstance(data, FileDataConfig | TextDataConfig):  # the bundled demo sets
         refuse_overlap(comparison, "", exact_only=False)
         return LeakageReport(comparison.overlaps(), (), [])
     if not data.allow_overlap:
@@ -64,7 +66,7 @@ def check_leakage(data: DataConfig, train: Sequence[ComparedTexts], measured: Se
         found[0] = comparison.move()
         if len(comparison.moved) == measured[0].count:
             raise UserError(
-                f"{measured[0].locate(0)}: every {measured[0].name} nearly repeats what is trained on (as "
+                f"{measured[0].locate(0)}: every {measured[0].name} is a near duplicate of a training text (like "
                 f"{comparison.locate_trained(found[0][0].trained)[1]}), which leaves nothing to validate on; set "
                 "data.validation_path, or write data.near_duplicates=report"
             )
@@ -116,7 +118,7 @@ def replayed(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[Compa
 def retained(sets: Sequence[NamedSet], fingerprints: Fingerprints) -> list[ComparedTexts]:
     return [
         _set(
-            f"row of retention.eval_sets.{named.name}, which measures what is forgotten,",
+            f"row of retention.eval_sets.{named.name}, which measures forgetting,",
             named,
             fingerprints,
             f"rows of retention.eval_sets.{named.name}",

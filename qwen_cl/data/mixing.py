@@ -1,6 +1,6 @@
-"""The order in which a run sees its examples: shuffled by epoch, and mixed in fixed shares. No torch.
+"""Order of the training examples: shuffled every epoch, and mixed in fixed ratios. No torch.
 
-Everything is a function of the seed and the index alone, so a resumed run goes on where it stopped.
+Everything is a function of the seed and the index alone, so a resumed run continues with the next example.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qwen_cl.data.examples import Example
 
 
 class Shuffled:
-    """One set without end, in a new order every epoch."""
+    """An endless stream of one set, reshuffled every epoch."""
 
     def __init__(self, examples: Sequence[Example], seed: int, number: int) -> None:
         self.examples = examples
@@ -30,16 +30,16 @@ class Shuffled:
 
 
 class Mixture(Sequence[Example]):
-    """Several sets, each with its share of the labels.
+    """A mixture of sets, each with its share of the labels.
 
-    Every example comes from the set that is furthest behind its share, so that over any stretch of the run no set is
-    off by more than about one example of the longest there are, however long each of its own are.
+    Every example comes from the set furthest behind its share, so that over any part of the run no set deviates by more
+    than about the length of the longest example.
     """
 
     def __init__(
         self, sets: Sequence[Sequence[Example]], shares: Sequence[float], *, num_samples: int, seed: int
     ) -> None:
-        """``shares`` sum to 1."""
+        """Mix ``sets`` by their ``shares``, which sum to 1."""
         self.shares = np.asarray(shares, dtype=float)
         self.num_samples = num_samples
         self._streams = [Shuffled(examples, seed, number) for number, examples in enumerate(sets)]
@@ -55,7 +55,7 @@ class Mixture(Sequence[Example]):
         return self._streams[number][position]
 
     def place(self, index: int) -> tuple[int, int]:
-        """Which set the example of this index comes from, and how many came from there before it."""
+        """Return the set of the example at this index, and the number of earlier examples from that set."""
         if len(self._streams) == 1:
             return 0, index
         while len(self._schedule) <= index:

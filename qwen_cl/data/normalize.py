@@ -1,4 +1,4 @@
-"""When two texts are the same to the data report and to the search for overlap. No torch."""
+"""Text normalization for duplicate and overlap detection. No torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qwen_cl.data.rows import Row, Text
 
 
 def row_text(row: Row) -> str:
-    """What a row says: a document, or what is asked and answered. Not the system message, which rows share."""
+    """Return the text of a row: a document, or all messages but the system message, which rows share."""
     if isinstance(row, Text):
         return row.text
-    return "\n".join(_said(message) for message in row.messages if message.role != SYSTEM)
+    return "\n".join(_message_text(message) for message in row.messages if message.role != SYSTEM)
 
 
-def _said(message: Message) -> str:
+def _message_text(message: Message) -> str:
     if not message.more:
         return message.content
     more = {key: value for key, value in message.more.items() if key != "content"}
@@ -25,10 +25,10 @@ def _said(message: Message) -> str:
 
 
 def normalize(text: str) -> str:
-    """NFKC (half and full width are one), every run of whitespace a single space."""
+    """Apply NFKC, which unifies half and full width, and collapse whitespace to single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def text_key(normalized: str) -> bytes:
-    """16 bytes that stand for the text."""
+    """Return a 16-byte hash of a normalized text."""
     return hashlib.sha256(normalized.encode()).digest()[:16]

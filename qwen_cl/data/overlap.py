@@ -1,4 +1,4 @@
-"""Whether what is measured means anything: how much of it is trained on. No torch."""
+"""Overlap detection: evaluated texts that are contained in the training data. No torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.fingerprints import GRAM, Fingerprint, Hashes
 
 COMMON = 10
-"""A gram in more training texts than this is a template or a formula and tells nothing (arXiv 2005.14165, app. C)."""
+"""A 13-gram in more training texts than this is boilerplate and is ignored (arXiv 2005.14165, appendix C)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Indices are of the texts as they were given, from 0."""
+    """The overlap of an evaluation set with the training data. Indices start at 0."""
 
     texts: int
-    """Measured texts."""
+    """Number of evaluated texts."""
     exact: int
-    """Those whose whole text is a training text too."""
+    """Number of texts identical to a training text."""
     by_grams: int
-    """Others of whose 13-grams more than half are in the training set."""
+    """Number of other texts with more than half of their 13-grams in the training data."""
     first: tuple[int, int] | None
-    """The first of either: index of the measured text, and of a training text it shares most with."""
+    """Index of the first such text, and of the training text it shares most with; None if there is none."""
 
     @property
     def found(self) -> int:
@@ -35,37 +35,39 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class ComparedTexts:
-    """Texts of one origin, on either side."""
+    """A named group of training or evaluation texts to compare."""
 
     name: str
-    """In the message: ``the training set``, or what follows ``this``: ``row, which validates,``."""
+    """Name in messages: ``the training set``; for evaluated texts what follows ``this``: ``row, which validates,``."""
     count: int
     fingerprints: Iterable[Fingerprint]
     locate: Callable[[int], str]
-    """FILE:LINE of a text by its index."""
+    """Returns the FILE:LINE of a text by its index."""
     remove_from: str = "one side"
     plural: str = ""
-    """In the data report, of texts that are measured: ``validation rows``."""
+    """Plural name of evaluated texts in the data report, like ``validation rows``."""
     can_move: bool = False
-    """They are held out of the training texts, and might as well train."""
+    """The texts were held out of the training texts, and can be moved back."""
     repeats_headings: bool = False
-    """Pieces of files, among which are headings and the like: a text of fewer than 13 tokens that is there twice is no
-    text held out that was trained on, but counts as nearly the same."""
+    """The texts are pieces of files, with headings among them: an identical text of fewer than 13 tokens counts as a
+    near duplicate, not as leakage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
+    """An evaluated text that is contained in the training data."""
+
     measured: int
     trained: int
-    """Index of the training text that it shares most with; those that were moved come after all others."""
+    """Index of the training text that it shares most with; moved texts come after all others."""
     exact: bool
 
 
 def find_overlap(train: Iterable[Fingerprint], measured: Iterable[Fingerprint]) -> Overlap:
-    """``train`` is read once and not kept: memory goes with what is measured alone.
+    """Return the overlap of ``measured`` with ``train``, which is streamed: memory grows with ``measured`` alone.
 
     A single shared 13-gram is a quotation; GPT-3's authors found that counting it "overly penalized long documents".
-    More than half of them is the text itself, edited. Texts of fewer than 13 tokens are compared whole only.
+    More than half of them is an edited copy. Texts of fewer than 13 tokens are only compared for identity.
     """
     target = _Target(measured)
     for index, text in enumerate(train):
@@ -74,12 +76,12 @@ def find_overlap(train: Iterable[Fingerprint], measured: Iterable[Fingerprint]) 
 
 
 class Comparison:
-    """What of several sets that are measured the training texts contain, whose indices go on from one to the next."""
+    """The matches of several evaluation sets with the training texts, whose indices run through all groups."""
 
     def __init__(self, train: Sequence[ComparedTexts], measured: Sequence[ComparedTexts]) -> None:
         self.train, self.measured = train, measured
         self.moved: list[int] = []
-        """Indices of those texts of the first set that train after all, in the order they were moved in."""
+        """Indices of the texts of the first set that were moved to training, in the order of moving."""
         self._targets = [_Target(each.fingerprints, repeats_headings=each.repeats_headings) for each in measured]
         self._seen = 0
         for text in itertools.chain.from_iterable(each.fingerprints for each in train):
@@ -89,12 +91,14 @@ class Comparison:
         return [target.overlap() for target in self._targets]
 
     def matches(self, number: int) -> list[Match]:
-        """Of the set of this number."""
+        """Return the matches of the evaluation set of this number."""
         return self._targets[number].matches()
 
     def move(self) -> list[Match]:
-        """Those of the first set that training texts contain are training texts from now on, and so are those that they
-        contain in turn. Returns what was found of each."""
+        """Move all matches of the first set to the training texts, repeatedly, since moved texts may match others.
+
+        Returns:
+            The matches that were moved."""
         target, found = self._targets[0], []
         while matches := target.matches():
             for match in matches:
@@ -105,7 +109,7 @@ class Comparison:
         return found
 
     def locate_trained(self, index: int) -> tuple[str, str]:
-        """Name and FILE:LINE of a training text."""
+        """Return the name and FILE:LINE of a training text."""
         for side in self.train:
             if index < side.count:
                 return side.name, side.locate(index)
@@ -119,8 +123,10 @@ class Comparison:
 
 
 def refuse_overlap(comparison: Comparison, advice: str, *, exact_only: bool) -> None:
-    """Raises UserError where anything was found, or any whole text, with the first pair; ``advice`` ends the
-    message."""
+    """Refuse evaluation sets with matches, or with identical texts if ``exact_only``; ``advice`` ends the message.
+
+    Raises:
+        UserError: names the first pair and the number of matches."""
     for number, side in enumerate(comparison.measured):
         found = comparison.matches(number)
         first = next((match for match in found if match.exact or not exact_only), None)
@@ -130,24 +136,24 @@ def refuse_overlap(comparison: Comparison, advice: str, *, exact_only: bool) -> 
         name, where = comparison.locate_trained(first.trained)
         raise UserError(
             f"{side.locate(first.measured)}: this {side.name} is in {name} too ({where}), as are "
-            f"{overlap.found} of {overlap.texts} ({overlap.exact} whole, {overlap.by_grams} by more than half of their "
-            f"{GRAM}-token pieces); their loss would show what was learnt by heart: remove them from "
+            f"{overlap.found} of {overlap.texts} ({overlap.exact} identical, {overlap.by_grams} with more than half of "
+            f"their {GRAM}-grams); their loss would measure what is memorized: remove them from "
             f"{side.remove_from}{advice}"
         )
 
 
 class _Target:
-    """The measured texts, and what of them the training texts so far contain."""
+    """The evaluated texts of a set, with their matches in the training texts seen so far."""
 
     def __init__(self, texts: Iterable[Fingerprint], *, repeats_headings: bool = False) -> None:
         self.texts = list(texts)
         self.left = set(range(len(self.texts)))
-        """Indices of those that are measured still."""
+        """Indices of the texts that have not been moved."""
         self.repeats_headings = repeats_headings
         self.exact: dict[bytes, int] = {}  # key -> index of the first training text that has it
         self.known_keys = {text.key for text in self.texts if text.key}
         self.known = np.unique(np.concatenate([np.zeros(0, np.uint64), *(text.grams for text in self.texts)]))
-        self.seen_in: dict[int, dict[bytes, int]] = {}  # place in known -> key and index of the texts that have it
+        self.seen_in: dict[int, dict[bytes, int]] = {}  # index in known -> key and index of the training texts with it
 
     def see(self, index: int, text: Fingerprint) -> None:
         if text.key in self.known_keys:
@@ -178,11 +184,11 @@ class _Target:
         return Overlap(len(self.left), exact, len(found) - exact, first)
 
     def _nearest(self, grams: Hashes) -> int | None:
-        """The training text with most of the grams, where more than half of those that tell something were seen."""
+        """Return the training text with most of the grams, if more than half of the informative ones were seen."""
         found = [self.seen_in.get(place, {}) for place in np.searchsorted(self.known, grams).tolist()]
-        telling = [texts for texts in found if len(texts) <= COMMON]
-        shared = [texts for texts in telling if texts]
-        if 2 * len(shared) <= len(telling) or not shared:
+        informative = [texts for texts in found if len(texts) <= COMMON]
+        shared = [texts for texts in informative if texts]
+        if 2 * len(shared) <= len(informative) or not shared:
             return None
         counts: dict[int, int] = {}
         for index in itertools.chain.from_iterable(texts.values() for texts in shared):

@@ -1,4 +1,4 @@
-"""Several conversations in one sequence, each still by itself. No torch."""
+"""Sequence packing: several conversations in one sequence, each attending to itself only. No torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from qwen_cl.data.examples import Example
 
 
 def pack_examples(examples: Sequence[Example], sequence_length: int) -> list[Example]:
-    """Fewer and longer examples, of at most ``sequence_length`` positions, whose segments are the ones given.
+    """Pack examples into sequences of at most ``sequence_length`` positions, one segment per given segment.
 
-    Attention must be kept within each segment (qwen_cl/training/model/attention.py). Nothing is cut, and a row that
-    fills a sequence has it to itself. The same examples always fall together; packs come in the order of their first.
+    Attention must be restricted to each segment (qwen_cl/training/model/attention.py). Nothing is truncated. Packing
+    is deterministic; packs come in the order of their first example.
     """
     sizes = [example.num_positions for example in examples]
     return [_joined([examples[index] for index in pack]) for pack in plan_packs(sizes, sequence_length)]
 
 
 def plan_packs(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which go together: indices in rising order, by best-fit decreasing (arXiv 2404.10830, section 2)."""
+    """Return the indices of each pack, ascending, by best-fit decreasing (arXiv 2404.10830, section 2)."""
     packs: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
     spaces: list[int] = []  # the keys of by_space, sorted

@@ -1,4 +1,4 @@
-"""How raw text becomes tokens: one rule for training, measuring, sampling, continuing and comparing. No torch."""
+"""Tokenization of raw text, shared by training, evaluation, generation and overlap detection. No torch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Delimiters:
     """The tokens around each document."""
 
     bos_id: int | None
-    """What the tokenizer puts before a text by itself; None where it puts nothing there, or the end-of-text token,
-    which then stands once between two documents."""
+    """The token that the tokenizer prepends to a text; None if it prepends nothing, or the end-of-text token, which
+    then separates documents once."""
     eos_id: int
 
     @property
     def first_id(self) -> int:
-        """What a stream of documents starts with; never a label."""
+        """The first token of a stream of documents; never a label."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
 
 def document_delimiters(tokenizer: PreTrainedTokenizerBase) -> Delimiters:
-    """Asks the tokenizer itself: one that has a BOS token need not use it, and its files say it in several ways.
+    """Return the delimiters by running the tokenizer: one that has a BOS token need not add it.
 
     Raises:
-        UserError: it puts several tokens before a text.
+        UserError: the tokenizer adds several tokens before a text.
     """
     eos_id = int(tokenizer.eos_token_id)
     before = _added_before(tokenizer)
@@ -47,7 +47,7 @@ def document_delimiters(tokenizer: PreTrainedTokenizerBase) -> Delimiters:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the text alone. What reads like a special token is the letters it is written with."""
+    """Return the ids of the text alone. Names of special tokens in it are encoded as ordinary text."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
@@ -56,14 +56,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
 
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text to be continued: with what the tokenizer puts before it, without what it may put after."""
+    """Return the ids of a text to continue: with the tokens prepended by the tokenizer, without appended ones."""
     return [*_added_before(tokenizer), *encode_text(tokenizer, text)]
 
 
-def spans_without(length: int, uncounted: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Half-open ranges of [1, length) without these indices, which rise."""
+def spans_without(length: int, excluded: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return the half-open ranges of [1, length) without the excluded indices, which are ascending."""
     spans, start = [], 1
-    for index in uncounted:
+    for index in excluded:
         if start < index:
             spans.append((start, index))
         start = max(start, index + 1)
@@ -73,7 +73,7 @@ def spans_without(length: int, uncounted: Iterable[int]) -> tuple[tuple[int, int
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = list(tokenizer(PROBE)["input_ids"])
     plain = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-    if not plain:  # a vocabulary that the probe is not in
+    if not plain:  # the vocabulary lacks the probe
         return added[: -1 if added[-1:] == [tokenizer.eos_token_id] and len(added) > 1 else None]
     places = range(len(added) - len(plain) + 1)
     start = next((place for place in places if added[place : place + len(plain)] == plain), 0)

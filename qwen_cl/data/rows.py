@@ -1,4 +1,4 @@
-"""Rows of files, each checked where it stands. No torch."""
+"""Rows of data files, checked with FILE:LINE in every error. No torch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from qwen_cl.data.hub_copy import copy_of, pin_dataset
 from qwen_cl.files.hashing import hash_file
 
 VALIDATION_SPLIT = "validation"
-"""Of a dataset on the Hub, where data.validation_path names none."""
+"""Default split of data.validation_path on the Hub."""
 PLACES = "or hf://datasets/ORG/NAME"
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A document of raw text."""
+
     text: str
 
 
@@ -36,26 +38,26 @@ Row = Conversation | Text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFiles:
-    """Where a run's rows are and how to read them; plain values, so that a recipe can carry them."""
+    """The data files of a run and how to read them; plain values, so that a recipe can carry them."""
 
     train: str
     validation: str | None
     validation_every: int
     """Without a validation file, every n-th row of ``train`` is held out."""
     raw_text: bool
-    """Rows are texts, not conversations."""
+    """The rows are texts, not conversations."""
     fields: dict[str, str]
-    """The rows' own names of fields, by the names they are read by (fields.py)."""
+    """Field names in the files, by standard name (fields.py)."""
     moved: tuple[int, ...] = ()
-    """Numbers of rows, from 0, that would be held out and train all the same, in rising order (held_apart.py)."""
+    """Numbers of held-out rows, from 0, that were moved to training, ascending (leakage.py)."""
 
     def validates(self, number: int) -> bool:
-        """Where validation has no files of its own, whether the row of this number is held out."""
+        """Return True if the row of this number is held out; only for runs without validation files."""
         return number % self.validation_every == 0 and number not in self.moved
 
 
 def pin_rows(data: DataConfig) -> DataConfig:
-    """The config with what it names on the Hub pinned to a commit, of which there are copies from now on.
+    """Return the config with its Hub datasets pinned to a commit, after making local copies of them.
 
     Raises:
         UserError: a dataset cannot be read.
@@ -68,12 +70,12 @@ def pin_rows(data: DataConfig) -> DataConfig:
     if validation is not None and is_hub_dataset(validation):
         validation = pin_dataset(validation, "data.validation_path", split=VALIDATION_SPLIT, subset=data.subset)
     if data.subset is not None and not any(is_hub_dataset(each) for each in (path, validation or "")):
-        raise UserError(f"data.subset ({data.subset}) is of a dataset on the Hub, and data.path is none; remove it")
+        raise UserError(f"data.subset ({data.subset}) has no effect: data.path is not a dataset on the Hub; remove it")
     return replace(data, path=path, validation_path=validation)
 
 
 def dataset_commits(data: DataConfig) -> dict[str, str]:
-    """By key, the commit of what a pinned config has from the Hub."""
+    """Return the commit of each Hub dataset of a pinned config, by config key."""
     paths = {} if not isinstance(data, FileDataConfig) else {"path": data.path, "validation_path": data.validation_path}
     return {
         f"data.{name}": str(parse_reference(path, name).revision)
@@ -83,7 +85,7 @@ def dataset_commits(data: DataConfig) -> dict[str, str]:
 
 
 def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
-    """The files behind a data config, whose datasets are pinned; None for random tokens, which have none."""
+    """Return the files of a data config with pinned datasets; None for random tokens."""
     raw_text = isinstance(task, PretrainConfig)
     if isinstance(data, DemoDataConfig):
         stem = data.text if raw_text else data.instructions
@@ -106,26 +108,26 @@ def row_files(data: DataConfig, task: TaskConfig) -> RowFiles | None:
 
 
 def read_rows(files: RowFiles) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows.
+    """Read the training and validation rows.
 
     Raises:
-        UserError: names file and line of the first row that is not as it must be, or the file that has none.
+        UserError: names file and line of the first invalid row, or the file without rows.
     """
     train = _read_all(files, "data.path", files.train)
     if files.validation is not None:
         return train, _read_all(files, "data.validation_path", files.validation)
-    sides: dict[bool, list[Row]] = {True: [], False: []}
+    training: list[Row] = []
+    held_out: list[Row] = []
     for number, row in enumerate(train):
-        sides[files.validates(number)].append(row)
-    kept, held_out = sides[False], sides[True]
-    if not kept:
+        (held_out if files.validates(number) else training).append(row)
+    if not training:
         other = ", or use data=text, which cuts texts" if files.raw_text else ""
-        raise UserError(f"{files.train} has one row, which leaves none to validate on; set data.validation_path{other}")
-    return kept, held_out
+        raise UserError(f"{files.train} has one row, which leaves none to train on; set data.validation_path{other}")
+    return training, held_out
 
 
 def row_location(files: RowFiles, index: int, *, validation: bool) -> str:
-    """Where a row stands that :func:`read_rows` returned, by its index there. Reads the files again."""
+    """Return the FILE:LINE of a row of :func:`read_rows` by its index there. Reads the files again."""
     key, path, number = "data.path", files.train, index
     if validation and files.validation is not None:
         key, path = "data.validation_path", files.validation
@@ -136,7 +138,7 @@ def row_location(files: RowFiles, index: int, *, validation: bool) -> str:
 
 
 def content_hash(files: RowFiles) -> str:
-    """sha256 over the files' bytes, training file first; where a path means several, over the hash of them all."""
+    """Return the sha256 of the files' bytes, training file first; a path with several files enters by their hash."""
     digest = hashlib.sha256()
     for key, path in (("data.path", files.train), ("data.validation_path", files.validation)):
         if path is None:
@@ -152,7 +154,7 @@ def content_hash(files: RowFiles) -> str:
 def conversations(
     records: Iterable[Record], columns: Mapping[str, str], path: str, key: str = KEY
 ) -> Iterator[Conversation]:
-    """One of each record of ``path``; see :func:`name_rows`. Raises UserError."""
+    """Yield the conversation of each record of ``path``; see :func:`name_rows`. Raises UserError."""
     for row in name_rows(records, columns, path, key):
         try:
             found = parse_conversation(row.fields, PAIR, row.where)
@@ -166,11 +168,11 @@ def _local(path: str) -> str:
 
 
 def _columns(data: FileDataConfig, raw_text: bool) -> dict[str, str]:
-    """What the config says of the rows that its task reads; the older keys of the others have no effect."""
+    """Return the configured field names that the task reads; old keys of the other task have no effect."""
     for name in data.fields:
         if (name == TEXT) is not raw_text:
             raise UserError(
-                f"data.fields.{name} is of {'texts' if name == TEXT else 'conversations'}, which "
+                f"data.fields.{name} is a field of {'texts' if name == TEXT else 'conversations'}, which "
                 f"task={'pretrain' if raw_text else 'finetune'} does not read; remove it"
             )
     return {name: column for name, column in data.columns.items() if (name == TEXT) is raw_text}

@@ -1,4 +1,4 @@
-"""What is in the files of a named set: its rows, each with its place, and a hash of it all. No torch."""
+"""Files of named sets: their rows with FILE:LINE, and their hash. No torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PLACES = "or hf://datasets/ORG/NAME"
 
 
 def local_path(path: str, key: str) -> str:
-    """The absolute path of files, perhaps with a glob in it; of a dataset on the Hub, that of a copy in the cache, by
-    its commit. ``key`` is how messages call the set.
+    """Return an absolute path, which may contain a glob; for a Hub dataset, that of its copy in the cache. Messages
+    name ``key``.
 
     Raises:
-        UserError: the dataset cannot be read, or the cache not be written to.
+        UserError: the dataset cannot be read, or the cache cannot be written to.
     """
     if is_hub_dataset(path):
         return str(copy_of(pin_dataset(path, key)))
@@ -38,13 +38,13 @@ def local_path(path: str, key: str) -> str:
 
 
 def read_set_rows(path: str, key: str) -> tuple[list[Row], list[str]]:
-    """Rows, all of the kind of the first, and where each is.
+    """Read the rows of a set, all of the kind of the first, and the FILE:LINE of each.
 
     Raises:
-        UserError: names file and line of the first that is not as it must be.
+        UserError: names file and line of the first invalid row.
     """
     files = find_files(local_path(path, key), key, PLACES)
-    whole_files = {str(file.path) for file in files if file.format is Format.text}
+    text_files = {str(file.path) for file in files if file.format is Format.text}
     records = read_records(files, None)
     first = next(records, None)
     if first is None:
@@ -56,12 +56,12 @@ def read_set_rows(path: str, key: str) -> tuple[list[Row], list[str]]:
             "a set is one of them; remove the fields of the other"
         )
     if TEXT in first.fields and not has_conversation(first.fields):
-        return [_text(record, record.where in whole_files) for record in records], places
+        return [_text(record, record.where in text_files) for record in records], places
     return list(conversations(records, {}, path)), places
 
 
 def _noting_places(records: Iterable[Record]) -> tuple[Iterator[Record], list[str]]:
-    """The list fills while they are read."""
+    """Return the records and a list that fills with their FILE:LINE while they are read."""
     places: list[str] = []
 
     def noting() -> Iterator[Record]:
@@ -73,10 +73,10 @@ def _noting_places(records: Iterable[Record]) -> tuple[Iterator[Record], list[st
 
 
 def set_hash(path: str, key: str) -> str:
-    """sha256 of the set's file; of several, over all of them in the order of their names.
+    """Return the sha256 of a set's file; of several files, over all of them in the order of their names.
 
     Raises:
-        UserError: they are not there.
+        UserError: the files do not exist.
     """
     paths = [file.path for file in find_files(local_path(path, key), key, PLACES)]
     return hash_files(paths) if len(paths) > 1 else hash_file(paths[0])

@@ -1,4 +1,4 @@
-"""What a training set is, before anything is trained on it. No torch."""
+"""Data report of rows: lengths, loss tokens, truncation, duplicates and padding. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceLayout:
-    """How a run makes micro batches of the rows."""
+    """The settings by which rows become micro batches."""
 
     sequence_length: int
     micro_batch_size: int
@@ -40,51 +40,50 @@ class SequenceLayout:
     loss_on: LossOn
     packing: bool
     static_shapes: bool = False
-    """Packed rows are all padded to ``sequence_length``."""
+    """Packed sequences are all padded to ``sequence_length``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """Of the training rows, each a conversation or a document. Lengths are in tokens, before anything is cut."""
+    """The statistics of the training rows: conversations or documents. Lengths are in tokens, before truncation."""
 
     documents: bool
     rows: int
     tokens: int
     labels: int
-    """Tokens that count, of those within ``sequence_length``."""
+    """Loss tokens within ``sequence_length``."""
     lengths: dict[str, int]
-    """By name of the quantile."""
+    """Quantiles of the lengths, by name."""
     histogram: list[tuple[int, int, int]]
-    """From, to (included), rows."""
+    """Bins: first length, last length (included), number of rows."""
     truncated: int
-    """Rows longer than ``sequence_length``; documents are cut into sequences and lose nothing."""
+    """Rows longer than ``sequence_length``; 0 for documents, which are cut into sequences."""
     truncated_labels: int
-    """Labels past the cut."""
+    """Loss tokens lost by truncation."""
     without_labels: int
-    """Rows of which nothing counts, so that they are left out."""
+    """Rows without loss tokens, which are left out."""
     duplicates: int
-    """Rows whose text is that of an earlier one, after NFKC and with any whitespace for a space; of a corpus, documents
-    whose tokens are."""
+    """Rows with the same normalized text (NFKC, whitespace collapsed) as an earlier one; documents of a corpus with the
+    same tokens."""
     packing: bool
     sequences: dict[str, int]
-    """In an epoch: ``unpacked``, one row each (not for documents), and ``packed``."""
+    """Sequences per epoch: ``unpacked``, one row each (not for documents), and ``packed``."""
     padding: dict[str, float]
-    """Part of the positions that are computed for nothing, likewise."""
+    """Fraction of padding, ``unpacked`` and ``packed``."""
     writing: dict[str, float]
-    """Part of the characters, whitespace apart, by writing system."""
+    """Fraction of the characters, without whitespace, by writing system."""
     sampled: int | None
-    """Rows that ``writing`` was counted in; None for all."""
+    """Number of rows sampled for ``writing``; None for all."""
     rendered: list[str]
-    """Some rows as they are trained on; what is in [[ ]] does not count."""
+    """Some rows as they are trained on; tokens in [[ ]] are not in the loss."""
     overlap: Overlap | None
-    """Of the validation rows with what is trained on; None where it was not looked for."""
+    """Overlap of the validation rows with the training data; None if not computed."""
     retention_overlap: dict[str, Overlap]
-    """Likewise of each retention set, by name."""
+    """Overlap of each retention set, by name."""
     near_duplicates: list[NearPairs] = field(default_factory=list)
-    """Of the validation set and of each retention set."""
+    """Near duplicates in the validation set and in each retention set."""
     unused_fields: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By name of a set that is trained on or measured, the fields of its rows that are in no token, with the number of
-    rows that have them."""
+    """By name of the set, the fields of its rows that are not rendered, with the number of rows that have them."""
 
 
 def describe(
@@ -95,19 +94,19 @@ def describe(
     retention_overlap: Mapping[str, Overlap] | None = None,
     unused: Mapping[str, dict[str, int]] | None = None,
 ) -> DataReport:
-    """Tokenizes every row once and keeps none but those that are shown."""
+    """Return the data report of rows. Tokenizes every row once, and retains only those that are shown."""
     documents = isinstance(rows[0], Text)
     shown = set(np.linspace(0, len(rows) - 1, min(RENDERED, len(rows))).round().astype(int).tolist())
     lengths, sizes, rendered = [], [], []
     labels = truncated = truncated_labels = 0
     keys: set[bytes] = set()
     characters: Counter[str] = Counter()
-    for number, (row, whole) in enumerate(zip(rows, untruncated_examples(rows, tokenizer, layout.loss_on))):
-        cut = whole if documents else whole.cut(layout.sequence_length + 1)
-        lengths.append(len(whole.ids))
+    for number, (row, full) in enumerate(zip(rows, untruncated_examples(rows, tokenizer, layout.loss_on))):
+        cut = full if documents else full.cut(layout.sequence_length + 1)
+        lengths.append(len(full.ids))
         labels += cut.num_labels
-        truncated += len(cut.ids) < len(whole.ids)
-        truncated_labels += whole.num_labels - cut.num_labels
+        truncated += len(cut.ids) < len(full.ids)
+        truncated_labels += full.num_labels - cut.num_labels
         if cut.num_labels:
             sizes.append(cut.num_positions)
         text = row_text(row)
@@ -144,7 +143,7 @@ def describe(
 
 
 def count_unused_fields(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Rows by the name of a field of theirs that is in no token."""
+    """Count the rows with each field that is not rendered, by field name."""
     return dict(
         Counter(name for row in rows if isinstance(row, Conversation) for name in unused_fields(row, tokenizer))
     )
@@ -155,14 +154,14 @@ def quantiles(lengths: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, int]:
 
 
 def stream_sizes(tokens: int, sequence_length: int, *, bos: bool) -> list[int]:
-    """Positions of the sequences that documents are joined and cut to (examples.py). ``tokens``: of all documents, with
-    their end-of-text and, if ``bos``, their BOS; without one, an end-of-text goes before the first."""
+    """Return the positions of the sequences that joined documents are cut into (examples.py). ``tokens`` includes the
+    end-of-text and, if ``bos``, the BOS of each document; without BOS, an end-of-text precedes the first."""
     full, rest = divmod(tokens - bos, sequence_length)
     return [sequence_length] * full + [rest] * (rest > 0)
 
 
 def sequences(sizes: list[int], layout: SequenceLayout, *, documents: bool) -> tuple[dict[str, int], dict[str, float]]:
-    """``DataReport.sequences`` and ``padding``; ``sizes`` are positions, of rows or of joined documents."""
+    """Return ``DataReport.sequences`` and ``padding``; ``sizes`` are positions of rows or of joined documents."""
     by_way = {"packed": sizes}
     if not documents:
         packs = plan_packs(sizes, layout.sequence_length)
@@ -176,7 +175,7 @@ def sequences(sizes: list[int], layout: SequenceLayout, *, documents: bool) -> t
 
 
 def histogram(lengths: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Each bin twice as wide as the one before, from the shortest's to the longest's."""
+    """Return a histogram with bins of doubling width, from the shortest to the longest length."""
     counts = Counter(max(1, (length - 1).bit_length()) for length in lengths)
     bins = range(min(counts), max(counts) + 1)
     return [(2 ** (power - 1) + 1 if power > 1 else 1, 2**power, counts[power]) for power in bins]
@@ -191,4 +190,4 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
         parts.append(tokenizer.decode(shown.ids[start:stop]))
         done = stop
     more = len(example.ids) - len(shown.ids)
-    return "".join(parts) + (f" … and {more:,} tokens more" if more else "")
+    return "".join(parts) + (f" … and {more:,} more tokens" if more else "")

@@ -1,4 +1,4 @@
-"""A data report for people: a few lines for the terminal, a page for the run's folder. No torch."""
+"""Data report as text: a summary for the terminal, a page for the run folder. No torch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from qwen_cl.data.leakage import NearPairs
 from qwen_cl.data.statistics import DataReport
 
 BAR = 40
-SHOWN = "Rows as they are trained on; what is in [[ ]] does not count:"
+SHOWN = "Rows as they are trained on; tokens in [[ ]] are not in the loss:"
 
 
 def summary(report: DataReport) -> list[tuple[str, str]]:
-    """Name and text of each line."""
+    """Return the name and text of each summary line."""
     what = "documents" if report.documents else "rows"
     way = "packed" if report.packing else "unpacked"
     rows = (
-        f"{report.rows:,} {what}, {report.tokens:,} tokens, {report.labels:,} that count; median length "
+        f"{report.rows:,} {what}, {report.tokens:,} tokens, {report.labels:,} loss tokens; median length "
         f"{report.lengths['median']:,}, longest {report.lengths['max']:,}"
     )
     losses = [f"{report.sequences[way]:,} sequences, {report.padding[way]:.0%} padding"]
     if report.packing and not report.documents:
         losses[0] += f" (unpacked {report.sequences['unpacked']:,}, {report.padding['unpacked']:.0%})"
     if not report.documents:
-        losses.append(f"{report.truncated:,} rows cut, {report.truncated_labels:,} labels lost")
+        losses.append(f"{report.truncated:,} rows truncated, {report.truncated_labels:,} loss tokens lost")
     if report.without_labels:
-        losses.append(f"{report.without_labels:,} left out, as nothing of them counts")
+        losses.append(f"{report.without_labels:,} left out, without loss tokens")
     losses.append(f"{report.duplicates:,} duplicates")
     if report.overlap is not None and report.overlap.found:
-        losses.append(f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are in it too")
+        losses.append(
+            f"{report.overlap.found:,} of {report.overlap.texts:,} validation {what} are also in the training set"
+        )
     for name, overlap in report.retention_overlap.items():
         if overlap.found:
             losses.append(f"{overlap.found:,} of {overlap.texts:,} rows of retention.eval_sets.{name} are trained on")
@@ -37,11 +39,11 @@ def summary(report: DataReport) -> list[tuple[str, str]]:
 
 
 def _near(pairs: NearPairs) -> str:
-    done = "moved to training" if pairs.moved else "measured all the same"
+    done = "moved to training" if pairs.moved else "still evaluated"
     shown = ", ".join(f"{measured} ({trained})" for measured, trained in pairs.examples)
     return (
-        f"{pairs.count:,} of {pairs.of:,} {pairs.what} nearly repeat one that is trained on (more than half of their "
-        f"{GRAM}-token pieces), {done}: {shown}{', …' if pairs.count > len(pairs.examples) else ''}"
+        f"{pairs.count:,} of {pairs.of:,} {pairs.what} are near duplicates of training texts (more than half of their "
+        f"{GRAM}-grams), {done}: {shown}{', …' if pairs.count > len(pairs.examples) else ''}"
     )
 
 
@@ -61,7 +63,7 @@ def _writing(report: DataReport, what: str) -> str:
 def report_page(report: DataReport) -> str:
     lines = [f"{name:>16}  {text}" for name, text in summary(report)]
     what = "document" if report.documents else "row"
-    lines += ["", f"Tokens a {what}: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())]
+    lines += ["", f"Tokens per {what}: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())]
     most = max(count for _, _, count in report.histogram)
     for first, last, count in report.histogram:
         bar = "#" * -(-BAR * count // most)

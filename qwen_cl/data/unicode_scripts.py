@@ -1,4 +1,4 @@
-"""Which writing systems a text is in, by Unicode's names of its characters. No torch."""
+"""Writing systems of a text, by the Unicode names of its characters. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WRITING_SYSTEMS = ("hiragana", "katakana", "kanji", "latin", "other")
 
 
 def writing_shares(characters: Counter[str]) -> dict[str, float]:
-    """Of the characters that are not whitespace; digits and punctuation are ``other``."""
+    """Return the fraction of each writing system, without whitespace; digits and punctuation are ``other``."""
     counts = dict.fromkeys(WRITING_SYSTEMS, 0)
     for character, count in characters.items():
         if not character.isspace():
@@ -23,7 +23,7 @@ def writing_system(character: str) -> str:
     if character in "々〆〇":
         return "kanji"
     name = unicodedata.name(character, "").removeprefix("HALFWIDTH ").removeprefix("FULLWIDTH ")
-    if name.startswith("KATAKANA-HIRAGANA"):  # ー, which katakana has nearly to itself
+    if name.startswith("KATAKANA-HIRAGANA"):  # ー, used almost only with katakana
         return "katakana"
     if name.startswith("LATIN") and character.isalpha():
         return "latin"

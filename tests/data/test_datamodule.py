@@ -59,7 +59,7 @@ def tokens(text: str) -> list[int]:
     [
         (PAIR + b"nonsense\n", "{path}:2: not JSON (Expecting value at column 1); every line is one object"),
         (PAIR * 4 + b'{"prompt":\n' + PAIR, "{path}:5: not JSON (Expecting value at column 11)"),
-        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number where an object with fields must be"),
+        (b"\n \r\n" + PAIR + b"3\n", "{path}:4: a number, it must be an object with fields"),
         (
             PAIR + b'{"prompt": "a", "completion": null}\n',
             "{path}:2: field 'completion' is null, it must be a string",

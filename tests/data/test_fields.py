@@ -120,7 +120,7 @@ def test_text_is_read_under_its_name(tmp_path: Path) -> None:
         (
             {"question": "A", "answer": "B", "response": "C"},
             {},
-            "the row has 'question' and 'answer', and 'question' and 'response' too; say which are meant, like "
+            "the row has 'question' and 'answer', and 'question' and 'response' too; say which to read, like "
             "data.fields={prompt: question, completion: answer}",
         ),
         ({"prompt": "A", "completion": "B", "messages": CHAT}, {}, "the row has 'messages', and 'prompt' and 'complet"),
@@ -128,8 +128,9 @@ def test_text_is_read_under_its_name(tmp_path: Path) -> None:
         (
             {"question": "A", "answer": "B", "context": "C"},
             {},
-            "field 'context' stands beside 'question' and 'answer'; read it with data.fields={instruction: question, "
-            "output: answer, input: context}, or leave it out with data.fields={prompt: question, completion: answer}",
+            "the row has field 'context' beside 'question' and 'answer'; read it with data.fields={instruction: "
+            "question, output: answer, input: context}, or leave it out with data.fields={prompt: question, "
+            "completion: answer}",
         ),
         ({"messages": "[oops"}, {}, "field 'messages' must hold a list of messages: not JSON (Expecting value at col"),
     ],
@@ -245,7 +246,9 @@ def test_prompts_are_read_from_every_kind_of_file(row: dict[str, Any], asked: st
 
 def test_prompts_that_ask_twice_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "A"}, {"prompt": "A", "question": "B"})
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: the row has 'prompt' and 'question', which both may ask"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:2: the row has 'prompt' and 'question', which may both be the prompt"
+    ):
         read_prompts(path, raw=False)
 
 

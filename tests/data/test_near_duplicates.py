@@ -74,7 +74,7 @@ def test_they_are_moved_to_training_by_default(tmp_path: Path) -> None:
     assert (plan.data_report.overlap.texts, plan.data_report.overlap.found) == (1, 0)
     assert (
         "near duplicates",
-        "2 of 3 validation rows nearly repeat one that is trained on (more than half of their 13-token pieces), moved "
+        "2 of 3 validation rows are near duplicates of training texts (more than half of their 13-grams), moved "
         f"to training: {path}:1 ({path}:6), {path}:5 ({path}:3)",
     ) in summary(plan.data_report)
     for index, text in enumerate(train):
@@ -94,7 +94,7 @@ def test_they_are_reported_or_refused_where_that_is_said(tmp_path: Path) -> None
         planned(path, EVERY, "data.near_duplicates=refuse")
     assert str(refused.value) == (
         f"{path}:1: this row, held out by data.validation_every (4), is in the training set too ({path}:6), as are 2 "
-        "of 3 (0 whole, 2 by more than half of their 13-token pieces); their loss would show what was learnt by heart: "
+        "of 3 (0 identical, 2 with more than half of their 13-grams); their loss would measure what is memorized: "
         "remove them from the file, or write data.near_duplicates=report"
     )
 
@@ -106,7 +106,7 @@ def test_what_is_the_same_is_refused_whatever_is_said_of_near(tmp_path: Path) ->
             planned(path, EVERY, f"data.near_duplicates={said}")
         assert str(refused.value).startswith(
             f"{path}:9: this row, held out by data.validation_every (4), is in the training set too ({path}:11), as "
-            "are 3 of 3 (1 whole, 2 by"
+            "are 3 of 3 (1 identical, 2 with"
         )
 
 
@@ -135,8 +135,9 @@ def test_nothing_left_to_validate_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         planned(path, EVERY)
     assert str(refused.value) == (
-        f"{path}:1: every row, held out by data.validation_every (4), nearly repeats what is trained on (as {path}:3), "
-        "which leaves nothing to validate on; set data.validation_path, or write data.near_duplicates=report"
+        f"{path}:1: every row, held out by data.validation_every (4), is a near duplicate of a training text "
+        f"(like {path}:3), which leaves nothing to validate on; set data.validation_path, or write "
+        "data.near_duplicates=report"
     )
 
 
@@ -148,7 +149,7 @@ def test_a_validation_set_of_its_own_keeps_them_and_says_so(kind: str, tmp_path:
     near = near_of(plan)
     assert (near.count, near.of, near.moved, near.examples) == (1, 2, False, [(f"{other}:2", f"{path}:4")])
     assert plan.data_report is not None
-    assert "measured all the same" in summary(plan.data_report)[3][1]
+    assert "still evaluated" in summary(plan.data_report)[3][1]
 
 
 def test_the_worker_has_the_same_split(tmp_path: Path) -> None:

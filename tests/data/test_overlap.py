@@ -166,7 +166,7 @@ def test_the_message_names_both_lines_the_counts_and_the_fix(tmp_path: Path) -> 
     validation = jsonl(tmp_path / "validation.jsonl", [{"text": "三"}, {"text": SENTENCE}, {"text": " 二"}])
     assert refusal(files(train, validation, text=True)) == (
         f"{validation}:3: this row, which validates, is in the training set too ({train}:2), as are 2 of 3 (1 whole, "
-        "1 by more than half of their 13-token pieces); their loss would show what was learnt by heart: remove them "
+        "1 with more than half of their 13-grams); their loss would measure what is memorized: remove them "
         "from one side, or write data.allow_overlap=true"
     )
     assert refusal(files(jsonl(tmp_path / "rows.jsonl", [{"text": "a"}] * 2), every=2, text=True)).startswith(
@@ -184,13 +184,13 @@ def test_a_run_is_refused_unless_overlap_is_allowed(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith(
         f"{path}:1: this row, held out by data.validation_every (3), is in the training set too ({path}:5), as are 1 "
-        "of 2 (1 whole, 0 by more than half of their 13-token pieces)"
+        "of 2 (1 identical, 0 with more than half of their 13-grams)"
     )
     assert not (tmp_path / "outputs/run").exists()
     plan = make_plan(compose_run("cluster.accelerator=cpu", *arguments, "data.allow_overlap=true"))
     assert plan.data_report is not None
     assert plan.data_report.overlap == Overlap(2, 1, 0, (0, 2))
-    assert "1 of 2 validation rows are in it too" in summary(plan.data_report)[1][1]
+    assert "1 of 2 validation rows are also in the training set" in summary(plan.data_report)[1][1]
 
 
 OLD = ["An old story of a baker who rose at three to light the oven and sold his bread before the bells.", "Another."]
@@ -219,9 +219,9 @@ def test_what_measures_forgetting_is_not_trained_on(kind: str, tmp_path: Path) -
         return with_text(plan, config.data) if isinstance(config.data, TextDataConfig) else plan
 
     message = (
-        f"{kept}:2: this row of retention.eval_sets.old, which measures what is forgotten, is in {{}} too ({{}}), as "
-        "are 1 of 2 (0 whole, 1 by more than half of their 13-token pieces); their loss would show what was learnt by "
-        "heart: remove them from one side, or write data.near_duplicates=report"
+        f"{kept}:2: this row of retention.eval_sets.old, which measures forgetting, is in {{}} too ({{}}), as "
+        "are 1 of 2 (0 identical, 1 with more than half of their 13-grams); their loss would measure what is "
+        "memorized: remove them from one side, or write data.near_duplicates=report"
     )
     replayed = ["replay=files", f"replay.datasets={{tales: '{replay}'}}"]
     own = "the training set" if kind == "jsonl" else "the training text"

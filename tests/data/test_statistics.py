@@ -73,7 +73,7 @@ def test_what_is_cut_is_counted() -> None:
     assert found.without_labels == 1
     assert found.sequences["unpacked"] == 2
     lines = " ".join(text for _, text in summary(found))
-    assert f"2 rows cut, {found.truncated_labels} labels lost; 1 left out, as nothing of them counts" in lines
+    assert f"2 rows truncated, {found.truncated_labels} loss tokens lost; 1 left out, without loss tokens" in lines
 
 
 def test_documents_are_joined_and_lose_nothing() -> None:
@@ -136,7 +136,7 @@ def test_what_is_masked_is_shown_in_brackets() -> None:
     )
     assert render(example, tokenizer()) == f"[[{prompt}]]青森県です。<|im_end|>"
     (long,) = build_examples([pair("長い" * 500, "はい。")], tokenizer(), 4096)
-    assert render(long, tokenizer()).endswith(f"]] … and {len(long.ids) - 400:,} tokens more")
+    assert render(long, tokenizer()).endswith(f"]] … and {len(long.ids) - 400:,} more tokens")
 
 
 def test_ten_rows_from_the_first_to_the_last_are_shown() -> None:
@@ -152,7 +152,9 @@ def test_overlap_that_is_allowed_is_told() -> None:
     kept = {"old": Overlap(7, 2, 0, (3, 0)), "chat": Overlap(4, 0, 0, None)}
     found = describe(rows, tokenizer(), layout(), Overlap(5, 1, 2, (0, 0)), kept)
     said = summary(found)[1][1]
-    assert said.endswith("3 of 5 validation rows are in it too; 2 of 7 rows of retention.eval_sets.old are trained on")
+    assert said.endswith(
+        "3 of 5 validation rows are also in the training set; 2 of 7 rows of retention.eval_sets.old are trained on"
+    )
 
 
 def test_a_run_leaves_its_report_and_prints_three_lines(trained: Launched) -> None:

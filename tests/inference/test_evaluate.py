@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[list[str], bytes, str]] = {
     "no answer fits": (
         ["task.sets={a: '{file}.jsonl'}", "task.sequence_length=2"],
         b'{"prompt": "a", "completion": "b"}\n',
-        r"no row has a label within task\.sequence_length \(2\)",
+        r"no row has loss tokens within task\.sequence_length \(2\)",
     ),
     "too long": (
         ["task.sets={a: '{file}.jsonl'}", "task.sequence_length=4096"],

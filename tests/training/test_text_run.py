@@ -166,7 +166,7 @@ def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None
     assert (report["rows"], report["tokens"]) == (15, counts[0])
     assert report["overlap"] == {"texts": 5, "exact": 1, "by_grams": 0, "first": [1, 0]}
     page = text_run.run.folder.data_report.read_text(encoding="utf-8")
-    assert "1 of 5 validation documents are in it too" in page
+    assert "1 of 5 validation documents are also in the training set" in page
     assert page.count("\n--- ") == 10
     plain = json.loads(text_run.run.folder.text_target.read_text(encoding="utf-8"))
     assert text_run.run.folder.status().data_sha256 == TextTarget.parse(plain).content
@@ -218,8 +218,8 @@ def test_documents_that_validate_and_train_are_refused(text_run: TextRun, tmp_pa
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
         f"{path}:{measured[1] + 1}: this document, held out by data.validation_fraction (0.25), is in the training "
-        f"text too ({path}:{trained[0] + 1}), as are 1 of 5 (1 whole, 0 by more than half of their 13-token pieces); "
-        "their loss would show what was learnt by heart: remove them from the text, or write data.allow_overlap=true"
+        f"text too ({path}:{trained[0] + 1}), as are 1 of 5 (1 identical, 0 with more than half of their 13-grams); "
+        "their loss would measure what is memorized: remove them from the text, or write data.allow_overlap=true"
     )
     assert not (tmp_path / "outputs/run").exists()
 

@@ -1,4 +1,4 @@
-"""Where the answers are in a rendered conversation, as ranges of characters. No torch."""
+"""Character ranges of the assistant messages in a rendered conversation. No torch."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.data.chat.template import Rendering, Span, TemplateError
 
 PLACEHOLDER = "\ue0f1\ue0f0\ue0f1"
-"""Private-use characters, in place of an answer whose surroundings are looked for."""
+"""Private-use characters that replace an answer to find the text around it."""
 
 
-def locate_answers(rendering: Rendering, whole: str, wanted: list[int]) -> list[Span]:
-    """The span of each wanted message in ``whole``: from where the model begins to write to the end of its turn.
+def locate_answers(rendering: Rendering, rendered: str, wanted: list[int]) -> list[Span]:
+    """Return the span of each wanted message in the rendered text: from the generation prompt to the end of its turn.
 
-    A turn begins where the prompt before it ends (``add_generation_prompt``), and ends where the conversation cut
-    after it does, newlines at its end apart. That holds for most templates, and costs two renderings an answer. Some
-    render an answer otherwise once others follow it, like Qwen3's, which takes the reasoning out: there the answer is
-    replaced, and what stays the same before and after it shows where it is.
+    A turn begins where the prompt before it ends (``add_generation_prompt``), and ends where the rendered conversation
+    up to it ends, without trailing newlines. This costs two renderings per answer. Some templates, like Qwen3's,
+    render an answer differently once others follow: there the answer is replaced by a placeholder, and the unchanged
+    text before and after it gives its span.
 
     Raises:
-        UserError: an answer cannot be told from what is around it.
+        UserError: the span of an answer cannot be determined.
     """
-    return [_locate(rendering, whole, number) for number in wanted]
+    return [_locate(rendering, rendered, number) for number in wanted]
 
 
-def _locate(rendering: Rendering, whole: str, number: int) -> Span:
+def _locate(rendering: Rendering, rendered: str, number: int) -> Span:
     is_last = number + 1 == len(rendering.plain)
-    asked = _try(rendering, rendering.plain[:number], prompt=True)
-    start = len(asked) if asked is not None and whole.startswith(asked) else None
-    stop = len(whole.rstrip("\n")) if is_last else None
+    prompt = _try(rendering, rendering.plain[:number], prompt=True)
+    start = len(prompt) if prompt is not None and rendered.startswith(prompt) else None
+    stop = len(rendered.rstrip("\n")) if is_last else None
     if stop is None and start is not None:
         until = _try(rendering, rendering.plain[: number + 1])
-        if until is not None and whole.startswith(until := until.rstrip("\n")):
+        if until is not None and rendered.startswith(until := until.rstrip("\n")):
             stop = len(until)
     if start is None or stop is None:
-        found = (_by_replacing(rendering, whole, number, replaced, asked) for replaced in _replaced(rendering, number))
+        found = (
+            _by_replacing(rendering, rendered, number, replaced, prompt) for replaced in _replaced(rendering, number)
+        )
         replaced_start, replaced_stop = next(filter(None, found), (-1, -1))
         start = replaced_start if start is None else start
         stop = replaced_stop if stop is None else stop
@@ -46,7 +48,7 @@ def _locate(rendering: Rendering, whole: str, number: int) -> Span:
 
 
 def _replaced(rendering: Rendering, number: int) -> Iterator[dict[str, Any]]:
-    """The answer with a stand-in for its text, or for the tool that it calls where its text is not rendered."""
+    """Yield the answer with the placeholder as its text, then as the name of its first tool call."""
     message = rendering.plain[number]
     yield {**message, "content": PLACEHOLDER}
     if calls := message.get("tool_calls"):
@@ -57,24 +59,24 @@ def _replaced(rendering: Rendering, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _by_replacing(
-    rendering: Rendering, whole: str, number: int, replaced: dict[str, Any], asked: str | None
+    rendering: Rendering, rendered: str, number: int, replaced: dict[str, Any], prompt: str | None
 ) -> Span | None:
     before, after = _around(_try(rendering, [*rendering.plain[:number], replaced, *rendering.plain[number + 1 :]]))
-    if before is None or after is None or not (whole.startswith(before) and whole.endswith(after)):
+    if before is None or after is None or not (rendered.startswith(before) and rendered.endswith(after)):
         return None
     alone_before, alone_after = _around(_try(rendering, [*rendering.plain[:number], replaced]))
-    # What the template puts between the prompt and the stand-in is the model's to write.
-    own = alone_before[len(asked) :] if asked and alone_before and alone_before.startswith(asked) else ""
-    if replaced["content"] != PLACEHOLDER and not before.endswith(own or PLACEHOLDER):
+    # Text that the template puts between the prompt and the placeholder is part of the answer.
+    opening = alone_before[len(prompt) :] if prompt and alone_before and alone_before.startswith(prompt) else ""
+    if replaced["content"] != PLACEHOLDER and not before.endswith(opening or PLACEHOLDER):
         return None
-    start = len(before) - (len(own) if before.endswith(own) else 0)
+    start = len(before) - (len(opening) if before.endswith(opening) else 0)
     closing = _turn_end(rendering, after, alone_after)
-    return None if closing is None else (start, len(whole) - len(after) + len(closing))
+    return None if closing is None else (start, len(rendered) - len(after) + len(closing))
 
 
 def _turn_end(rendering: Rendering, after: str, alone: str | None) -> str | None:
-    """What ends a turn, without newlines at its end. ``alone`` is what follows the answer where nothing else does:
-    Phi's template, for one, has an end of text there too, which others do not come before."""
+    """Return the text that ends a turn, without trailing newlines. ``alone`` is the text after a final answer, which in
+    some templates, like Phi's, includes an end of text that other turns lack."""
     if alone is None:
         return None
     closing = ""
@@ -105,6 +107,6 @@ def _try(rendering: Rendering, messages: list[dict[str, Any]], *, prompt: bool =
 def _not_found(rendering: Rendering, number: int) -> UserError:
     return UserError(
         f"{rendering.where}: the chat template renders message {number + 1} (assistant) so that its text cannot be "
-        "told from what is around it; write task.loss_on=last_assistant if that is so of earlier answers only, or give "
-        "a template with {% generation %} blocks with data.chat_template"
+        "told from the text around it; write task.loss_on=last_assistant if that is so of earlier answers only, or "
+        "give a template with {% generation %} blocks with data.chat_template"
     )

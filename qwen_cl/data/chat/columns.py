@@ -1,4 +1,4 @@
-"""What a row says beside its conversation: read, refused by name, or listed as unused. No torch."""
+"""Columns of a row beside its conversation: read, refused by name, or listed as unused. No torch."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 THINKING = "enable_thinking"
 PREFERENCES = ("chosen", "rejected", "chosen_response", "rejected_response", "kto_tag")
 FULL_WEIGHT = (1, "1", "1.0", "true", "True")
-"""As a cell of a table has it, too."""
+"""Values that mean weight 1, also as cells of tables."""
 ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "train", "training", "mask", "loss_mask")
 TOKENS = ("input_ids", "assistant_masks", "completion_mask")
 MEANING_COLUMNS = (
     *(*SYSTEM_COLUMNS, *TOOL_COLUMNS, *REASONING, *MEDIA, *PREFERENCES, *ROW_WEIGHTS, *TOKENS),
     *("history", "documents", "label", "chat_template", TEMPLATE_ARGUMENTS, THINKING),
 )
-"""Every column that is read, or refused because it would change what is trained on."""
+"""Columns that are read, or refused because they would change the training data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
+    """The values of the recognized columns, and the names of the others."""
+
     system: str | None
     system_name: str
     history: tuple[Message, ...]
@@ -48,10 +50,10 @@ class Columns:
 
 
 def read_columns(row: dict[str, Any], used: set[str], where: str) -> Columns:
-    """``used`` are those of the conversation itself. What is null or empty says nothing.
+    """Read the columns beside those of the conversation itself (``used``). Null and empty values are ignored.
 
     Raises:
-        UserError: a column means something that cannot be trained on, or is not what its name calls for.
+        UserError: a column is not supported, or its value does not fit its name.
     """
     rest = {name: value for name, value in row.items() if name not in used and not is_empty(value)}
     _refuse(rest, used, where)
@@ -91,7 +93,9 @@ def _refuse(rest: dict[str, Any], used: set[str], where: str) -> None:
             )
     for name in TOKENS:
         if name in rest:
-            raise UserError(f"{where}: field {name!r} is of rows that are tokenized already; give the texts alone")
+            raise UserError(
+                f"{where}: field {name!r} belongs to pretokenized rows, which are not supported; give the texts"
+            )
     if "chat_template" in rest:
         raise UserError(f"{where}: field 'chat_template' is not read; data.chat_template sets one for all rows")
 

@@ -1,8 +1,8 @@
-"""Special tokens' names in what people wrote: text, and never the token. No torch.
+"""Names of special tokens in message content, encoded as ordinary text and never as the token. No torch.
 
-The template's own special tokens must stay tokens, at the same place of the same text, so that what a tokenizer does
-around them (a space before what follows, for one) stays as it is. So names in the content are marked before the
-template is rendered, all others are renamed after it, and a copy of the tokenizer knows the new names alone.
+The template's own special tokens must stay tokens at the same position, so that the tokenizer treats the text around
+them (for example spaces) as before. So names in the content are marked before the template is rendered, all other
+names are replaced after it, and a copy of the tokenizer knows only the replaced names.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PRIVATE = [chr(code) for code in range(0xE000, 0xE0F0)]
-"""Unicode's private-use characters, of which texts have none, or few."""
+"""Private-use characters of Unicode, which texts hardly ever contain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Three characters that are nowhere in the row."""
+    """Three characters that do not occur in the row."""
 
     opening: str
     closing: str
     prefix: str
-    """Of the names by which the copy of the tokenizer knows its special tokens."""
+    """Prefix of the names of special tokens in the copy of the tokenizer."""
     shown: str
-    """The first name that was found, for messages."""
+    """First name found, for messages."""
 
     def remove(self, text: str) -> str:
         return text.replace(self.opening, "").replace(self.closing, "")
@@ -47,14 +47,14 @@ class ContentTokens:
         self._copies: dict[str, Any] = {}
 
     def marks_for(self, texts: Iterable[str]) -> Marks | None:
-        """None where no text has a special token's name in it."""
+        """Return marks for these texts; None if no text contains the name of a special token."""
         if self._names is None:
             return None
-        kept = [text for text in texts if any(first in text for first in self._firsts)]
-        found = next((match for text in kept if (match := self._names.search(text))), None)
+        candidates = [text for text in texts if any(first in text for first in self._firsts)]
+        found = next((match for text in candidates if (match := self._names.search(text))), None)
         if found is None:
             return None
-        used = set("".join(kept))
+        used = set("".join(candidates))
         opening, closing, prefix = [each for each in PRIVATE if each not in used][:3]
         return Marks(opening, closing, prefix, found[0])
 
@@ -63,14 +63,14 @@ class ContentTokens:
         return self._names.sub(lambda match: f"{marks.opening}{match[0]}{marks.closing}", text)
 
     def unmark(self, text: str, spans: list[Span], marks: Marks | None) -> tuple[str, list[Span]]:
-        """The text to encode, in which the template's special tokens have their new names, and the spans in it."""
+        """Return the text to encode, with the template's special tokens renamed, and the spans moved accordingly."""
         if marks is None:
             return text, spans
         assert self._names is not None
         inner = self._names.pattern
         pattern = re.compile(f"{marks.opening}({inner}){marks.closing}|({inner})|[{marks.opening}{marks.closing}]")
         parts: list[str] = []
-        moves = [(0, 0)]  # from this place on, so many characters further
+        moves = [(0, 0)]  # from this position on, the offset in characters
         done = length = 0
         for match in pattern.finditer(text):
             new = match[1] or (marks.prefix + match[2] if match[2] else "")
@@ -86,7 +86,7 @@ class ContentTokens:
         return "".join(parts), [(moved(start), moved(stop)) for start, stop in spans]
 
     def encode(self, text: str, marks: Marks | None) -> tuple[list[int], list[Span]]:
-        """Ids, and the characters of each."""
+        """Return the token ids and the character range of each."""
         if marks is None:
             made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return list(made["input_ids"]), list(made["offset_mapping"])
@@ -113,7 +113,7 @@ class ContentTokens:
         return self._copies[prefix]
 
     def _renamed(self, prefix: str) -> Any:
-        """The vocabulary gets the new names beside the old, so that each keeps its id wherever it lies."""
+        """Return a copy of the tokenizer with prefixed special tokens, added beside the old names so that ids stay."""
         from tokenizers import Tokenizer
 
         described = json.loads(self._tokenizer.backend_tokenizer.to_str())
@@ -130,7 +130,7 @@ class ContentTokens:
         copy = Tokenizer.from_str(json.dumps(described))
         if any(copy.token_to_id(prefix + name) != number for name, number in self._special.items()):
             raise UserError(
-                "the model's tokenizer does not let special tokens be told from their names in texts, and a row has "
+                "the model's tokenizer cannot tell special tokens from their names in texts, and a row contains "
                 "such a name; remove it, or write data.special_tokens_in_content=true"
             )
         return copy

@@ -1,4 +1,4 @@
-"""One row of instruction data as a conversation, whichever of the usual forms it has. No torch."""
+"""Conversations parsed from rows of instruction data in all common formats. No torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["ASSISTANT", "SYSTEM", "USER", "Conversation", "Message", "check_text
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """At most one system message, the first. A row of data ends with an answer, a prompt with what it answers."""
+    """A conversation. Only the first message may be a system message; training rows end with an answer."""
 
     messages: tuple[Message, ...]
     tools: list[dict[str, Any]] | None = None
-    """As ``apply_chat_template`` takes them."""
+    """Tools in the format of ``apply_chat_template``."""
     documents: list[dict[str, Any]] | None = None
     template_arguments: dict[str, Any] | None = None
     """Further arguments of the chat template, like enable_thinking."""
     where: str = field(default="", compare=False, repr=False)
     """FILE:LINE."""
     unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """Names of the row's fields that are no part of the conversation."""
+    """Names of the row's fields that are not part of the conversation."""
 
 
 def pair(prompt: str, completion: str) -> Conversation:
@@ -77,7 +77,7 @@ def parse_prompt(row: dict[str, Any], where: str) -> Conversation:
 INSTRUCTION = "instruction"
 TURNS = ("messages", "conversations")
 FORMS = (*TURNS, INSTRUCTION)
-"""Names that tell a form apart, beside prompt and completion."""
+"""Fields that identify a format, beside prompt and completion."""
 
 
 def _form(row: dict[str, Any], fields: tuple[str, str], where: str) -> str:
@@ -86,7 +86,7 @@ def _form(row: dict[str, Any], fields: tuple[str, str], where: str) -> str:
     form = next((name for name in FORMS if name in row), None)
     if form is not None:
         return form
-    read_columns(row, set(row.keys() & set(fields)), where)  # what it holds may say more of what it is
+    read_columns(row, set(row.keys() & set(fields)), where)  # its error is more specific
     if (known := next((name for name in fields if name in row), None)) is not None:
         missing = next(name for name in fields if name != known)
         raise UserError(
@@ -94,7 +94,7 @@ def _form(row: dict[str, Any], fields: tuple[str, str], where: str) -> str:
         )
     raise UserError(
         f"{where}: no instruction form has these fields (found: {_names(row)}); write {fields[0]} and {fields[1]}, "
-        "messages, conversations, or instruction and output; data.fields says what rows call them "
+        "messages, conversations, or instruction and output; data.fields maps other field names "
         "(the first line of a CSV or TSV file must)"
     )
 
@@ -104,7 +104,7 @@ def _refuse_second_form(row: dict[str, Any], fields: tuple[str, str], form: str,
     complete += [fields[0]] if not any(is_empty(row.get(name)) for name in fields) else []
     complete += [INSTRUCTION] if not any(is_empty(row.get(name)) for name in (INSTRUCTION, "output")) else []
     if other := next((name for name in complete if name != form), None):
-        raise UserError(f"{where}: the row is a conversation twice, by {form!r} and by {other!r}; keep one of them")
+        raise UserError(f"{where}: the row has two conversations, in {form!r} and in {other!r}; keep one of them")
 
 
 def _names(row: dict[str, Any]) -> str:
@@ -112,15 +112,17 @@ def _names(row: dict[str, Any]) -> str:
 
 
 def _pair(row: dict[str, Any], fields: tuple[str, str], where: str) -> Conversation:
-    """Two texts; or two lists of messages, as TRL has them, of which what is prompted with is not trained on."""
+    """Parse a prompt and a completion: texts, or lists of messages as in TRL, where the prompt is not trained on."""
     if not any(isinstance(row[name], list) for name in fields):
         prompt, completion = (check_text(row[name], f"field {name!r}", where) for name in fields)
         turns: tuple[Message, ...] = (Message(USER, prompt), Message(ASSISTANT, completion))
         if len(row) == 2:
             return Conversation(turns, where=where)
     else:
-        asked, answered = (_either(row[name], name, role, where) for name, role in zip(fields, (USER, ASSISTANT)))
-        turns = (*(Message(turn.role, turn.content, turn.more, False) for turn in asked), *answered)
+        prompt_turns, answer_turns = (
+            _either(row[name], name, role, where) for name, role in zip(fields, (USER, ASSISTANT))
+        )
+        turns = (*(Message(turn.role, turn.content, turn.more, False) for turn in prompt_turns), *answer_turns)
     return _answered(turns, row, set(fields), fields[1], where)
 
 
@@ -131,7 +133,7 @@ def _either(value: Any, name: str, role: str, where: str) -> tuple[Message, ...]
 
 
 def _alpaca(row: dict[str, Any], where: str) -> Conversation:
-    """github.com/tatsu-lab/stanford_alpaca's fields; the input follows the instruction, as in its own prompt."""
+    """Parse Alpaca's fields (github.com/tatsu-lab/stanford_alpaca); the input follows the instruction, as there."""
     if "output" not in row:
         raise UserError(f"{where}: field 'output' is missing (found: {_names(row)}); it answers 'instruction'")
     instruction = check_text(row[INSTRUCTION], f"field {INSTRUCTION!r}", where) + _input(row, where)
@@ -165,10 +167,12 @@ def _answered(
 
 
 def _with_columns(turns: tuple[Message, ...], columns: Columns, form: str, where: str) -> tuple[Message, ...]:
-    """The system message and the earlier turns that columns hold go before, reasoning to the answer."""
+    """Prepend the system message and earlier turns of the columns, and add their reasoning to the answer."""
     if columns.history:
         if form in TURNS:
-            raise UserError(f"{where}: field 'history' stands beside {form!r}, which has the earlier turns; keep one")
+            raise UserError(
+                f"{where}: the row has field 'history' beside {form!r}, which has the earlier turns; keep one"
+            )
         turns = (*columns.history, *turns)
     if columns.system is not None:
         if turns[0].role in (SYSTEM, DEVELOPER):

@@ -1,7 +1,7 @@
-"""Conversations through the model's chat template: token ids, and which of them are answers. No torch.
+"""Encoding of conversations by the model's chat template: token ids and loss tokens. No torch.
 
-The ids are those of ``tokenizer.apply_chat_template(…, tokenize=True)`` of the whole row, without the newlines after
-the last end of a turn, which nothing is trained to say. docs/conversations.md is the page for users.
+The ids are those of ``tokenizer.apply_chat_template(…, tokenize=True)`` of the complete row, without the newlines
+after the last turn, which the model is not trained to generate. User documentation: docs/conversations.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _chats: weakref.WeakKeyDictionary[Any, Chat] = weakref.WeakKeyDictionary()
 
 
 def use_chat_settings(tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> PreTrainedTokenizerBase:
-    """Render all conversations of this tokenizer so from now on. Returns the tokenizer."""
+    """Set how conversations are rendered with this tokenizer from now on. Returns the tokenizer."""
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     _chats[tokenizer] = Chat(tokenizer, settings)
@@ -37,26 +37,26 @@ def use_chat_settings(tokenizer: PreTrainedTokenizerBase, settings: ChatSettings
 def render_conversation(
     row: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> tuple[list[int], tuple[Span, ...]]:
-    """Token ids of a whole conversation, and the half-open ranges of those trained on, none with the first.
+    """Return the token ids of a conversation, and the half-open ranges of its loss tokens, never the first token.
 
     Raises:
-        UserError: the template refuses the row, leaves out something that it says, or hides where an answer is.
+        UserError: the template refuses the row or drops part of it, or an answer cannot be located.
     """
     return chat_of(tokenizer).tokenize(row, loss_on)
 
 
 def render_prompt(row: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids up to where the model's answer begins. Raises UserError as :func:`render_conversation`."""
+    """Return the token ids up to the start of the model's answer. Raises UserError as :func:`render_conversation`."""
     return chat_of(tokenizer).tokenize_prompt(row)
 
 
 def check_conversation(row: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
-    """Raises UserError where :func:`render_conversation` would; does not tokenize."""
+    """Refuse a row that :func:`render_conversation` would refuse, without tokenizing. Raises UserError."""
     chat_of(tokenizer).locate(row, loss_on)
 
 
 def unused_fields(row: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Names of all that the row says and that is in no token, nor can be."""
+    """Return the names of the row's fields that are not rendered."""
     return chat_of(tokenizer).unused(row)
 
 
@@ -67,7 +67,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
 
 class Chat:
-    """A tokenizer's conversations, with what is worked out once for all of them."""
+    """The renderer of a tokenizer's conversations, with what is computed once for all of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> None:
         day = None if settings.template_date is None else date.fromisoformat(settings.template_date)
@@ -101,7 +101,7 @@ class Chat:
         return row.unused + self._use.check(rendering, rendering.render())
 
     def _located(self, row: Conversation, loss_on: LossOn) -> tuple[str, list[Span], int, Marks | None]:
-        """The whole text, the spans of it that are trained on, where the last turn ends, and the marks in the text."""
+        """Return the rendered text, its spans in the loss, the end of the last turn, and the marks in the text."""
         rendering, marks = self._rendering(row)
         whole, generated = rendering.render_whole()
         self._use.check(rendering, whole)
@@ -120,7 +120,7 @@ class Chat:
         return whole, spans, end, marks
 
     def _rendering(self, row: Conversation, *, prompt: bool = False) -> tuple[Rendering, Marks | None]:
-        """With special tokens' names marked, where the row has any and they are to stay text."""
+        """Prepare the rendering, with names of special tokens marked if the row has any and they are to stay text."""
         messages = row.messages
         if self._settings.system_prompt is not None and messages[0].role not in (SYSTEM, DEVELOPER):
             messages = (Message(SYSTEM, self._settings.system_prompt), *messages)
@@ -133,8 +133,8 @@ class Chat:
         marked = rendering.with_marks(self._tokens, marks)
         if marks.remove(marked.render(prompt=prompt)) != rendering.render(prompt=prompt):
             raise UserError(
-                f"{row.where or 'the prompt'}: a text holds a special token's name ({marks.shown}), which the chat "
-                "template changes, so it cannot stay text; remove it, or write data.special_tokens_in_content=true"
+                f"{row.where or 'the prompt'}: a text contains the name of a special token ({marks.shown}), which the "
+                "chat template changes, so it cannot stay text; remove it, or write data.special_tokens_in_content=true"
             )
         return marked, marks
 
@@ -145,7 +145,7 @@ def _complement(spans: list[Span], end: int) -> list[Span]:
 
 
 def _token_ranges(offsets: list[Span], spans: list[Span]) -> tuple[Span, ...]:
-    """A token that holds a span's first character is of it, as transformers has it in its own masks."""
+    """Convert character spans to token ranges; a token belongs to the span of its characters, as in transformers."""
     ranges: list[Span] = []
     token = 0
     for start, stop in spans:
@@ -154,7 +154,7 @@ def _token_ranges(offsets: list[Span], spans: list[Span]) -> tuple[Span, ...]:
         first = token
         while token < len(offsets) and offsets[token][0] < stop:
             token += 1
-        first = max(first, 1)  # of the first token no position is the context
+        first = max(first, 1)  # the first token has no context to be predicted from
         if first < token:
             ranges.append((first, token))
     return tuple(ranges)

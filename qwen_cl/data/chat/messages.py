@@ -1,4 +1,4 @@
-"""The messages of a conversation as rows have them, OpenAI's and ShareGPT's alike, each checked. No torch."""
+"""Messages of conversations in the formats of OpenAI and ShareGPT, parsed and checked. No torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ ROLES = {
     "function_response": TOOL,
     FUNCTION_CALL: ASSISTANT,
 }
-"""What rows call a role, and what chat templates do. ShareGPT's function_call is an answer of tool calls alone."""
+"""Role names in data, and in chat templates. ShareGPT's function_call is an answer of tool calls only."""
 RESULTS = (TOOL, "function", "ipython")
-"""Roles of what a tool answered, which may be nothing."""
+"""Roles of tool results, which may be empty."""
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
-"""Whether an answer is trained on: OpenAI's, Axolotl's and ms-swift's names."""
+"""Keys that set if an answer is trained on: the names of OpenAI, Axolotl and ms-swift."""
 MASKS = ("train_detail", "training_detail", "mask", "masked", "weights", "loss_weight", "loss_scale")
-"""What says it in ways that are not read."""
+"""Keys for the same purpose that are not supported."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of one thing, the first of which chat templates read most; transformers 5 takes them alike."""
+"""Names of the reasoning; chat templates mostly read the first, transformers 5 accepts all."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 NAMINGS = (("role", "content"), ("from", "value"))
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,22 +37,24 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """A message of a conversation."""
+
     role: str
     content: str
-    """Empty where the message is tool calls alone, or a tool answered nothing."""
+    """Text; empty for a message of tool calls only, or an empty tool result."""
     more: dict[str, Any] | None = None
-    """The other keys that the chat template is given."""
+    """Other keys passed to the chat template."""
     trained: bool = True
-    """Of an answer; False where the row says that it is context only."""
+    """False for an answer that is context only."""
 
 
 def is_empty(value: Any) -> bool:
-    """Say whether a field says nothing: null, an empty string, an empty list or object."""
+    """Return True for null, an empty string, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """Raises UserError where it is no string, blank, or holds what no tokenizer can read."""
+    """Return the text. Raises UserError if it is not a string, is blank, or has invalid characters."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is {kind_of(value)}, it must be a string")
     if not value.strip():
@@ -77,10 +79,10 @@ def parse_json(value: str, name: str, where: str) -> Any:
 
 
 def parse_turns(turns: Any, key: str, where: str, *, first: bool = True) -> tuple[Message, ...]:
-    """``first``: they begin the conversation, so a system message may be among them.
+    """Parse a list of messages. If they are the ``first``, a system message may lead them.
 
     Raises:
-        UserError: names the message that is not as it must be.
+        UserError: names the invalid message.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a table
         turns = parse_json(turns, f"field {key!r}", where)
@@ -119,16 +121,16 @@ def _message(turn: Any, key: str, name: str, where: str) -> Message:
 
 
 def _content(content: Any, more: dict[str, Any], role: str, name: str, where: str) -> str:
-    """The text; ``more`` gets what the template is given where that is not the text."""
+    """Return the text; ``more`` gets the content for the template where it is not the text."""
     if isinstance(content, list) and content:
         texts = [_part(part, f"{name}[{number}]", where) for number, part in enumerate(content)]
         more["content"] = [{"type": "text", "text": text} for text in texts]
         return check_text("".join(texts), name, where)
-    speaks_otherwise = "tool_calls" in more or any(key in more for key in (*REASONING, "refusal"))
-    if content is None and speaks_otherwise:
+    may_be_empty = "tool_calls" in more or any(key in more for key in (*REASONING, "refusal"))
+    if content is None and may_be_empty:
         more["content"] = None
         return ""
-    if isinstance(content, str) and not content.strip() and (speaks_otherwise or role in RESULTS):
+    if isinstance(content, str) and not content.strip() and (may_be_empty or role in RESULTS):
         return content
     return check_text(content, name, where)
 
@@ -144,12 +146,12 @@ def _part(part: Any, name: str, where: str) -> str:
 
 
 def _more(turn: dict[str, Any], names: tuple[str, str], role: str, name: str, where: str) -> dict[str, Any]:
-    """The keys beside role and content that say something, as the chat template takes them."""
+    """Return the other keys with a value, in the form that chat templates take."""
     more = {key: value for key, value in turn.items() if key not in (*names, *WEIGHTS) and not is_empty(value)}
     for key in MASKS:
         if key in more:
             raise UserError(
-                f"{where}: {name}.{key} says what is trained on in a way that is not read; write weight: 0 on the "
+                f"{where}: {name}.{key} is not supported; to select what is trained on, write weight: 0 on the "
                 "answers that are context only"
             )
     for key in MEDIA:
@@ -168,7 +170,7 @@ def _more(turn: dict[str, Any], names: tuple[str, str], role: str, name: str, wh
 
 
 def parse_reasoning(found: dict[str, Any], name: str, where: str) -> dict[str, str]:
-    """Under the names that templates read it by; empty where there is none."""
+    """Return the reasoning under the names that templates read; empty if there is none."""
     given = {key: found[key] for key in REASONING if not is_empty(found.get(key))}
     for key, value in given.items():
         check_text(value, f"{name}.{key}" if name else f"field {key!r}", where)
@@ -196,7 +198,7 @@ def _is_trained(turn: dict[str, Any], role: str, name: str, where: str) -> bool:
 
 
 def _called(value: Any, name: str, where: str) -> list[dict[str, Any]]:
-    """What LLaMA-Factory's function_call and OpenAI's older key of that name hold."""
+    """Parse function_call of LLaMA-Factory, or OpenAI's old key of that name."""
     if isinstance(value, str):
         value = parse_json(value, name, where)
     calls = value if isinstance(value, list) else [value]
@@ -204,7 +206,7 @@ def _called(value: Any, name: str, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
-    """A call's arguments may be an object, or JSON in a string; chat.py gives the template what it takes."""
+    """Parse tool calls; arguments may be an object or a JSON string (template.py converts them)."""
     if isinstance(calls, str):
         calls = parse_json(calls, name, where)
     if not isinstance(calls, list) or not calls:
@@ -213,7 +215,7 @@ def _tool_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, name: str, where: str) -> dict[str, Any]:
-    """In OpenAI's form, with arguments, which templates look for."""
+    """Return the call in OpenAI's format, always with arguments, which templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UserError(f"{where}: {name} must be an object with function: {{name, arguments}}")

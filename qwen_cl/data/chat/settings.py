@@ -1,4 +1,4 @@
-"""What a run's config says of how conversations are rendered. No torch."""
+"""Settings of a run for rendering conversations. No torch."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FILE = "chat_template.jinja"
-"""Where transformers looks for a template first."""
+"""File name that transformers reads a chat template from first."""
 BUILT_IN = Path(__file__).parent / "templates"
 CLOCK = "strftime_now"
-"""What templates ask for the day."""
+"""Function by which templates render the current date."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatSettings:
-    """The defaults leave everything to the tokenizer's own template."""
+    """The settings for rendering conversations; the defaults use the tokenizer's own template unchanged."""
 
     system_prompt: str | None = None
-    """Of conversations without a system message."""
+    """System message of conversations without one."""
     special_tokens_in_content: bool = False
-    """A special token's name in a message is that token; else it is text."""
+    """Encode the name of a special token in a message as that token, not as text."""
     template_date: str | None = None
-    """ISO date that templates are told is today's; None for today's own."""
+    """ISO date that templates render as today; None for the current date."""
     chat_template: str | None = None
-    """The text of a template in place of the tokenizer's."""
+    """Template text that replaces the tokenizer's."""
 
     def non_defaults(self) -> dict[str, Any]:
-        """Those that differ from the defaults: a part of what the data's hash is of."""
+        """Return the settings that differ from the defaults, which are part of the data hash."""
         default = asdict(ChatSettings())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
 
 def chat_settings(data: DataConfig, *, from_run: bool = False) -> ChatSettings:
-    """``from_run``: its tokenizer has the template already, and the file it came from may be gone.
+    """Return the chat settings of a config. ``from_run`` skips the template, which the run's tokenizer already has.
 
     Raises:
-        UserError: there is no such template, or it is none.
+        UserError: the template does not exist or is invalid.
     """
     if not isinstance(data, ChatDataConfig):
         return ChatSettings()
@@ -60,10 +60,10 @@ def chat_settings(data: DataConfig, *, from_run: bool = False) -> ChatSettings:
 
 
 def resolve_template_date(data: DataConfig, tokenizer: PreTrainedTokenizerBase, run_date: str | None) -> str | None:
-    """The date that the template renders: the config's, ``run_date``, or today's; None where it asks for none.
+    """Return the date that the template renders: the config's, ``run_date``, or today; None if it renders none.
 
     Raises:
-        UserError: the config names one, and the template does not ask.
+        UserError: the config sets a date that the template does not render.
     """
     if not isinstance(data, ChatDataConfig):
         return None
@@ -88,8 +88,8 @@ def today() -> str:
 
 
 def previous_template_date(configs: Iterable[Path]) -> str | None:
-    """The date in the first of these config files of runs that has one: a run that resumes, and the later trials of a
-    sweep, go on with the day that they began with."""
+    """Return the date in the first of these run configs that has one, so that a resumed run and the later trials of a
+    sweep keep the date of the start."""
     for path in configs:
         data = read_run_config(path).data if path.is_file() else None
         if isinstance(data, ChatDataConfig) and data.template_date is not None:
@@ -98,30 +98,32 @@ def previous_template_date(configs: Iterable[Path]) -> str | None:
 
 
 def chat_facts(data: DataConfig) -> list[tuple[str, str]]:
-    """Name and text of what a run's summary says of how conversations are rendered; nothing of the defaults."""
+    """Return the name and text of each non-default chat setting, for the summary of a run."""
     if not isinstance(data, ChatDataConfig):
         return []
     facts = []
     if data.chat_template is not None:
         facts.append(("chat template", f"{data.chat_template}, in place of the model's own if it has one"))
     if data.template_date is not None:
-        facts.append(("template's date", f"{data.template_date}, kept when the run resumes and for all who ask it"))
+        facts.append(("template's date", f"{data.template_date}, kept when the run resumes and at inference"))
     if data.system_prompt is not None:
         facts.append(("system prompt", f"{data.system_prompt[:60]!r} for conversations without one"))
     if data.special_tokens_in_content:
-        facts.append(("special tokens", "what reads like one in a message is one (data.special_tokens_in_content)"))
+        facts.append(
+            ("special tokens", "their names in messages are encoded as the tokens (data.special_tokens_in_content)")
+        )
     return facts
 
 
 def write_template(data: DataConfig, directory: Path) -> None:
-    """The template in place of the model's own, if the config names one, among the files of a tokenizer."""
+    """Write the config's template, if it names one, to a tokenizer directory, where it replaces the model's."""
     text = chat_settings(data).chat_template
     if text is not None:
         (directory / TEMPLATE_FILE).write_text(text, encoding="utf-8")
 
 
 def write_run_template(data: DataConfig, tokenizer: Path, directory: Path) -> None:
-    """Beside an adapter, whose base has another template or none: the one that the run's tokenizer files hold."""
+    """Copy the run's template, if the config names one, next to an adapter, whose base model lacks it."""
     if isinstance(data, ChatDataConfig) and data.chat_template is not None:
         shutil.copyfile(tokenizer / TEMPLATE_FILE, directory / TEMPLATE_FILE)
 

@@ -1,4 +1,4 @@
-"""The tokens that end an answer: what training teaches, generation stops at, and an export names. No torch."""
+"""Tokens that end an answer, used by training, generation and export. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUESTION, ANSWER, FUNCTION = "qwenclquestion", "qwenclanswer", "qwenclfunction"
-"""Words that no template holds."""
+"""Words that no template contains."""
 ASKED = {"role": "user", "content": QUESTION}
 ANSWERED = {"role": "assistant", "content": ANSWER}
 CALL = {"type": "function", "id": "call00000", "function": {"name": FUNCTION, "arguments": {}}}
@@ -29,15 +29,14 @@ TOOL = {
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, named: Sequence[int], *, raw: bool) -> list[int]:
-    """Return all at which a text ends (``raw``) or an answer: the tokenizer's own end, those that the model's files
-    name, and those of the chat template. A base model's files do not name the last, and a model that was tuned on
-    conversations ends with them."""
+    """Return the stop tokens of raw text (``raw``) or answers: the tokenizer's EOS, those ``named`` in the model's
+    files, and those of the chat template, which the files of a base model do not name."""
     return sorted({int(tokenizer.eos_token_id), *named, *([] if raw else end_of_turn_tokens(tokenizer))})
 
 
 def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens with which the chat template ends an answer, the last one, one in the middle and a
-    tool call; empty where it ends them with text or with nothing, or there is no template."""
+    """Return the special tokens with which the chat template ends a last answer, an earlier answer, and a tool call;
+    empty if there is no template or it ends answers with no special token."""
     ends = {
         _first_token(_rest(tokenizer, [ASKED, ANSWERED], ANSWER), tokenizer),
         _first_token(_between_turns(tokenizer), tokenizer),
@@ -47,44 +46,44 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def has_stop_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a conversation's last answer ends with a token."""
+    """Return True if the template ends a conversation's last answer with a special token."""
     return _first_token(_rest(tokenizer, [ASKED, ANSWERED], ANSWER), tokenizer) is not None
 
 
 def missing_stop_token_warning(where: str) -> str:
     return (
-        f"warning: {where}: its chat template ends an answer with no token, so the model is not taught to stop, and "
-        "answers go on to their length limit; end answers in the template with eos_token or another special token, or "
-        "set data.chat_template"
+        f"warning: {where}: its chat template ends an answer with no special token, so the model does not learn to "
+        "stop, and answers run to their length limit; end answers in the template with eos_token or another special "
+        "token, or set data.chat_template"
     )
 
 
 def trains_on_conversations(config: RunConfig) -> bool:
-    """Tell whether a run is taught by conversations, and so where answers end."""
+    """Return True if a run trains on conversations, and so learns where answers end."""
     return isinstance(config.task, FinetuneConfig) and not isinstance(config.data, MockDataConfig)
 
 
 def _rest(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], mark: str, **more: Any) -> str:
-    """What the template puts after the last ``mark``."""
+    """Return the rendered text after the last ``mark``."""
     _, found, after = _rendered(tokenizer, messages, **more).rpartition(mark)
     return after if found else ""
 
 
 def _between_turns(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template puts between an answer and the next turn, without what it begins turns with."""
+    """Return the rendered text between an answer and the next turn, without the start of that turn."""
     before, _, after = _rendered(tokenizer, [ASKED, ANSWERED, ASKED]).partition(ANSWER)
     start, between = before.partition(QUESTION)[0], after.partition(QUESTION)[0]
-    kept = next((end for end in range(len(between)) if start.endswith(between[end:])), len(between))
-    return between[:kept]
+    end = next((end for end in range(len(between)) if start.endswith(between[end:])), len(between))
+    return between[:end]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **more: Any) -> str:
-    """Empty where there is no template, or one that refuses such a conversation."""
+    """Render the messages; empty if there is no template, or it refuses them."""
     if not tokenizer.chat_template:
         return ""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
-    except Exception:  # of a template anything can come
+    except Exception:  # a template may raise anything
         return ""
 
 

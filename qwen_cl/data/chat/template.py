@@ -1,4 +1,4 @@
-"""A chat template and the conversations it is given, as transformers renders them. No torch."""
+"""Chat templates, rendered as by transformers. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwen_cl.data.chat.content_tokens import ContentTokens, Marks
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""The block that says which text is the model's own, by transformers' pattern."""
+"""Pattern of the block that marks generated text, as in transformers."""
 RESERVED = (
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -35,29 +35,29 @@ PROBE_QUESTION = {"role": "user", "content": "q"}
 
 
 Span = tuple[int, int]
-"""Of characters, half-open."""
+"""A half-open range of characters."""
 
 
 class TemplateError(Exception):
-    """What the template said, on one line."""
+    """The error message of a template, on one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A conversation as the template gets it."""
+    """A conversation prepared for the template."""
 
     template: ChatTemplate
     where: str
     messages: tuple[Message, ...]
-    """With the system message of the settings, if any."""
+    """Messages, with the system message of the settings, if any."""
     plain: list[dict[str, Any]]
-    """The messages as ``apply_chat_template`` takes them."""
+    """Messages in the format of ``apply_chat_template``."""
     tools: list[dict[str, Any]] | None
     documents: list[dict[str, Any]] | None
     arguments: dict[str, Any]
 
     def render(self, messages: list[dict[str, Any]] | None = None, *, prompt: bool = False) -> str:
-        """Raises UserError with the row's place and what the template said."""
+        """Render the messages. Raises UserError with FILE:LINE and the template's error."""
         try:
             return self.try_render(messages, prompt=prompt)
         except TemplateError as error:
@@ -67,18 +67,18 @@ class Rendering:
             ) from error
 
     def try_render(self, messages: list[dict[str, Any]] | None = None, *, prompt: bool = False) -> str:
-        """Raises TemplateError."""
+        """Render the messages. Raises TemplateError."""
         return self.template.render(self.plain if messages is None else messages, self, prompt=prompt)
 
     def render_whole(self) -> tuple[str, list[Span] | None]:
-        """With the spans of its ``{% generation %}`` blocks, where the template has them. Raises UserError."""
+        """Render the conversation with the spans of its ``{% generation %}`` blocks, or None. Raises UserError."""
         if not self.template.marks_generation:
             return self.render(), None
         self.render()  # for its errors
         return self.template.render_generation(self)
 
     def content(self) -> Iterator[str]:
-        """Every string that is the row's and not the template's."""
+        """Yield every string of the row that is rendered."""
         for message in self.plain:
             if len(message) == 2:
                 yield message["content"]
@@ -89,7 +89,7 @@ class Rendering:
                 yield from strings_in(more)
 
     def with_marks(self, tokens: ContentTokens, marks: Marks) -> Rendering:
-        """Special tokens' names in the content are marked."""
+        """Return a copy with names of special tokens in the content marked."""
 
         def mark(text: str) -> str:
             return tokens.mark(text, marks)
@@ -104,30 +104,30 @@ class Rendering:
 
 
 class ChatTemplate:
-    """The tokenizer's own template, with a day that does not change."""
+    """The chat template of a tokenizer, with a fixed date."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, day: date | None) -> None:
         self._tokenizer = tokenizer
         self._day = day
 
     def prepare(self, row: Conversation, messages: tuple[Message, ...]) -> Rendering:
-        """Raises UserError where the row sets an argument that is not the template's."""
+        """Prepare a row for the template. Raises UserError if it sets an argument that the template does not use."""
         arguments = row.template_arguments or {}
         for name in arguments:
             if name in RESERVED:
                 raise UserError(f"{row.where}: chat_template_kwargs.{name} is not for rows to set; remove it")
             if name not in self.variables:
                 raise UserError(
-                    f"{row.where}: {name}, an argument of the chat template, is not looked at by this model's; remove "
+                    f"{row.where}: {name}, an argument of the chat template, is not used by this model's; remove "
                     "it, or give another template with data.chat_template"
                 )
         plain = [self._plain(message) for message in messages]
         return Rendering(self, row.where, messages, plain, row.tools, row.documents, arguments)
 
     def render(self, messages: list[dict[str, Any]], of: Rendering, *, prompt: bool) -> str:
-        """Raises TemplateError."""
+        """Render messages with the tools, documents and arguments of a rendering. Raises TemplateError."""
         try:
-            self._stop_the_clock(of.tools)
+            self._fix_date(of.tools)
             return self._tokenizer.apply_chat_template(
                 messages,
                 tools=of.tools,
@@ -142,7 +142,7 @@ class ChatTemplate:
     def render_generation(self, of: Rendering) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        self._stop_the_clock(of.tools)
+        self._fix_date(of.tools)
         (text,), (spans,) = render_jinja_template(
             conversations=[[{key: value for key, value in each.items() if value is not None} for each in of.plain]],
             tools=of.tools,
@@ -153,20 +153,20 @@ class ChatTemplate:
         )
         return text, [(start, stop) for start, stop in spans if start < stop]
 
-    def _stop_the_clock(self, tools: list[dict[str, Any]] | None) -> None:
-        """The compiled template, which transformers keeps, is told the day. As an argument transformers 5 would make
-        text of the function."""
+    def _fix_date(self, tools: list[dict[str, Any]] | None) -> None:
+        """Set the date in the compiled template, which transformers caches; as an argument, transformers 5 would
+        convert the function to text."""
         if self._day is not None:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             _compile_jinja_template(self.source(tools)).globals["strftime_now"] = self._day.strftime
 
     def source(self, tools: list[dict[str, Any]] | None = None) -> str:
-        """The template's text; some models have another one for tools."""
+        """Return the text of the template; some models have a separate one for tools."""
         return str(self._tokenizer.get_chat_template(None, tools))
 
     def split(self, text: str) -> list[str]:
-        """Cut at the names of added tokens, which are pieces of their own."""
+        """Split a text at the names of added tokens, which become separate pieces."""
         return [piece for piece in self._names.split(text) if piece]
 
     @cached_property
@@ -182,7 +182,7 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> set[str]:
-        """Names that the template looks at and does not define."""
+        """The variables that the template reads and does not define."""
         import jinja2
         import jinja2.meta
 
@@ -216,7 +216,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether a list of texts is rendered as their text is."""
+        """True if a list of text parts is rendered like their text."""
         text: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
         parts: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
         empty = Rendering(self, "", (), [], None, None, {})
@@ -227,7 +227,7 @@ class ChatTemplate:
 
     @cached_property
     def _takes_null(self) -> bool:
-        """Whether an answer may be tool calls without a text; templates that know none try to write it."""
+        """True if an answer may be tool calls without text; other templates fail on null content."""
         answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [probe_call(PROBE)]}
         try:
             Rendering(self, "", (), [], [PROBE_TOOL], None, {}).try_render([PROBE_QUESTION, answer])
@@ -237,7 +237,7 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_form(self) -> Callable[[Any], Any] | None:
-        """What a tool call's arguments are made for this template; None where it takes objects and JSON alike."""
+        """The conversion of tool call arguments for this template; None if it accepts both objects and JSON text."""
         rendered = []
         for arguments in (PROBE, PROBE_TEXT):
             answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [probe_call(arguments)]}
@@ -250,7 +250,7 @@ class ChatTemplate:
         of_object, of_text = rendered
         if of_object == of_text:
             return None
-        python = str(PROBE) in of_object and PROBE_TEXT in of_text  # it writes the object as Python does
+        python = str(PROBE) in of_object and PROBE_TEXT in of_text  # the object is rendered as a Python dict
         return as_text if not of_object or python else as_object
 
 

@@ -1,4 +1,4 @@
-"""What a chat template said when it did not take a conversation, in words that need no Python. No torch."""
+"""Error messages of chat templates, without Python terms. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LENGTH = 300
 
 
 def describe_template_error(error: Exception) -> str:
-    """Return one line: a template's own words, or where and on what it failed."""
+    """Return one line: the template's own message, or the line and cause of its failure."""
     import jinja2
 
     text = " ".join(str(error).split())[:LENGTH]
@@ -21,13 +21,13 @@ def describe_template_error(error: Exception) -> str:
     if found := UNDEFINED.fullmatch(text):
         return f"it looks for {found['name']}, which is not there{_line(error)}"
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"it is no template: {text} (line {error.lineno})"
+        return f"it is not a valid template: {text} (line {error.lineno})"
     if isinstance(error, jinja2.TemplateError):  # its own raise_exception
         return text or "no message"
     return f"it cannot handle the form of a value here{_line(error)}"
 
 
 def _line(error: Exception) -> str:
-    """Jinja gives the frames of a template the line numbers of its text."""
+    """Return the line of the template that failed, from Jinja's frames."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return f" (line {lines[-1]} of the template)" if lines else ""

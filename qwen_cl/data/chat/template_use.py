@@ -1,7 +1,7 @@
-"""Whether the chat template renders all that a row says. No torch.
+"""Checks that the chat template renders all content of a row. No torch.
 
-What a template leaves out depends on which keys and roles a conversation has, and hardly ever on its texts: so it is
-tried once for each combination of them, by changing one thing at a time and comparing what comes out.
+What a template drops depends on the keys and roles of a conversation, and hardly ever on its texts: so each combination
+is tested once, by changing one value at a time and comparing the rendered text.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ADDED = "\ue0f2"
-"""A private-use character that no text has."""
+"""A private-use character that texts do not contain."""
 MEANING = (
     *("content", "tool_calls", "name", "refusal", "tools", "functions", "documents", "tool_plan", "citations"),
     *("prefix", "channel", "recipient", "thought", "thoughts"),
 )
-"""Keys of a message that say something: left out, the row would not mean what it says."""
+"""Keys of a message with content: dropping them would change the meaning of the row."""
 
 
 class TemplateUse:
-    """What one template does with every combination of roles and keys seen so far."""
+    """The keys that a template ignores, for every combination of roles and keys seen so far."""
 
     def __init__(self) -> None:
         self._unused: dict[Any, tuple[str, ...]] = {}
 
     def check(self, rendering: Rendering, text: str, *, prompt: bool = False) -> tuple[str, ...]:
-        """The keys of messages that the template leaves out and that cannot change what is trained on. ``text`` is the
-        rendered conversation.
+        """Return the message keys that the template ignores without loss of content. ``text`` is the rendered
+        conversation.
 
         Raises:
-            UserError: it leaves out something else.
+            UserError: the template drops content.
         """
         key = (
             prompt,
@@ -76,14 +76,14 @@ def _try_all(rendering: Rendering, text: str, prompt: bool) -> tuple[str, ...]:
 
 
 def _keys(message: dict[str, Any]) -> Iterator[str]:
-    """Reasoning goes by several names, and is one thing."""
+    """Yield the keys with a value; the several names of the reasoning count as one."""
     for name, value in message.items():
         if name != "role" and value and not (name in REASONING[1:] and REASONING[0] in message):
             yield name
 
 
 def _changes(rendering: Rendering, text: str, number: int, name: str, prompt: bool) -> bool:
-    """Whether the text depends on the key. What the template refuses, it has looked at."""
+    """Return True if the rendered text depends on the key; an error of the template means that it does."""
     message = rendering.plain[number]
     for changed in _changed(message, name):
         messages = [*rendering.plain[:number], changed, *rendering.plain[number + 1 :]]
@@ -120,7 +120,7 @@ def _changed_calls(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_rendered_last(rendering: Rendering, number: int) -> bool:
-    """Templates that take reasoning out of earlier answers render it in the last: that is the author's wish."""
+    """Return True if the reasoning is rendered in a last answer: dropping it from earlier ones is intended."""
     messages = rendering.plain[: number + 1]
     bare = {key: each for key, each in messages[-1].items() if key not in REASONING}
     try:

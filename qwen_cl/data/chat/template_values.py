@@ -1,4 +1,4 @@
-"""What a chat template is given besides texts: tool calls' arguments in the form it takes, and every string within."""
+"""Values passed to chat templates: tool call arguments, and the strings within nested values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def with_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every string in it changed, names of fields too."""
+    """Return the value with every string in it changed, including keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

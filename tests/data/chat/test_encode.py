@@ -270,9 +270,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "preference": ("qwen2.5", {"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'chosen' is preference data"),
     "KTO": ("qwen2.5", {"prompt": "a", "completion": "b", "label": False}, "field 'label' says whether"),
     "tokens": ("qwen2.5", {"messages": [USER, ANSWER], "input_ids": [1, 2]}, "field 'input_ids' is of rows"),
-    "twice": ("qwen2.5", {"messages": [USER, ANSWER], "prompt": "a", "completion": "b"}, "is a conversation twice"),
+    "twice": ("qwen2.5", {"messages": [USER, ANSWER], "prompt": "a", "completion": "b"}, "has two conversations, in"),
     "two systems": ("qwen2.5", {"messages": [SYSTEM, USER, ANSWER], "system": "Other."}, "two system messages"),
-    "history": ("qwen2.5", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, "field 'history' stands beside"),
+    "history": ("qwen2.5", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, "the row has field 'history' beside"),
     "history form": ("qwen2.5", {"prompt": "a", "completion": "b", "history": ["a"]}, r"history\[0\] must be a pair"),
     "tools form": ("qwen2.5", {"messages": [USER, ANSWER], "tools": "get_weather"}, "field 'tools' should hold JSON"),
     "template": (

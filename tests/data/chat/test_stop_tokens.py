@@ -169,6 +169,6 @@ def test_a_template_that_teaches_no_end_is_named_before_training(tmp_path: Path)
     said = ["model=local", f"model.source={model}", "dry_run=true", "wandb.mode=disabled", "retention=none"]
     done = launch(*said, directory=tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    warning = f"warning: {model}: its chat template ends an answer with no token, so the model is not taught to stop"
+    warning = f"warning: {model}: its chat template ends an answer with no special token, so the model does not learn"
     assert done.stderr.count(warning) == 1
     assert "set data.chat_template" in done.stderr

@@ -79,7 +79,7 @@ def test_another_field_is_read_where_it_is_named(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(b"\xff", mtime=0), "{path}:1: byte 0xff at column 1 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'{"text": "\xe9"}\n', "{path}:2: byte 0xe9 at column 11 is not UTF-8"),
         ("a.jsonl", json_lines(["x"]) + b'\n{"text": \n', "{path}:3: not JSON (Expecting value at column 10)"),
-        ("a.jsonl", b'["x"]\n', "{path}:1: a string where an object with field 'text' must be"),
+        ("a.jsonl", b'["x"]\n', "{path}:1: a string, it must be an object with field 'text'"),
         ("a.jsonl", b'{"body": "x"}\n', "{path}:1: field 'text' is missing (found: 'body'); rename it, or set data.fi"),
         ("a.jsonl", b'{"text": 3}\n', "{path}:1: field 'text' is a number, it must be a string"),
         ("a.jsonl", b'{"text": null}\n', "{path}:1: field 'text' is null, it must be a string"),

@@ -92,11 +92,11 @@ def test_ten_documents_are_shown_from_their_start(target: TextTarget) -> None:
     assert len(found.rendered) == 10
     for place, text in zip(places, found.rendered, strict=True):
         ids = expected_ids(TEXTS[place])[:-1]
-        more = f" … and {len(ids) - 400:,} tokens more" if len(ids) > 400 else ""
+        more = f" … and {len(ids) - 400:,} more tokens" if len(ids) > 400 else ""
         assert text == tokenizer().decode(ids[:400]) + more
     page = report_page(found)
     assert "\nDocuments, from their start:\n" in page
-    assert "\nTokens a document: min " in page
+    assert "\nTokens per document: min " in page
     assert all(text in page for text in found.rendered)
     assert "1 duplicates; 2 of 3 rows of retention.eval_sets.old are trained on" in page
 
