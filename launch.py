@@ -1,4 +1,4 @@
-"""Compose a run, check it, start it. `python launch.py --help` lists what can be said."""
+"""The command line: compose a config with Hydra, and run its task. See `python launch.py --help`."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 if __name__ == "__main__":
-    # Ctrl-C while libraries are imported: as RunPreempted, and nothing to clear up.
+    # Ctrl-C while libraries are imported exits like RunPreempted; there is nothing to clean up yet.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    # This process only tokenizes: transformers would take seconds to import torch, and without it would say so.
+    # This process only tokenizes: transformers would import torch, which takes seconds, or warn that it is missing.
     os.environ.update(USE_TORCH="0", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
 
 import hydra
@@ -34,6 +34,7 @@ failures: list[UserError | RunFailed] = []
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
+    """Run the task of one composed config; Hydra calls it once, or per job of a basic multirun."""
     from qwen_cl.runs.folder import remove_if_empty
 
     try:
@@ -54,7 +55,7 @@ def launch(cfg: DictConfig) -> None:
 
 
 def invocation() -> Invocation:
-    """Return Hydra's own state, which nothing below this file reads from Hydra."""
+    """Return Hydra's state, which only this file reads from Hydra."""
     state = HydraConfig.get()
     return Invocation(
         output_dir=Path(state.runtime.output_dir),
@@ -65,16 +66,17 @@ def invocation() -> Invocation:
 
 
 def fail(error: UserError | RunFailed) -> None:
-    """Say it now and go on: a sweep has other trials."""
+    """Print an error, and record it for the exit code; other jobs of a multirun still run."""
     print(error, file=sys.stderr)
     failures.append(error)
 
 
 def main() -> int:
-    if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own takes seconds to list the groups
+    """Run the command line, and return the exit code."""
+    if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own --help takes seconds to list the groups
         print(HELP.read_text(encoding="utf-8"), end="")
         return 0
-    at_once = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(signal.SIGINT)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return launch_all()
@@ -83,25 +85,26 @@ def main() -> int:
             raise
         return next((each.exit_code for each in failures if isinstance(each, RunPreempted)), EXIT_INTERRUPTED)
     finally:
-        signal.signal(signal.SIGINT, at_once)
+        signal.signal(signal.SIGINT, previous)
 
 
 def launch_all() -> int:
+    """Run Hydra with the command line's overrides, and return the exit code."""
     try:
         sys.argv[1:] = quote_arguments(rename_overrides(sys.argv[1:]))
     except UserError as error:
         fail(error)
         return error.exit_code
-    # Hydra would print its own text and exit with 1; raising instead lets every mistake read alike.
+    # Otherwise Hydra prints its own message and exits with 1; raised, its errors are printed like all others.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         launch()
     except (HydraException, OmegaConfBaseException) as error:
         fail(UserError(explain(error)))
-    except (UserError, RunFailed) as error:  # of a sweep: a run says its own
+    except (UserError, RunFailed) as error:  # raised by a sweep; those of a run are handled in launch()
         fail(error)
     except OSError as error:
-        fail(UserError(f"hydra.run.dir ({error.filename}) cannot be made: {error.strerror}; choose another folder"))
+        fail(UserError(f"hydra.run.dir ({error.filename}) cannot be created: {error.strerror}; choose another folder"))
     return max((error.exit_code for error in failures), default=0)
 
 

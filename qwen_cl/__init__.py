@@ -1,4 +1,4 @@
-"""Adapt an open LLM to a new language with NVIDIA NeMo 2.0, straight from Hugging Face."""
+"""The package qwen_cl: adapt an open LLM to a new language with NVIDIA NeMo 2.0, directly from Hugging Face."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``from qwen_cl import from_hugging_face``, which needs NeMo; the package itself does not."""
+    """Import ``from_hugging_face`` when it is first used, as it needs NeMo and the package itself does not."""
     if name == "from_hugging_face":
         from qwen_cl.hugging_face import from_hugging_face
 

@@ -1,4 +1,4 @@
-"""One run from its config: check, then show what would happen, or make it happen."""
+"""The entry point of every task: dispatch a composed config to the function of its task."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ TASKS: dict[type[TaskConfig], str] = {
     JobConfig: "qwen_cl.launch.slurm.job.run_job_action",
     ReportConfig: "qwen_cl.reporting.report.report",
 }
-"""The function of each task, by name: a command imports no other task's. It takes the config, its task typed, and the
-invocation."""
+"""The function of each task, as a string, so that a command imports only its own.
+
+The arguments are the config, its task, and the invocation.
+"""
 
 
 def run(config: object, invocation: Invocation) -> None:
-    """Do what ``task`` says. ``config`` is what Hydra composed, typed.
+    """Run the task of ``config``, which is Hydra's composed config as an object.
 
     Raises:
-        UserError: refused; nothing was written.
-        RunFailed: started, and did not complete.
+        UserError: the config is refused; nothing was written.
+        RunFailed: the task started, and did not complete.
     """
     config = cast(RunConfig, config)
     module, _, name = TASKS[type(config.task)].rpartition(".")
@@ -55,7 +57,7 @@ def run(config: object, invocation: Invocation) -> None:
 
 
 def train(config: RunConfig, task: TrainingConfig, invocation: Invocation) -> None:
-    """Plan a run, then show it, submit it, or run it here, in Hydra's output folder."""
+    """Plan a training run; then print the plan, submit the run, or run it here, in Hydra's output folder."""
     folder = RunFolder(invocation.output_dir)
     run_date = previous_template_date([folder.config])
     plan = make_plan(reuse_datasets(reuse_micro_batch(config, folder), folder), run_date=run_date)
@@ -66,7 +68,7 @@ def train(config: RunConfig, task: TrainingConfig, invocation: Invocation) -> No
         return
     if isinstance(plan.config.cluster, ContainerConfig):
         raise UserError(
-            f"cluster={invocation.choices['cluster']} is not submitted from here; dry_run=true shows what to submit"
+            f"cluster={invocation.choices['cluster']} cannot be submitted; dry_run=true prints the files to submit"
         )
     require_no_job(folder)
     plan = fetch_inputs(plan)

@@ -89,7 +89,7 @@ REAL = ("peft.rnk=8", "peft.rank=big", "lr=0", "hydra.run.dir=/proc/nope")
         ("peft.dropout=1.0", "peft.dropout (1.0) must be below 1"),
         ("peft.target_modules=[q_proj]", "must name one or more of linear_qkv"),
         ("task.max_time=90", "task.max_time (90) must read [D-]HH:MM:SS and be above 0, like 01:30:00 or 2-12:00:00"),
-        ("hydra.run.dir=/proc/nope", "hydra.run.dir (/proc/nope) cannot be made"),
+        ("hydra.run.dir=/proc/nope", "hydra.run.dir (/proc/nope) cannot be created"),
     ],
 )
 def test_config(arguments: str, message: str, tmp_path: Path) -> None:

@@ -337,5 +337,5 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, row: Row) -> None:
         command = [sys.executable, "launch.py", f"hydra.run.dir={place}/run", "experiment=smoke"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"hydra.run.dir ({place}/run) cannot be made: Read-only file system; choose another folder\n"
+    assert done.stderr == f"hydra.run.dir ({place}/run) cannot be created: Read-only file system; choose another folder\n"
     row("an output folder that is read-only", "refused with exit code 2", "nothing")

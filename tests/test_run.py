@@ -77,7 +77,7 @@ def test_the_saved_config_is_the_run(trained: Launched) -> None:
 def test_without_a_key_the_dashboard_is_offline_and_says_so(trained: Launched) -> None:
     notices = [line for line in trained.stdout.splitlines() if line.startswith("W&B:")]
     assert len(notices) == 1
-    assert "no API key, logging offline; later: wandb sync" in notices[0]
+    assert "no API key, logging offline; upload with: wandb sync" in notices[0]
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(trained: Launched) -> None:

@@ -60,7 +60,7 @@ def continual(config: RunConfig, task: ContinualConfig, invocation: Invocation) 
     if task.sets:
         write_matrix(task, rows, directory, console_for_tables())
     write_comparison(stages, directory, console_for_tables())
-    facts = [("state", "COMPLETED"), ("picture", str(folder.report)), ("last stage", str(stages[-1].folder.directory))]
+    facts = [("state", "COMPLETED"), ("plot", str(folder.report)), ("last stage", str(stages[-1].folder.directory))]
     print_facts(facts, Console())
 
 

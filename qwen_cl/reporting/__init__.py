@@ -1,1 +1,1 @@
-"""Where metrics show: the console, figures, and the page."""
+"""The reports of metrics: the console, plots, the HTML page, and W&B."""

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a bar while it goes, a block when it ended, a page when it is only planned."""
+"""The terminal output of a run: a progress bar while it runs, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.metrics import BITS, LOSS, TARGET, MetricsTail, median_rate, read_curves, read_metrics
 from qwen_cl.runs.status import RunStatus, WandbRecord
 
-WIDTH_OF_A_FILE = 240
+FILE_WIDTH = 240
 
 
 class ProgressView:
-    """Follows metrics.jsonl and status.json; on a pipe it prints a line at each tenth instead of a bar."""
+    """The progress of a run, from metrics.jsonl and status.json: a bar, or on a pipe a line per tenth of the run."""
 
     def __init__(self, folder: RunFolder, max_steps: int, console: Console) -> None:
+        """Show the run of ``folder`` on ``console``."""
         self.folder = folder
         self.max_steps = max_steps
         self.console = console
@@ -53,6 +54,7 @@ class ProgressView:
         self._progress.stop()
 
     def update(self) -> None:
+        """Show the records that were written since the last call."""
         for record in self._tail.new_records():
             self._latest.update(record)
         phase = self.folder.status().phase or "starting"
@@ -63,7 +65,7 @@ class ProgressView:
             self._print_line(phase, step, text)
 
     def _print_line(self, phase: str, step: int, text: str) -> None:
-        phase, _, _ = phase.partition(":")  # what follows counts up, and a line for each count is too many
+        phase, _, _ = phase.partition(":")  # a counter follows, and a line per count would be too many
         if phase != self._phase:
             self._phase = phase
             self.console.print(f"{phase} …", highlight=False)
@@ -80,20 +82,20 @@ def _describe(latest: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _utilisation(training: list[dict[str, Any]]) -> str:
+def _utilization(training: list[dict[str, Any]]) -> str:
     found = [record["throughput/mfu"] for record in training if "throughput/mfu" in record]
     return f", {statistics.median(found):.0%} of the device's peak" if found else ""
 
 
 def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
-    """The last block of a completed run."""
+    """Print the summary of a completed run."""
     status, records = folder.status(), read_metrics(folder)
     training = [record for record in records if "train/loss" in record]
     lines = [
         ("state", f"{status.state} at step {status.step}"),
         *_measured(records),
         ("training loss", f"{training[0]['train/loss']:.4f} -> {training[-1]['train/loss']:.4f}"),
-        ("time", f"{seconds:.0f} s, {median_rate(training):,.0f} tokens/s (median step){_utilisation(training)}"),
+        ("time", f"{seconds:.0f} s, {median_rate(training):,.0f} tokens/s (median step){_utilization(training)}"),
         ("peak memory", f"{status.peak_memory_gib or 0.0:.2f} GiB"),
         ("folder", str(folder.directory)),
     ]
@@ -102,7 +104,7 @@ def print_result(folder: RunFolder, console: Console, seconds: float) -> None:
 
 
 def _measured(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The target set and every retention set, from the first measurement to the last."""
+    """Return a line for the validation set and each retention set, from the first evaluation to the last."""
     lines = []
     for loss, bits in zip(read_curves(records, LOSS), read_curves(records)):
         text = f"loss {loss.values[0]:.4f} at step {loss.steps[0]} -> {loss.values[-1]:.4f} at step {loss.steps[-1]}"
@@ -113,46 +115,47 @@ def _measured(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def console_for_tables(file: IO[str] | None = None) -> Console:
-    """A terminal's own width; a file or a pipe takes any table whole, which rich would cut at 80 columns."""
+    """Return a console for tables, which rich would truncate at 80 columns in a file or a pipe."""
     console = Console(file=file)
     if not console.is_terminal:
-        console.width = max(console.width, WIDTH_OF_A_FILE)
+        console.width = max(console.width, FILE_WIDTH)
     return console
 
 
 def print_facts(lines: list[tuple[str, str]], console: Console) -> None:
+    """Print names and values, a line each."""
     for name, text in lines:
         console.print(f"{name:>18}  {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def adapter_facts(adapter: BaseAdapter | None) -> list[tuple[str, str]]:
-    """A line for ``model.adapter``."""
+    """Return a line for ``model.adapter``, if there is one."""
     if adapter is None:
         return []
     modules = sorted({name.split(".")[-2] for name in adapter.factors})
     ranks = sorted({factors.rank for factors in adapter.factors.values()})
-    what = f"rank {', '.join(map(str, ranks))}, on {', '.join(modules)}, sha256 {adapter.sha256[:12]}…"
-    return [("merged adapter", f"{adapter.directory} ({what})")]
+    details = f"rank {', '.join(map(str, ranks))}, on {', '.join(modules)}, sha256 {adapter.sha256[:12]}…"
+    return [("merged adapter", f"{adapter.directory} ({details})")]
 
 
 def _next_commands(folder: RunFolder, wandb: WandbRecord) -> list[tuple[str, str]]:
-    lines = [("picture", str(folder.report))] if folder.report.exists() else []
+    lines = [("plot", str(folder.report))] if folder.report.exists() else []
     if folder.adapter.is_dir():
         lines.append(("adapter", f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"))
     if wandb.url:
-        lines.append(("dashboard", wandb.url))
+        lines.append(("W&B", wandb.url))
     if wandb.sync and wandb.directory:
-        lines.append(("to the dashboard", wandb.sync))
-        lines.append(("look at it here", f"wandb leet {shlex.quote(str(Path(wandb.directory).parent))}"))
+        lines.append(("upload", wandb.sync))
+        lines.append(("view locally", f"wandb leet {shlex.quote(str(Path(wandb.directory).parent))}"))
     return lines
 
 
 def wandb_notice(status: RunStatus) -> str | None:
-    """One line where the dashboard is not where it was asked to be."""
+    """Return a line if W&B does not have all of the run, and None otherwise."""
     wandb = status.wandb
     if not wandb.reason:
         return None
     if not wandb.sync:
-        return f"W&B: {wandb.reason}; nothing is logged there, everything is in metrics.jsonl"
-    how = "logging offline" if wandb.mode == "offline" else "not all of it is there"
-    return f"W&B: {wandb.reason}, {how}; later: {wandb.sync}"
+        return f"W&B: {wandb.reason}; nothing is logged to W&B, all metrics are in metrics.jsonl"
+    effect = "logging offline" if wandb.mode == "offline" else "the upload is incomplete"
+    return f"W&B: {wandb.reason}, {effect}; upload with: {wandb.sync}"

@@ -1,4 +1,4 @@
-"""How much each key of a sweep had to do with a result."""
+"""The importance of each key of a sweep for a result."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from dataclasses import dataclass
 
 from qwen_cl.reporting.run_summary import RunSummary, differing, number
 
-FEWEST = 3
-"""Trials, below which any two numbers correlate."""
+MIN_TRIALS = 3
+"""The number of trials below which any two values correlate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Importance:
+    """The importance of one key."""
+
     key: str
     strength: float
-    """0: nothing to do with it, 1: decides it."""
+    """From 0 (no correlation) to 1 (full correlation)."""
     direction: str
-    """What to do for a lower result, where that can be said."""
+    """The change that lowers the result, if the correlation shows one."""
 
 
 def importances(trials: Sequence[RunSummary], values: Sequence[float]) -> list[Importance]:
-    """Of each differing key for ``values``, one a trial; the strongest first. Empty below three trials.
+    """Return the importance of each differing key for ``values`` (one per trial), sorted; empty below three trials.
 
-    Numbers by Spearman's rank correlation; names by the correlation ratio (the share of the ranks' variance that
-    lies between the names, as a root), which takes no order for granted.
+    Numeric keys are measured by Spearman's rank correlation; categorical keys by the correlation ratio (square root of
+    the fraction of the ranks' variance between the categories), which assumes no order.
     """
-    if len(trials) < FEWEST:
+    if len(trials) < MIN_TRIALS:
         return []
     found = [
         _importance(key, [trial.overrides.get(key) for trial in trials], values) for key in differing(list(trials))
@@ -39,7 +41,7 @@ def _importance(key: str, settings: Sequence[str | None], values: Sequence[float
 
     ranks = pandas.Series(values, dtype=float).rank()
     if ranks.nunique() < 2:
-        return Importance(key, 0.0, "all alike")
+        return Importance(key, 0.0, "no difference")
     numbers = [number(setting) for setting in settings]
     if None not in numbers:
         correlation = float(pandas.Series(numbers, dtype=float).rank().corr(ranks))

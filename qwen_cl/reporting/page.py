@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: no request is made when it is read, and the tables need no script."""
+"""The report as one self-contained HTML file: it loads nothing, and its tables are readable without JavaScript."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_cl.reporting.figures import pictures
+from qwen_cl.reporting.figures import draw_plots
 from qwen_cl.reporting.run_summary import RunSummary, differing, number
 from qwen_cl.runs.status import now
 
@@ -26,24 +26,30 @@ FACTS = (
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """A cell of a table."""
+
     text: str
     value: float | None = None
-    """What it is sorted by; None for its text."""
+    """The value to sort by; None to sort by the text."""
     kind: str = "word"
+    """The CSS class."""
 
     @classmethod
     def of(cls, value: float | None, form: str) -> Cell:
+        """Return the cell of a number; empty for None."""
         return cls("", None, "number") if value is None else cls(format(value, form), value, "number")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
+    """A table of the page."""
+
     columns: list[str]
     rows: list[list[Cell]]
 
 
 def render_page(trials: Sequence[RunSummary], title: str) -> str:
-    """``trials`` are sorted, the best first."""
+    """Return the HTML of the page. ``trials`` are sorted, the best first."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -60,11 +66,11 @@ def render_page(trials: Sequence[RunSummary], title: str) -> str:
         verdict=_verdict(trials),
         trials=_trial_table(trials),
         explanation=(
-            "Losses are nats per token, means over the tokens that count. Forgotten is the mean rise of the retention "
-            "sets' losses since step 0: above 0 is worse. Tokens/s is of the median step. Device-seconds are seconds "
-            "times devices."
+            "Losses are in nats per token, averaged over the loss tokens. Forgetting is the mean increase of the "
+            "retention sets' losses since step 0: above 0 is worse. Tokens/s is the median over the steps. "
+            "Device-seconds are seconds times devices."
         ),
-        pictures=pictures(trials),
+        plots=draw_plots(trials),
         samples=_samples(trials[0]),
         sampled=trials[0].name,
         facts=_facts(trials),
@@ -75,7 +81,7 @@ def _verdict(trials: Sequence[RunSummary]) -> str | None:
     if len(trials) < 2:
         return None
     done = [trial for trial in trials if trial.completed]
-    cost = f"{sum(trial.status.seconds or 0 for trial in trials):,.0f} s of runs in all"
+    cost = f"{sum(trial.status.seconds or 0 for trial in trials):,.0f} s in total"
     tally = f"{len(done)} of {len(trials)} completed, {cost}."
     if not done:
         return f"No trial completed with a validation loss; {tally}"
@@ -83,7 +89,7 @@ def _verdict(trials: Sequence[RunSummary]) -> str | None:
     assert best.loss is not None
     text = f"Best: {best.name}, target loss {best.loss:.4f}"
     if len(done) > 1 and done[1].loss is not None:
-        text += f", {done[1].loss - best.loss:.4f} below the next, {done[1].name}"
+        text += f", {done[1].loss - best.loss:.4f} below the second best, {done[1].name}"
     return f"{text}. {tally}"
 
 
@@ -134,7 +140,7 @@ def _samples(trial: RunSummary) -> Table:
 
 
 def _facts(trials: Sequence[RunSummary]) -> Table:
-    """Of all runs, each value once, with those that have it where they do not agree."""
+    """Return the facts of all runs: each value once, with the runs that have it."""
     rows = []
     for name in FACTS:
         values: dict[str, list[str]] = {}
@@ -142,9 +148,9 @@ def _facts(trials: Sequence[RunSummary]) -> Table:
             if (value := getattr(trial.status, name)) not in (None, {}):
                 values.setdefault(_plain(value), []).append(trial.name)
         for text, names in values.items():
-            whose = "all" if len(names) == len(trials) else ", ".join(names)
-            rows.append([Cell(name.replace("_", " ")), Cell(text), Cell(whose)])
-    return Table(["fact", "value", "of"], rows)
+            runs = "all" if len(names) == len(trials) else ", ".join(names)
+            rows.append([Cell(name.replace("_", " ")), Cell(text), Cell(runs)])
+    return Table(["fact", "value", "runs"], rows)
 
 
 def _plain(value: Any) -> str:

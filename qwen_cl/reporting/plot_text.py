@@ -1,7 +1,7 @@
-"""Text in pictures as it was written: names in any script, and nothing read as math.
+"""The text in plots: names in any script, and no math markup.
 
-matplotlib draws a box for a letter that its font lacks, and warns. A font of the system that has the letters is used;
-without one they are written in ASCII, as their code points where need be.
+matplotlib draws a box for a character that its font lacks, and warns. A system font that has the characters is used;
+without one they are written in ASCII, or as their code points.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ FAMILIES = (
     "Droid Sans Fallback",
     "Arial Unicode MS",
 )
-"""Of Linux, macOS and Windows, Japanese first."""
+"""Font families of Linux, macOS and Windows, Japanese first."""
 
 
 BUNDLED = "DejaVu Sans"
-"""What matplotlib brings along and takes first."""
+"""The default font, which comes with matplotlib."""
 
 
 @contextmanager
 def drawable_text(figure: Any) -> Iterator[None]:
-    """While inside, save the figure: its titles, labels and notes have fonts for their letters, or are in ASCII."""
+    """Give the figure's titles, labels and notes fonts for their characters, or ASCII text. Save the figure inside."""
     from matplotlib import rc_context
     from matplotlib.text import Text
 
@@ -56,7 +56,7 @@ def drawable_text(figure: Any) -> Iterator[None]:
     texts = [text for text in figure.findobj(Text) if text.get_text() and id(text) not in ticks]
     families = [BUNDLED, *_families_for("".join(text.get_text() for text in texts))]
     for text in texts:
-        text.set_parse_math(False)  # a "$" of a name is one
+        text.set_parse_math(False)  # a "$" in a name is not math
         text.set_text(_readable(text.get_text(), families))
         text.set_fontfamily(families)
     with rc_context({"font.family": families}):
@@ -64,7 +64,7 @@ def drawable_text(figure: Any) -> Iterator[None]:
 
 
 def _families_for(text: str) -> list[str]:
-    """The fewest families of the system, in our order, with all letters that the bundled one lacks."""
+    """Return the installed families, in the order of FAMILIES, that cover the characters the bundled font lacks."""
     missing = set(map(ord, text)) - _letters(BUNDLED)
     if not missing:
         return []
@@ -79,13 +79,13 @@ def _families_for(text: str) -> list[str]:
 
 @cache
 def _notice_new_fonts() -> None:
-    """matplotlib keeps a list of fonts from when it first ran, without those that were installed since."""
+    """Add fonts to matplotlib's cached list that were installed since it was written."""
     from matplotlib.font_manager import findSystemFonts, fontManager
 
     known = {font.fname for font in fontManager.ttflist}
     for path in findSystemFonts():
         if path not in known:
-            with suppress(OSError, RuntimeError, UnicodeDecodeError):  # a file that is no font
+            with suppress(OSError, RuntimeError, UnicodeDecodeError):  # not a font file
                 fontManager.addfont(path)
 
 
@@ -101,7 +101,7 @@ def _in_ascii(letter: str) -> str:
 
 @cache
 def _letters(family: str) -> frozenset[int]:
-    """Code points that a family has; none where the system has no such family."""
+    """Return the code points that a family has; empty if it is not installed."""
     from matplotlib.font_manager import fontManager, get_font
 
     path = next((font.fname for font in fontManager.ttflist if font.name == family), None)

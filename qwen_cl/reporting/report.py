@@ -1,4 +1,4 @@
-"""``task=report``: find the runs, write the page, say where it is."""
+"""``task=report``: find the runs, and write their page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen_cl.config.run import RunConfig
 from qwen_cl.config.task.report import ReportConfig
 from qwen_cl.files.atomic import atomic_write
 from qwen_cl.reporting.console import print_facts
-from qwen_cl.reporting.figures import pictures
+from qwen_cl.reporting.figures import draw_plots
 from qwen_cl.reporting.page import render_page
 from qwen_cl.reporting.run_summary import RunSummary, read_trial, read_trials
 from qwen_cl.reporting.tracking.identity import sync_command
@@ -24,18 +24,18 @@ from qwen_cl.runs.folder import RunFolder
 
 PAGE = "report.html"
 FILES = ("loss-curves", "lr-rank", "pareto")
-"""Pictures that a sweep's folder has as files too."""
+"""The plots that are also files in a sweep's folder."""
 
 
 def report(config: RunConfig, task: ReportConfig, invocation: Invocation) -> None:
-    """Make a page of the runs of a folder, or of one run.
+    """Write the page of the runs of a folder, or of one run.
 
     Raises:
         UserError: there are no runs, or the page cannot be written.
     """
     refuse_ignored(invocation.overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
     if (task.sweep is None) == (task.run is None):
-        raise UserError("task.sweep or task.run must be given, and not both: a folder of runs, or of one run")
+        raise UserError("set either task.sweep (a folder of runs) or task.run (the folder of one run)")
     directory, trials = _find(task)
     output = _expanded(task.output) if task.output is not None else directory / PAGE
     facts = [("runs", str(len(trials))), ("page", str(output))]
@@ -47,25 +47,25 @@ def report(config: RunConfig, task: ReportConfig, invocation: Invocation) -> Non
             facts += publish(config.wandb, directory.name, trials)
     if command := sync_command(directory):
         facts += [
-            ("to the dashboard", command),
-            ("look at it here", f"wandb leet {shlex.quote(str(directory / 'wandb'))}"),
+            ("upload", command),
+            ("view locally", f"wandb leet {shlex.quote(str(directory / 'wandb'))}"),
         ]
     print_facts(facts, Console())
 
 
 def write_report(directory: Path) -> list[Path]:
-    """The page of a folder of runs, and the pictures that are wanted by themselves; returns their files.
+    """Write the page of a folder of runs and its plots as files; return their paths, the page first.
 
     Raises:
-        UserError: there are no runs, or something cannot be written.
+        UserError: there are no runs, or a file cannot be written.
     """
     trials = read_trials(directory)
     written = [directory / PAGE]
     _write(written[0], render_page(trials, f"{directory.parent.name}/{directory.name}"))
-    for picture in pictures(trials):
-        if picture.name in FILES:
-            written.append(directory / f"{picture.name}.png")
-            _write(written[-1], picture.png)
+    for plot in draw_plots(trials):
+        if plot.name in FILES:
+            written.append(directory / f"{plot.name}.png")
+            _write(written[-1], plot.png)
     return written
 
 
@@ -73,14 +73,14 @@ def _find(task: ReportConfig) -> tuple[Path, list[RunSummary]]:
     if task.sweep is not None:
         directory = _expanded(task.sweep)
         if not directory.is_dir():
-            raise UserError(f"task.sweep ({directory}) is no folder; name one like outputs/sweeps/TIME")
+            raise UserError(f"task.sweep ({directory}) is not a folder; name one like outputs/sweeps/TIME")
         return directory, read_trials(directory)
     assert task.run is not None
     folder = RunFolder(_expanded(task.run))
     trial = read_trial(folder) if folder.config.is_file() and folder.status_file.is_file() else None
     if trial is None:
         raise UserError(
-            f"task.run ({folder.directory}) is not the folder of a run that trained; of a folder of runs write "
+            f"task.run ({folder.directory}) is not the folder of a training run; for a folder of runs write "
             "task.sweep=FOLDER"
         )
     return folder.directory, [trial]

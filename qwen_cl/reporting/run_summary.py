@@ -1,4 +1,4 @@
-"""The runs of a folder as their own files tell them. No torch."""
+"""The summaries of runs, read from the files of their folders."""
 
 from __future__ import annotations
 
@@ -32,54 +32,55 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """The results of a run, whether it ended or not."""
+    """The metrics of a run, finished or not."""
 
     status: RunStatus
     training: list[tuple[int, float]]
-    """Step and loss of every line of training."""
+    """Step and loss of every logged training step."""
     target: Curve | None
-    """Loss in nats per token; None before the first measurement."""
+    """Validation loss in nats per token; None before the first validation."""
     retention: list[Curve]
     tokens_per_second: float | None
-    """Of the median step."""
+    """Throughput of the median step."""
 
     @property
     def completed(self) -> bool:
-        """With a target loss: in order to be compared."""
+        """True if the run completed with a validation loss, so that it can be compared."""
         return self.status.state is State.COMPLETED and self.loss is not None
 
     @property
     def loss(self) -> float | None:
-        """Of the target, at its last measurement."""
+        """The last validation loss."""
         return _finite(self.target.values[-1]) if self.target else None
 
     @property
     def first_loss(self) -> float | None:
+        """The first validation loss."""
         return _finite(self.target.values[0]) if self.target else None
 
     @property
     def train_loss(self) -> float | None:
-        """Of the last recorded step."""
+        """The training loss of the last logged step."""
         return _finite(self.training[-1][1]) if self.training else None
 
     @property
     def retention_losses(self) -> dict[str, float | None]:
-        """By set, at its last measurement."""
+        """The last loss of each retention set."""
         return {curve.name: _finite(curve.values[-1]) for curve in self.retention}
 
     @property
     def forgetting(self) -> float | None:
-        """How much the losses of the retention sets rose since step 0, on average; None where none was measured."""
+        """The mean increase of the retention sets' losses since step 0; None without retention sets."""
         return _finite(statistics.fmean(curve.change for curve in self.retention)) if self.retention else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary(Measurements):
-    """A run as its folder tells it: what it was, and what it measured."""
+    """A run's metrics with its name and settings."""
 
     name: str
     overrides: dict[str, str]
-    """As the user gave them, by key or group."""
+    """The user's overrides, by key or group."""
     devices: int
     samples: list[Sample]
 
@@ -88,7 +89,7 @@ def read_measurements(folder: RunFolder) -> Measurements:
     """Read status.json and metrics.jsonl.
 
     Raises:
-        ValueError: a line of metrics.jsonl is damaged.
+        ValueError: a line of metrics.jsonl is corrupted.
     """
     records = read_metrics(folder)
     curves = {curve.name: curve for curve in read_curves(records, LOSS)}
@@ -103,10 +104,10 @@ def read_measurements(folder: RunFolder) -> Measurements:
 
 
 def read_trials(sweep: Path) -> list[RunSummary]:
-    """Of every run in a folder of runs; the completed first, and the lower the target's loss the earlier.
+    """Read every run in a folder of runs, sorted: completed runs first, by validation loss.
 
     Raises:
-        UserError: it holds none.
+        UserError: the folder holds no runs.
     """
     folders = [RunFolder(path.parent) for path in sweep.glob("*/status.json") if ARCHIVED not in path.parent.name]
     folders = [folder for folder in folders if folder.config.is_file()]
@@ -121,10 +122,10 @@ def _place(trial: RunSummary) -> tuple[bool, float, str]:
 
 
 def read_trial(folder: RunFolder) -> RunSummary | None:
-    """None for a folder of another kind: a chain has a status too, and trains nothing itself.
+    """Read the run of a folder; None if it is of another task, as task=continual, which has a status too.
 
     Raises:
-        UserError: a file of it is damaged.
+        UserError: a file of the folder is corrupted.
     """
     try:
         return _read(folder)
@@ -147,13 +148,13 @@ def _read(folder: RunFolder) -> RunSummary | None:
 
 
 def differing(trials: list[RunSummary]) -> list[str]:
-    """Keys whose values are not the same in all trials, in the order they were said."""
+    """Return the keys whose values differ between the trials, in the order of the overrides."""
     keys = dict.fromkeys(key for trial in trials for key in trial.overrides)
     return [key for key in keys if len({trial.overrides.get(key) for trial in trials}) > 1]
 
 
 def number(text: str | None) -> float | None:
-    """An override's value where it is one."""
+    """Return an override's value as a number, or None if it is not one."""
     try:
         return float(text or "")
     except ValueError:
@@ -170,9 +171,9 @@ def _overrides(folder: RunFolder) -> dict[str, str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that is not whole: the run may be writing it."""
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return [json.loads(line) for line in whole.splitlines()]
+    """Read the complete lines; the run may be writing the last one."""
+    complete = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def _finite(value: float) -> float | None:

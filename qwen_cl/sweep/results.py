@@ -160,5 +160,5 @@ def _verdict(results: Sequence[Result]) -> list[tuple[str, str]]:
     second = next((one for one in results[1:] if one.completed and one.val_loss is not None), None)
     if second is not None and second.val_loss is not None:
         behind = second.val_loss - best.val_loss
-        text += f", {behind:.4f} ({behind / second.val_loss:.1%}) below the next, {second.name}"
+        text += f", {behind:.4f} ({behind / second.val_loss:.1%}) below the second best, {second.name}"
     return [("best", text), ("overrides", " ".join(best.overrides))]

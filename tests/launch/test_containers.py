@@ -113,5 +113,5 @@ def test_what_no_container_could_be_is_refused(override: str, message: str) -> N
 def test_a_run_that_is_not_submitted_says_so(tmp_path: Path) -> None:
     done = launch("cluster=kubernetes", "cluster.image=nemo:25.07", directory=tmp_path / "run")
     assert done.returncode == 2
-    assert done.stderr == "cluster=kubernetes is not submitted from here; dry_run=true shows what to submit\n"
+    assert done.stderr == "cluster=kubernetes cannot be submitted; dry_run=true prints the files to submit\n"
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What is drawn and tabled of hand-made measurements, and the demonstration that draws them."""
+"""The plots and tables of known metrics, and of the demo of continual learning."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_curves_have_the_target_first_and_each_its_unit() -> None:
     assert read_curves(RECORDS) == [
         Curve("val/target", [0, 5], [2.0, 1.5], "bits_per_byte"),
         Curve("english", [0, 5], [0.5, 0.75], "bits_per_byte"),
-        Curve("code", [0, 5], [3.0, 2.5], "loss"),  # of no bytes
+        Curve("code", [0, 5], [3.0, 2.5], "loss"),  # a set without text
     ]
     assert [curve.change for curve in read_curves(RECORDS)] == [-0.5, 0.25, -0.5]
     assert read_curves(RECORDS, "loss") == [
@@ -89,7 +89,7 @@ def stage(directory: Path, number: int, name: str, records: list[dict[str, Any]]
     folder.directory.mkdir()
     folder.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     said = StageConfig(name=name, init_from=None, overrides=[], eval_sets=[])
-    # Of its config and plan nothing is looked at.
+    # Its config and plan are not read.
     return Stage(number, said, None, folder, [], cast(Any, None), cast(Any, None))
 
 

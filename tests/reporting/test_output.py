@@ -1,4 +1,4 @@
-"""Nobody reads what a launcher prints: what it runs goes on."""
+"""A run continues when the launcher's output breaks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_it_is_said_once_where_it_can_still_be_read(capfd: pytest.CaptureFixture
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err == (
-        f"what is printed cannot be written any more (Broken pipe); what runs goes on, and {tmp_path} has its records\n"
+        f"output cannot be written any more (Broken pipe); the run continues, and its records are in {tmp_path}\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""``task=report``: hand-made trials, the numbers on their page, and the page in a real browser."""
+"""``task=report``: the page of trials with known metrics, also in a real browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from qwen_cl.config.errors import UserError
 from qwen_cl.config.saved import save_config
 from qwen_cl.config.task.report import ReportConfig
-from qwen_cl.reporting.figures import pareto_front, pictures
+from qwen_cl.reporting.figures import draw_plots, pareto_front
 from qwen_cl.reporting.importance import importances
 from qwen_cl.reporting.page import render_page
 from qwen_cl.reporting.report import report
@@ -31,7 +31,7 @@ from tests.support.wandb_server import wandb_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TRIALS: list[tuple[str, str, str, float, float]] = [
-    # lr, rank, data, target loss at the end, rise of English
+    # lr, rank, data, final target loss, increase of English
     ("1e-4", "8", "demo", 3.0, 0.1),
     ("1e-4", "32", "demo", 2.8, 0.2),
     ("3e-4", "8", "demo", 2.5, 0.25),
@@ -96,7 +96,7 @@ def rendered(sweep: Path) -> str:
 
 
 class Page(html.parser.HTMLParser):
-    """Rows of the tables, and whatever a browser would fetch."""
+    """The rows of the tables, and the addresses that a browser would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -158,25 +158,27 @@ def test_a_page_asks_for_nothing(rendered: str) -> None:
 
 
 def test_the_pictures_say_in_words_what_they_show(sweep: Path) -> None:
-    said = {picture.title: picture.says for picture in pictures(read_trials(sweep))}
+    said = {plot.title: plot.caption for plot in draw_plots(read_trials(sweep))}
     assert said == {
-        "Validation loss of the target": "Best at the end: 04, 4.0000 at the start and 1.9000 at the end.",
+        "Validation loss": "Best: 04, 4.0000 at the start and 1.9000 at the end.",
         "Training loss": "; ".join(f"{name} ends at 3.5000" for name in ("04", "03", "05", "02", "01", "00")),
-        "Forgetting: english": "Above 0 the model is worse at what it knew before.",
-        "Parallel coordinates": "A line is a trial, the darker the lower its target loss; the table has the values.",
-        "Importance of what was varied": (
+        "Forgetting: english": "Above 0 the model is worse than before training.",
+        "Parallel coordinates": (
+            "Each line is a trial; darker lines have a lower target loss. The table has the values."
+        ),
+        "Parameter importance": (
             "data 0.88 (jsonl is best); lr 0.84 (raise it); peft.rank 0.10 (raise it). "
-            "Of 6 trials: chance alone gives large values to few."
+            "With only 6 trials, high values may be chance."
         ),
         "Target loss by learning rate and rank": "Lowest: 1.9000 at lr 0.001, rank 8.",
-        "Learning against forgetting (left and low is better)": (
-            "On the front, from least target loss to least forgetting: 04, 03, 02, 01, 00."
+        "Learning versus forgetting (lower left is better)": (
+            "Pareto front, from the lowest target loss to the least forgetting: 04, 03, 02, 01, 00."
         ),
     }
 
 
 def test_importance_is_rank_correlation_and_correlation_ratio(sweep: Path) -> None:
-    """Against scipy's Spearman, and the ratio written out."""
+    """Compare with scipy's Spearman correlation and with the ratio computed by hand."""
     from scipy.stats import rankdata, spearmanr
 
     trials = [trial for trial in read_trials(sweep) if trial.completed]
@@ -216,12 +218,15 @@ def test_one_run_is_a_page_too(trained: Launched, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ([], "task.sweep or task.run must be given, and not both"),
-        (["task.sweep=a", "task.run=b"], "task.sweep or task.run must be given, and not both"),
+        ([], "set either task.sweep (a folder of runs) or task.run (the folder of one run)"),
+        (
+            ["task.sweep=a", "task.run=b"],
+            "set either task.sweep (a folder of runs) or task.run (the folder of one run)",
+        ),
         (["task.sweep=a", "lr=1"], "lr=1 would change nothing: the report is of what the folder holds; remove it"),
-        (["task.sweep=/nowhere"], "task.sweep (/nowhere) is no folder; name one like outputs/sweeps/TIME"),
+        (["task.sweep=/nowhere"], "task.sweep (/nowhere) is not a folder; name one like outputs/sweeps/TIME"),
         (["task.sweep=conf"], "conf) holds no runs: none of its folders has config.yaml and status.json"),
-        (["task.run=conf"], "conf) is not the folder of a run that trained; of a folder of runs write task.sweep="),
+        (["task.run=conf"], "conf) is not the folder of a training run; for a folder of runs write task.sweep="),
         (["task.sweep=' '"], "task.sweep is empty; name a path, or null"),
         (["task.run=b", "task.publish=true"], "task.publish=true makes a workspace of a sweep's runs"),
     ],
@@ -255,14 +260,14 @@ def test_a_damaged_run_is_named(tmp_path: Path) -> None:
 
 
 def publish(sweep: Path, directory: Path, *said: str, **environment: str) -> Launched:
-    """In a process of its own: W&B remembers a key for as long as its process lives."""
+    """Run task=report in a child process, as W&B keeps a key as long as its process lives."""
     asked = ["task=report", f"task.sweep={sweep}", f"task.output={directory}/page.html", "task.publish=true", *said]
     return launch(*asked, directory=directory / "x", environment={"WANDB_API_KEY": "0" * 40, **environment})
 
 
 @pytest.mark.slow
 def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: Path) -> None:
-    """What W&B is sent, by its own client."""
+    """Check the requests of W&B's own client."""
     with wandb_server() as server:
         done = publish(sweep, tmp_path, WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
         assert done.returncode == 0, done.stderr
@@ -284,7 +289,7 @@ def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: P
         "summary:retention/english/loss.last",
     ]
     text = json.dumps(page)
-    for panel in ("Parallel coordinates", "lr x rank: target loss", "Target against english", "Retention: english"):
+    for panel in ("Parallel coordinates", "lr x rank: target loss", "Target versus english", "Retention: english"):
         assert panel in text
 
 
@@ -294,7 +299,7 @@ def test_a_workspace_that_w_and_b_refuses_is_told(tmp_path: Path) -> None:
     with wandb_server(init=401) as server:
         done = publish(tmp_path, tmp_path, "wandb.entity=me", WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")
     assert done.returncode == 1
-    assert "W&B did not take the workspace or the report: " in done.stderr
+    assert "W&B refused the workspace or the report: " in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "page.html").is_file()
 
@@ -314,7 +319,7 @@ def test_without_the_extra_or_a_key_nothing_is_published(sweep: Path, tmp_path: 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page was not looked at in a browser")
 def test_a_real_browser_shows_it_and_sorts(rendered: str, tmp_path: Path) -> None:
-    """The order of the first table's rows after two clicks on "target loss" is worst first, and empty cells last."""
+    """Click twice on "target loss": the first table is sorted worst first, with empty cells last."""
     script = """<script>
     var head = Array.from(document.querySelectorAll("th")).find(th => th.textContent === "target loss");
     head.click(); head.click();

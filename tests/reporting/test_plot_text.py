@@ -1,4 +1,4 @@
-"""Names in any script are drawn in pictures, or written in ASCII: no boxes, no warnings, no math."""
+"""Plots show names in any script, or write them in ASCII: no boxes, no warnings, no math."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORDS = [
 
 
 def _draw(title: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the texts of the picture as they were drawn."""
+    """Return the texts of the plot as they were drawn."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 

@@ -158,7 +158,7 @@ def test_a_search_shows_the_ends_of_its_space(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_folder_name_needs_no_quotes() -> None:
     values = {"lr": "1e+30", "model": "hub", "model.source": "hf://Org/Name@v1", "retention.eval_sets": "{a: 'b c'}"}
-    assert trial_name(7, values) == "07-lr_1e30-hub-source_Org-Name-v1-sets_-a-b-c"
+    assert trial_name(7, values) == "07-lr_1e30-hub-source_Org-Name-v1-eval_sets_-a-b-c"
     assert trial_name(7, {}) == "07"
     assert trial_name(12, {"lr": "1e-4", "peft.rank": "8"}) == "12-lr_1e-4-rank_8"
 

@@ -78,7 +78,10 @@ def test_the_answer_names_the_best_by_how_much_and_the_cost(finished: Path) -> N
     assert re.search(r"\* +02 +COMPLETED +1e-3 +8 +2\.5000 +\+0\.4000 +3\.0000 +300 +60 +20", text)
     assert re.search(r"^ +01 +COMPLETED +1e-4 +32 +3\.2000 +0\.7000 +\+0\.3000 ", text, re.MULTILINE)
     assert "03-lr_1e-3-rank_32: FAILED, it broke" in text
-    assert "best  02-lr_1e-3-rank_8, validation loss 2.5000, 0.7000 (21.9%) below the next, 01-lr_1e-4-rank_32" in text
+    assert (
+        "best  02-lr_1e-3-rank_8, validation loss 2.5000, 0.7000 (21.9%) below the second best, 01-lr_1e-4-rank_32"
+        in text
+    )
     write_results(finished, results, {"seconds": 9.0})
     summary = json.loads((finished / "sweep.json").read_text())
     assert summary["best"] == "02-lr_1e-3-rank_8"

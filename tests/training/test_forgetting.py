@@ -190,7 +190,7 @@ def test_the_block_at_the_end_names_the_sets_and_the_picture(forgetting: Forgett
         )
         assert line in forgetting.run.stdout
     picture = forgetting.run.folder.report
-    assert f"{'picture':>18}  {picture}\n" in forgetting.run.stdout
+    assert f"{'plot':>18}  {picture}\n" in forgetting.run.stdout
     content = picture.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", content[16:24])

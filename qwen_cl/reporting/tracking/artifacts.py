@@ -1,4 +1,4 @@
-"""The trained adapter on W&B, with where it comes from."""
+"""The trained adapter as a W&B artifact, with its provenance."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from qwen_cl.config.wandb import LogAdapter
 from qwen_cl.runs.folder import RunFolder
 
 ORIGIN = ("model_source", "model_commit", "model_fingerprint", "model_adapter_sha256", "data_sha256")
-"""Of status.json: what the adapter was made of."""
+"""The fields of status.json with the provenance of the adapter."""
 
 
 def log_adapter(run: Any, folder: RunFolder, mode: LogAdapter) -> None:
-    """Nothing where there is none. Base and data are told by name, commit and hash. None of their files is read."""
+    """Log the adapter of a run, if it has one.
+
+    Base model and data are logged by name, commit and hash; their files are not read.
+    """
     if mode is LogAdapter.none or not folder.adapter.is_dir():
         return
     import wandb
@@ -27,15 +30,15 @@ def log_adapter(run: Any, folder: RunFolder, mode: LogAdapter) -> None:
     else:
         adapter.add_reference(folder.adapter.as_uri())
     run.log_artifact(adapter)
-    if not run.offline:  # W&B takes no inputs offline; the metadata says the same
+    if not run.offline:  # W&B accepts no input artifacts offline; the metadata has the same facts
         source = _name(origin["model_source"].partition("@")[0])
         run.use_artifact(_described(source, "model", origin))
-        if "data_sha256" in origin:  # random tokens have none
+        if "data_sha256" in origin:  # mock data has none
             run.use_artifact(_described(f"data-{origin['data_sha256'][:12]}", "dataset", origin))
 
 
 def _described(name: str, kind: str, origin: dict[str, str]) -> Any:
-    """An artifact of the words alone: its version changes with what they say."""
+    """Return an artifact that consists of the provenance alone, which determines its version."""
     import wandb
 
     artifact = wandb.Artifact(name, kind, metadata=origin)
@@ -45,6 +48,6 @@ def _described(name: str, kind: str, origin: dict[str, str]) -> Any:
 
 
 def _name(source: str) -> str:
-    """W&B takes letters, digits, dashes, underscores and dots; of a path its last two parts say enough."""
+    """Return the last two parts of a source, in the characters that W&B accepts in names."""
     last = "-".join(source.removeprefix("hf://").strip("/").split("/")[-2:])
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", last)[-100:]

@@ -1,4 +1,4 @@
-"""A run's line to W&B. Whatever happens at the other end, training neither waits for it nor learns of it."""
+"""The connection of a run to W&B, whose failures neither stop nor delay the training."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from qwen_cl.reporting.tracking.metrics import define
 from qwen_cl.runs.folder import RunFolder
 
 FINISH_TIMEOUT = 30.0
-"""Seconds to wait, once training has ended, for what is still on its way; it is on disk too. WANDB_FINISH_TIMEOUT
-changes it."""
+"""Seconds to wait for uploads after training; the records are on disk too. WANDB_FINISH_TIMEOUT overrides it."""
 FATAL = re.compile(r"failed to upload: \d+ [A-Z][\w ]*?(?= url=)")
-"""Of the line in which W&B's client gives up on a run's records."""
+"""The message with which W&B's client gives up on a run's records."""
 QUEUED = 10_000
-"""Calls that may wait for W&B; those beyond are left out."""
+"""The number of calls that may wait for W&B; later ones are dropped."""
 
 
 def finish_timeout() -> float:
+    """Return the seconds to wait for uploads after training."""
     return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
 
 
 class Dashboard:
-    """Calls W&B from a thread of its own: its service can hang, for example where its disk does."""
+    """A W&B run that is called from a thread of its own, as W&B's service can hang, for example with its disk."""
 
     def __init__(self, run: Any, folder: RunFolder) -> None:
+        """``run`` is W&B's; failures are recorded in the status of ``folder``."""
         self.folder = folder
         self._run = run
         self._defined: set[str] = set()
@@ -45,24 +46,26 @@ class Dashboard:
         self._thread.start()
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        """``record`` has the tokens seen as ``tokens``, its x axis; ``step`` is the optimizer's."""
+        """Log metrics. ``record`` has the tokens trained on as ``tokens``, the x axis; ``step`` is the optimizer's."""
         self._put(lambda: self._log(dict(record), step))
 
     def log_table(self, name: str, columns: list[str], rows: list[list[str]], step: int) -> None:
+        """Log a table."""
         self._put(lambda: self._log_table(name, columns, rows, step))
 
     def log_adapter(self, mode: LogAdapter) -> None:
+        """Log the trained adapter as an artifact."""
         self._put(lambda: log_adapter(self._run, self.folder, mode))
 
     def finish(self, exit_code: int) -> None:
-        """Returns within the timeout and a little, whatever W&B does."""
+        """Finish the W&B run; return soon after the timeout even if W&B hangs."""
         self._put(lambda: self._run.finish(exit_code=exit_code))
         self._put(None)
         self._thread.join(finish_timeout() + 10)
         if self._thread.is_alive():
             self._failed = f"its service did not end within {finish_timeout() + 10:.0f} s"
         else:
-            self._failed = self._refused() or self._failed  # why it was late, where the client knows
+            self._failed = self._refusal() or self._failed  # the cause of a timeout, if the client logged it
         if self._failed is not None:
             self._record_failure(self._failed)
             _kill_service()
@@ -71,14 +74,14 @@ class Dashboard:
         try:
             self._calls.put_nowait(call)
         except queue.Full:
-            self._failed = f"{QUEUED} records wait for its service, later ones are left out"
+            self._failed = f"{QUEUED} records wait for its service, later ones are dropped"
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:  # W&B raises its own, asyncio's and the system's
-                if self._failed is None:  # once is enough for the log
+            except Exception as error:  # W&B raises errors of its own, of asyncio and of the system
+                if self._failed is None:  # printed once
                     print(f"W&B failed: {one_line(error)}", flush=True)
                 self._failed = one_line(error)
 
@@ -93,9 +96,8 @@ class Dashboard:
 
         self._run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
 
-    def _refused(self) -> str | None:
-        """W&B's client tells nobody but its log when a server takes no more records, for example of a key that was
-        withdrawn."""
+    def _refusal(self) -> str | None:
+        """Return the reason why the server refuses records, as of a revoked key, which only the client's log has."""
         log = Path(self._run.dir).parent / "logs" / "debug-internal.log"
         if log.is_file() and (line := FATAL.search(log.read_text(encoding="utf-8", errors="replace"))):
             return line[0]
@@ -109,12 +111,13 @@ class Dashboard:
 
 
 def one_line(error: BaseException) -> str:
+    """Return the error's class and the start of its message in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _kill_service() -> None:
-    """Or W&B's own hook at the end of this process waits for a service that no longer answers."""
+    """Kill W&B's service: its exit hook in this process would wait for a service that no longer answers."""
     for child in psutil.Process().children(recursive=True):
         try:
             if child.name().startswith("wandb-"):

@@ -1,4 +1,4 @@
-"""Who a run is on the dashboard, and what it says of itself there. No torch, no W&B."""
+"""The identity of a run in W&B: its id, name, group, tags and config."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwen_cl.config.wandb_names import LONGEST_NAME, LONGEST_TAG
 from qwen_cl.runs.folder import RunFolder
 
 SWEEP = "QWEN_CL_SWEEP"
-"""Environment variable: the folder of the sweep that the run is a trial of, set by who starts the trials."""
+"""The environment variable with the sweep's folder, set for its trials."""
 TRIAL_NAME = "QWEN_CL_TRIAL_NAME"
-"""Environment variable: the overrides in which the trial differs from the others."""
+"""The environment variable with the trial's name."""
 FACTS = (
     "model_source",
     "model_commit",
@@ -33,17 +33,19 @@ FACTS = (
     "versions",
     "device",
 )
-"""Of status.json: what the config alone does not tell."""
+"""The fields of status.json that are logged with the config."""
 ANY_MODEL = ("hub", "local")
-"""Choices of the group model that name no model by themselves."""
+"""The choices of the group model that do not name a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class WandbIdentity:
+    """The arguments of ``wandb.init`` that identify a run."""
+
     id: str
-    """The same whenever the folder's run goes on, so that it goes on in the same curves."""
+    """Run id; kept when the run is resumed, so that its curves continue."""
     rewind_to: int | None
-    """The step that the folder's run goes on from, where W&B may know of later ones; None for a new run."""
+    """The step that the run resumes from, if W&B may have later ones; None for a new run."""
     name: str
     group: str | None
     """Name of the sweep's folder; None outside a sweep."""
@@ -51,10 +53,11 @@ class WandbIdentity:
     tags: list[str]
     config: dict[str, Any]
     directory: Path
-    """Holds ``wandb/``: the sweep's folder, where one command then shows all its runs, or the run's own."""
+    """The folder of ``wandb/``: the sweep's, so that one command shows all its runs, or the run's own."""
 
 
 def identify(config: RunConfig, folder: RunFolder) -> WandbIdentity:
+    """Return the identity of the run in ``folder``."""
     plain = to_plain(config)
     choices = _choices(folder, plain)
     sweep = Path(os.environ[SWEEP]) if os.environ.get(SWEEP) else None
@@ -72,14 +75,14 @@ def identify(config: RunConfig, folder: RunFolder) -> WandbIdentity:
 
 
 def sync_command(sweep: Path) -> str | None:
-    """Uploads every trial that was logged offline; None where there is none."""
+    """Return the command that uploads every trial that was logged offline; None without such a trial."""
     return (
         f"wandb sync {shlex.quote(str(sweep))}/wandb/offline-run-*" if any(sweep.glob("wandb/offline-run-*")) else None
     )
 
 
 def _choices(folder: RunFolder, plain: dict[str, Any]) -> dict[str, str]:
-    """What was chosen of each group, by the names the user knows; of a config without a launch, what each is."""
+    """Return the choice of each config group; for a config that Hydra did not compose, its type."""
     kinds = {group: plain[group].get("type", "") for group in ("task", "peft", "data", "model")}
     recorded = folder.directory / ".hydra" / "hydra.yaml"
     chosen = OmegaConf.select(OmegaConf.load(recorded), "hydra.runtime.choices") if recorded.is_file() else None
@@ -95,6 +98,6 @@ def _tags(config: RunConfig, choices: dict[str, str]) -> list[str]:
 
 
 def _shareable(plain: dict[str, Any]) -> dict[str, Any]:
-    """Without ``cluster.setup``: a line of the user's shell may hold whatever a shell needs, passwords too."""
+    """Return the config without ``cluster.setup``, as the user's shell commands may contain passwords."""
     cluster = {name: value for name, value in plain["cluster"].items() if name != "setup"}
     return {**plain, "cluster": cluster}

@@ -1,4 +1,4 @@
-"""Start W&B for a run: online where it can be, offline where it cannot, and said which."""
+"""The start of a W&B run: online if the server can be reached, and otherwise offline."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import WandbRecord
 
 INIT_TIMEOUT = 30.0
-"""Seconds to wait for a server that answers but does not start the run, before going on without it."""
+"""Seconds to wait for a server that accepts connections to start the run, before logging offline."""
 CONNECT_TIMEOUT = 5
-"""Seconds to wait for a server to answer at all."""
+"""Seconds to wait for a connection to the server."""
 
 
 @contextmanager
 def dashboard_of(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | None]:
-    """What the run logs to while it lasts; None where there is none. Raises nothing of W&B's."""
+    """Start a W&B run, and finish it at the end; None if W&B is disabled or does not start.
+
+    W&B's errors are not raised.
+    """
     dashboard = start_dashboard(config, folder)
     try:
         yield dashboard
@@ -41,7 +44,7 @@ def dashboard_of(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | N
 
 
 def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
-    """Records mode, place and reason in the run's status, whatever comes of it."""
+    """Start a W&B run; record its mode, folder, address and any reason for logging offline in the run's status."""
     if config.wandb.mode is WandbMode.disabled:
         folder.update_status(wandb=WandbRecord(mode=WandbMode.disabled.value))
         return None
@@ -51,7 +54,7 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
         started, reason = _online(config, identity) if config.wandb.mode is WandbMode.online else (None, None)
         mode = WandbMode.offline if started is None else WandbMode.online
         started = started or _init(config, identity, WandbMode.offline)
-    except Exception as error:  # a full disk, a folder that cannot be written to, a service that does not start
+    except Exception as error:  # as of a full disk, a read-only folder, or a service that does not start
         record = WandbRecord(mode=WandbMode.disabled.value, reason=one_line(error), id=identity.id)
         folder.update_status(wandb=record)
         return None
@@ -70,37 +73,37 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
 
 
 def without_fault_reports() -> None:
-    """W&B sends its own faults to its makers, and a process waits for that at its end where the server hangs."""
+    """Disable W&B's error reports to its developers, for which a process waits at its end if the server hangs."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def _online(config: RunConfig, identity: WandbIdentity) -> tuple[Any, str | None]:
-    """The run, or None and why not."""
+    """Start the run online; return None and the reason if that fails."""
     import wandb
 
     if reason := _why_offline(wandb):
         return None, reason
-    there = set(identity.directory.glob("wandb/run-*"))
+    existing = set(identity.directory.glob("wandb/run-*"))
     if identity.rewind_to is not None:
-        with suppress(Exception):  # a server that does not know how: what it has of later steps stays, and is the same
+        with suppress(Exception):  # a server without rewind keeps its later steps, which have the same values
             return _init(config, identity, WandbMode.online, rewind=True), None
         wandb.teardown()
     try:
         return _init(config, identity, WandbMode.online), None
-    except Exception as error:  # W&B's own errors have no common class, and those of its service are asyncio's
+    except Exception as error:  # W&B's errors have no common class, and those of its service are of asyncio
         wandb.teardown()  # its service still holds the id of the run that did not start
-        for abandoned in set(identity.directory.glob(f"wandb/run-*-{identity.id}")) - there:
+        for abandoned in set(identity.directory.glob(f"wandb/run-*-{identity.id}")) - existing:
             shutil.rmtree(abandoned, ignore_errors=True)
         return None, one_line(error)
 
 
 def _why_offline(wandb: Any) -> str | None:
-    """What can be known without waiting for W&B's own retries."""
+    """Return a reason to log offline that is known without waiting for W&B's retries, or None."""
     if not _has_key(wandb):
         return "no API key"
     server = urlsplit(wandb.setup().settings.base_url)
     if getproxies().get(server.scheme):
-        return None  # the proxy finds the server, not this machine
+        return None  # the proxy connects to the server, not this machine
     try:
         port = server.port or (443 if server.scheme == "https" else 80)
         socket.create_connection((server.hostname, port), timeout=CONNECT_TIMEOUT).close()
@@ -110,7 +113,7 @@ def _why_offline(wandb: Any) -> str | None:
 
 
 def _has_key(wandb: Any) -> bool:
-    """A malformed one is none."""
+    """Return True if W&B has an API key that is well-formed."""
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError, ValueError):
@@ -118,12 +121,12 @@ def _has_key(wandb: Any) -> bool:
 
 
 def _init(config: RunConfig, identity: WandbIdentity, mode: WandbMode, *, rewind: bool = False) -> Any:
-    """A run that goes on drops what it logged after its checkpoint (``rewind``), or logs the same values again."""
+    """Start the run in W&B. With ``rewind`` a resumed run drops the steps after its checkpoint first."""
     import wandb
 
-    going_on: dict[str, Any] = {"resume": "allow"}
+    resume: dict[str, Any] = {"resume": "allow"}
     if rewind:
-        going_on = {"resume_from": f"{identity.id}?_step={identity.rewind_to}"}
+        resume = {"resume_from": f"{identity.id}?_step={identity.rewind_to}"}
     return wandb.init(
         project=config.wandb.project,
         entity=config.wandb.entity,
@@ -132,7 +135,7 @@ def _init(config: RunConfig, identity: WandbIdentity, mode: WandbMode, *, rewind
         group=identity.group,
         job_type=identity.job_type,
         tags=identity.tags,
-        **going_on,
+        **resume,
         config=identity.config,
         dir=str(identity.directory),
         mode=mode.value,
@@ -141,7 +144,7 @@ def _init(config: RunConfig, identity: WandbIdentity, mode: WandbMode, *, rewind
             finish_timeout=finish_timeout(),
             finish_timeout_raises=True,
             console="off",
-            # The facts have the commit; a remote's URL may hold a password, a patch whatever the code does.
+            # The facts have the commit; a remote's URL may contain a password, and a patch may contain secrets.
             disable_git=True,
             disable_code=True,
         ),

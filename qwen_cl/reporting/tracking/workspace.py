@@ -1,4 +1,4 @@
-"""The same as the page on W&B: a workspace for looking around in and a report for reading, both of a sweep's group."""
+"""The report of a sweep in W&B: a workspace and a report of the sweep's group."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from qwen_cl.runs.metrics import TARGET
 
 LOSS = f"{TARGET}/loss"
 LAST = f"{LOSS}.last"
-"""In the summary, as qwen_cl/reporting/tracking/metrics.py has it summed up."""
+"""The name of the last loss in the summary (see metrics.py)."""
 TITLES = {
     "throughput/tokens_per_second": "Tokens per second",
     "memory/peak_gib": "Peak memory (GiB)",
     "optim/lr": "Learning rate",
-    "optim/grad_norm": "Norm of the gradient",
+    "optim/grad_norm": "Gradient norm",
 }
 
 
 def require_publishable() -> None:
-    """Raises UserError where there is no key, or the extra is not installed."""
+    """Check that a workspace can be published.
+
+    Raises:
+        UserError: there is no API key, or wandb-workspaces is not installed.
+    """
     without_fault_reports()
     import wandb
 
@@ -38,10 +42,10 @@ def require_publishable() -> None:
 
 
 def publish(config: WandbConfig, group: str, trials: Sequence[RunSummary]) -> list[tuple[str, str]]:
-    """What was made, with its address.
+    """Publish the workspace and the report; return their names and addresses.
 
     Raises:
-        RunFailed: W&B did not take them.
+        RunFailed: W&B refused them.
     """
     import wandb
 
@@ -49,13 +53,14 @@ def publish(config: WandbConfig, group: str, trials: Sequence[RunSummary]) -> li
         entity = config.entity or wandb.Api().default_entity
         workspace = build_workspace(entity, config.project, group, trials).save()
         report = build_report(entity, config.project, group, trials).save()
-    except Exception as error:  # of W&B, of its client library and of the network: they have no common class
+    except Exception as error:  # errors of W&B, of its client library and of the network have no common class
         text = " ".join(str(error).split())[:200]
-        raise RunFailed(f"W&B did not take the workspace or the report: {type(error).__name__}: {text}") from error
+        raise RunFailed(f"W&B refused the workspace or the report: {type(error).__name__}: {text}") from error
     return [("workspace", workspace.url), ("report", report.url)]
 
 
 def build_workspace(entity: str, project: str, group: str, trials: Sequence[RunSummary]) -> Any:
+    """Return the workspace, not saved yet."""
     import wandb_workspaces.workspaces as workspaces
 
     return workspaces.Workspace(
@@ -63,15 +68,16 @@ def build_workspace(entity: str, project: str, group: str, trials: Sequence[RunS
         project=project,
         name=group,
         sections=[
-            workspaces.Section(name="Learning against forgetting", panels=_comparing(trials), is_open=True),
+            workspaces.Section(name="Learning versus forgetting", panels=_comparing(trials), is_open=True),
             workspaces.Section(name="Losses", panels=_losses(trials), is_open=True),
-            workspaces.Section(name="Optimizer and machine", panels=[_line(key) for key in TITLES]),
+            workspaces.Section(name="Optimizer and system", panels=[_line(key) for key in TITLES]),
         ],
         runset_settings=workspaces.RunsetSettings(filters=f"Group == '{group}'"),
     )
 
 
 def build_report(entity: str, project: str, group: str, trials: Sequence[RunSummary]) -> Any:
+    """Return the report, not saved yet."""
     import wandb_workspaces.reports.v2 as reports
 
     def grid(panels: list[Any]) -> Any:
@@ -84,25 +90,25 @@ def build_report(entity: str, project: str, group: str, trials: Sequence[RunSumm
         title=f"Sweep {group}",
         description=f"{len(trials)} trials over {', '.join(differing(list(trials))) or 'nothing'}",
         blocks=[
-            reports.H2("What mattered, and what it cost"),
+            reports.H2("Parameter importance and forgetting"),
             grid(_comparing(trials)),
             reports.H2("Losses"),
             grid(_losses(trials)),
-            reports.H2("Optimizer and machine"),
+            reports.H2("Optimizer and system"),
             grid([_line(key) for key in TITLES]),
         ],
     )
 
 
 def _comparing(trials: Sequence[RunSummary]) -> list[Any]:
-    """Parallel coordinates, importance, lr x rank, and the target against each retention set."""
+    """Return the panels that compare trials: parallel coordinates, importance, lr x rank, target versus retention."""
     import wandb_workspaces.reports.v2 as reports
 
     keys = differing(list(trials))
-    kept = [f"retention/{name}/loss.last" for name in _sets(trials)]
+    retention = [f"retention/{name}/loss.last" for name in _sets(trials)]
     column = reports.ParallelCoordinatesPlotColumn
     columns = [column(reports.Config(_config_key(key)), key, log=key == RATE) for key in keys]
-    columns += [column(reports.SummaryMetric(key), key) for key in (LAST, *kept)]
+    columns += [column(reports.SummaryMetric(key), key) for key in (LAST, *retention)]
     panels: list[Any] = [
         reports.ParallelCoordinatesPlot(columns=columns, title="Parallel coordinates"),
         reports.ParameterImportancePlot(with_respect_to=LAST),
@@ -110,14 +116,14 @@ def _comparing(trials: Sequence[RunSummary]) -> list[Any]:
     if {RATE, RANK} <= set(keys):
         rank, rate, loss = reports.Config(RANK), reports.Config(RATE), reports.SummaryMetric(LAST)
         panels.append(reports.ScatterPlot(title="lr x rank: target loss", x=rank, y=rate, z=loss, log_y=True))
-    for name, key in zip(_sets(trials), kept):
-        loss, forgotten = reports.SummaryMetric(LAST), reports.SummaryMetric(key)
-        panels.append(reports.ScatterPlot(title=f"Target against {name}", x=loss, y=forgotten, running_ymin=True))
+    for name, key in zip(_sets(trials), retention):
+        loss, retained = reports.SummaryMetric(LAST), reports.SummaryMetric(key)
+        panels.append(reports.ScatterPlot(title=f"Target versus {name}", x=loss, y=retained, running_ymin=True))
     return panels
 
 
 def _losses(trials: Sequence[RunSummary]) -> list[Any]:
-    lines = [("Validation loss of the target", LOSS), ("Training loss", "train/loss")]
+    lines = [("Validation loss", LOSS), ("Training loss", "train/loss")]
     lines += [(f"Retention: {name}", f"retention/{name}/loss") for name in _sets(trials)]
     return [_line(key, title) for title, key in lines]
 
@@ -133,5 +139,5 @@ def _sets(trials: Sequence[RunSummary]) -> list[str]:
 
 
 def _config_key(key: str) -> str:
-    """Of a group the config has the kind of its choice."""
+    """Return the key in W&B's config, where a group has its choice as ``type``."""
     return f"{key}.type" if key in GROUPS else key

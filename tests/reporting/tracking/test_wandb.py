@@ -1,4 +1,4 @@
-"""W&B with the real client: what a run is there, and that it ends well and says why where W&B fails."""
+"""W&B with the real client: the identity of a run, and runs that complete and record the reason when W&B fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ with dashboard_of(config, RunFolder(folder)) as dashboard:
         dashboard.log({"train/loss": 9.0, "tokens": 40}, 4)
 """
 WITHOUT_PROXY = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-"""So that a server on this machine is found."""
+"""The environment without proxies, which would hide a server on this machine."""
 
 
 def log(
@@ -63,7 +63,7 @@ def log(
     largest_file: int | None = None,
     **environment: str,
 ) -> WandbRecord:
-    """Three records through W&B in a process of its own, which has to end well; what its status says of W&B."""
+    """Log three records in a process that must succeed; return the W&B part of its status."""
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", LOG, str(ROOT), str(directory), fault, *overrides],
@@ -91,13 +91,13 @@ def log(
 
 
 def _limit_files(size: int) -> None:
-    """No file grows beyond ``size`` bytes: writing fails, as where a disk is full."""
+    """Limit files to ``size`` bytes, so that writing fails as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def read_back(record: Path) -> dict[str, list[Any]]:
-    """What W&B's own reader finds in a directory of a run, by kind."""
+    """Return the records of a W&B run's folder by kind, read with W&B's own reader."""
     shown = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)],
         capture_output=True,
@@ -112,9 +112,9 @@ def read_back(record: Path) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, WandbRecord]]:
-    """Folder and status of runs whose W&B fails each in its way, all at once: most of it is waiting."""
+    """Start a run per kind of W&B failure, all at once, as they mostly wait; return their folders and statuses."""
     place = tmp_path_factory.mktemp("failures")
-    slow = {"WANDB_INIT_TIMEOUT": "60"}  # of those that are to start
+    slow = {"WANDB_INIT_TIMEOUT": "60"}  # for the runs that start
     with (
         wandb_server(init=503) as broken,
         wandb_server(init=401) as wrong_key,
@@ -159,7 +159,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     failures: dict[str, tuple[Path, WandbRecord]], case: str, reason: str, row: Row
 ) -> None:
-    """One record, the one the sync command names, with all that was logged in it."""
+    """Check that there is one W&B folder, the one that the sync command names, with all that was logged."""
     folder, status = failures[case]
     assert status.mode == "offline"
     assert re.fullmatch(reason, str(status.reason))
@@ -174,7 +174,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     [
         ("fails later", r"TimeoutError: Timed out finishing run\."),
         ("withdrawn key", "failed to upload: 401 Unauthorized"),
-        ("killed", "ConnectionResetError|HandleAbandonedError"),  # whichever call notices
+        ("killed", "ConnectionResetError|HandleAbandonedError"),  # whichever call fails first
         ("stopped", "its service did not end within 12 s"),
     ],
 )
@@ -186,22 +186,24 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
     assert re.match(reason, str(status.reason))
     assert status.sync == f"wandb sync --include-online {status.directory}"
     notice = wandb_notice(RunStatus(wandb=status))
-    assert notice == f"W&B: {status.reason}, not all of it is there; later: {status.sync}"
-    if case in ("fails later", "withdrawn key"):  # the service lived, and all is on disk
+    assert notice == f"W&B: {status.reason}, the upload is incomplete; upload with: {status.sync}"
+    if case in ("fails later", "withdrawn key"):  # the service kept running, and all is on disk
         assert losses_of(Path(str(status.directory))) == [3.0, 1.0, 2.0]
     row("W&B failing in mid-run", "the run goes on, and says how to upload the rest", "nothing")
 
 
 def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
     folder, status = failures["full disk"]
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]  # to a log of all runs
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+    ]  # links lead to a log of all runs
     assert max(path.stat().st_size for path in files) <= 2000
     assert status.id
 
 
 def test_a_run_without_any_w_and_b_says_where_its_figures_are() -> None:
     status = RunStatus(wandb=WandbRecord(mode="disabled", reason="OSError: No space left on device"))
-    told = "W&B: OSError: No space left on device; nothing is logged there, everything is in metrics.jsonl"
+    told = "W&B: OSError: No space left on device; nothing is logged to W&B, all metrics are in metrics.jsonl"
     assert wandb_notice(status) == told
     assert wandb_notice(RunStatus(wandb=WandbRecord(mode="online", url="https://…"))) is None
 
@@ -211,7 +213,7 @@ def losses_of(record: Path) -> list[float]:
 
 
 def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
-    """Named by what they differ in; the one command that uploads them names them all."""
+    """Check that trials are named by their differing values, and that one command uploads them all."""
     statuses = [failures[trial][1] for trial in TRIALS]
     records = [Path(str(status.directory)) for status in statuses]
     sweep = failures[TRIALS[0]][0].parent
@@ -301,7 +303,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
 @pytest.mark.slow
 @pytest.mark.parametrize("can_rewind", [True, False])
 def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool, tmp_path: Path) -> None:
-    """And goes on under its own name where the server does not know how."""
+    """Resume under the same id if the server cannot rewind."""
     folder = RunFolder(tmp_path / "run")
     folder.directory.mkdir()
     before = WandbRecord(id="abcde12345", mode="online", url="http://there/runs/abcde12345")
