@@ -337,5 +337,6 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, row: Row) -> None:
         command = [sys.executable, "launch.py", f"hydra.run.dir={place}/run", "experiment=smoke"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"hydra.run.dir ({place}/run) cannot be created: Read-only file system; choose another folder\n"
+    reason = "cannot be created: Read-only file system; choose another folder"
+    assert done.stderr == f"hydra.run.dir ({place}/run) {reason}\n"
     row("an output folder that is read-only", "refused with exit code 2", "nothing")
