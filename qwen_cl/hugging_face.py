@@ -1,4 +1,4 @@
-"""Our loading in a stock NeMo 2.0 recipe, without the rest of this framework.
+"""The loading of Hugging Face models in a stock NeMo 2.0 recipe, without the rest of this framework.
 
     from nemo.collections import llm
     from qwen_cl import from_hugging_face
@@ -31,17 +31,16 @@ nemo_hooks.install()
 
 
 def from_hugging_face(recipe: run.Partial, source: str) -> run.Partial:
-    """The recipe, starting from the weights of ``source``: ``hf://ORG/NAME[@REVISION]``, or a directory in Hugging
-    Face layout. A copy: the recipe given is left as it is.
+    """Return a copy of the recipe that starts from the weights of ``source``: ``hf://ORG/NAME[@REVISION]``, or a
+    directory in Hugging Face layout.
 
-    The source is pinned to its commit here and now, and only its small files are fetched; the process that trains
-    fetches the weights, where it runs. A recipe that is already resumable stays so, and refuses a checkpoint of
-    another base. Of what the recipe leaves unset these are set from the source: the tokenizer of model and data, and
-    ``share_embeddings_and_output_weights``, which NeMo's Qwen2.5 configs of 0.5B and 1.5B leave at False though the
-    checkpoints are tied. Nothing that was set is changed.
+    The source is pinned to its commit immediately, and only its small files are fetched; the training process fetches
+    the weights. A resumable recipe stays resumable, and refuses a checkpoint of another base. If unset, these are set
+    from the source: the tokenizer of model and data, and ``share_embeddings_and_output_weights``, which NeMo's Qwen2.5
+    configs of 0.5B and 1.5B leave at False though the checkpoints are tied. No value that is set is changed.
 
     Raises:
-        UserError: no such source, an architecture that is not supported, or a recipe for another model.
+        UserError: The source does not exist, its architecture is not supported, or the recipe is for another model.
     """
     recipe = copy.deepcopy(recipe)
     model_config = getattr(getattr(recipe, "model", None), "config", None)
@@ -62,8 +61,10 @@ def from_hugging_face(recipe: run.Partial, source: str) -> run.Partial:
 
 
 class HuggingFaceResume(nl.AutoResume):
-    """NeMo's own, in a module whose import makes it read ``hf://``: NeMo-Run builds a recipe in a new process, which
-    imports what the recipe names and nothing else of ours."""
+    """NeMo's AutoResume, defined here so that importing it installs the hooks for ``hf://``.
+
+    NeMo-Run builds a recipe in a new process, which imports only what the recipe names.
+    """
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
         super().setup(trainer, model)

@@ -97,7 +97,7 @@ def test_upstream_fails_and_with_the_line_every_kind_of_recipe_trains(model: Pat
         assert source in recorded_sources(tmp_path / name)
     assert json.loads((tmp_path / "plain/error.json").read_text()) == [
         "UserError",
-        f"model.config.num_layers (3) is not that of {source} (2); take the recipe of that model, "
+        f"model.config.num_layers (3) is not that of {source} (2); use the recipe of that model, "
         "or set model.config.num_layers=2",
     ]
 
@@ -141,7 +141,7 @@ def test_the_line_fills_what_is_unset_and_refuses_another_model(model: Path) -> 
     given.model.tokenizer = nemo_run.Config(llm.Qwen2Config)  # any value: it must stay
     assert from_hugging_face(given, str(model)).model.tokenizer == given.model.tokenizer
 
-    other = "take the recipe of that model, or set recipe.model.config"
+    other = "use the recipe of that model, or set recipe.model.config"
     for fields, message in (
         ({"num_layers": 28}, f"num_layers (28) is not that of {model} (2); {other}.num_layers=2"),
         ({"num_query_groups": 4}, f"num_query_groups (4) is not that of {model} (2); {other}.num_query_groups=2"),

@@ -1,1 +1,1 @@
-"""Atomic files and folders, and the home of the cache."""
+"""Atomic files and folders, hashing, and the location of the cache."""

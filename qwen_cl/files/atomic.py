@@ -11,8 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write what becomes ``path`` in one step when the block ends. If it fails, ``path`` is what it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")  # others may be writing it too
+    """Yield a temporary path that is renamed to ``path`` when the context ends; if it fails, ``path`` is unchanged."""
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.{threading.get_ident()}"
+    )  # other processes and threads may write the same file
     try:
         yield temporary
         temporary.replace(path)
@@ -21,14 +23,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there complete or not at all, and its folder where there is none."""
+    """Write a text file atomically, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
-    """A file or folder onto the disk, so that a machine that goes down after a rename has not renamed empty files."""
+    """Flush a file or folder to disk, so that a crash after a rename cannot leave empty files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qwen_cl.files.atomic import flush
 
 @contextmanager
 def atomic_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside ``directory`` that becomes it when the block ends well, and vanishes when it does not. With
-    ``replace`` a folder that is there gives way to it.
+    """Yield a temporary folder that is renamed to ``directory`` when the context ends, or removed if it fails.
 
-    A process that is killed leaves it behind, under a name that starts with a dot and is in nobody's way.
+    With ``replace`` an existing folder is replaced. A killed process leaves the temporary folder behind, hidden under a
+    name that starts with a dot.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
@@ -39,15 +39,15 @@ def atomic_directory(directory: Path, *, replace: bool = False) -> Iterator[Path
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What killed processes left of it."""
+    """Return the temporary folders of ``directory`` that killed processes left behind."""
     return sorted(directory.parent.glob(f".{directory.name}-*"))
 
 
 def require_room(key: str, directory: Path, size: int) -> None:
-    """Before anything is written: the place can be written to and has ``size`` bytes free.
+    """Check that a folder, set by the config key ``key``, can be written and that ``size`` bytes are free.
 
     Raises:
-        UserError: names ``key``, the config's for the folder.
+        UserError: The folder cannot be written, or the disk is too full.
     """
     parent = next(parent for parent in directory.parents if parent.exists())
     if not parent.is_dir():
@@ -59,4 +59,4 @@ def require_room(key: str, directory: Path, size: int) -> None:
         remains = ", ".join(path.name for path in leftovers(directory))
         hint = f" (an export that was killed left {remains})" if remains else ""
         amounts = f"needs {decimal(size, precision=2)} and {decimal(free, precision=2)} are free there"
-        raise UserError(f"{key} ({directory}) {amounts}{hint}; make room, or choose another folder")
+        raise UserError(f"{key} ({directory}) {amounts}{hint}; free disk space, or choose another folder")

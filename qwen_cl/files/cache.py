@@ -1,4 +1,4 @@
-"""Where everything is kept that is worth making only once."""
+"""The location of the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_home() -> Path:
-    """``$QWEN_CL_CACHE``, or what stands for it; absolute, and perhaps not there yet."""
+    """Return the absolute path of ``$QWEN_CL_CACHE``, or of the default cache; it need not exist."""
     home = os.environ.get("QWEN_CL_CACHE") or "~/.cache/qwen_cl"
     return Path(os.path.expanduser(home)).absolute()  # noqa: PTH111 - Path's raises on an unknown user

@@ -1,3 +1,3 @@
-"""Names inside a run folder that a room below the runs needs too."""
+"""Names inside a run folder that packages below ``runs`` use too."""
 
 MODEL_FILES = "model_files"

@@ -1,4 +1,4 @@
-"""Several files at once, without making Ctrl-C wait for the last byte of any."""
+"""Work on several files at once that Ctrl-C can interrupt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 WORKERS = 8
-"""As many as huggingface_hub downloads at once."""
+"""The number of threads, as in huggingface_hub."""
 
 
 def for_each(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """Call ``work`` with each name, from several threads; raise what the first that failed raised.
+    """Call ``work`` with each name from several threads; raise the first error.
 
-    A ThreadPoolExecutor would hold up the end of the process until its threads are done, which for a file of many
-    gigabytes is minutes: these are daemons.
+    The threads are daemons, because a ThreadPoolExecutor would delay the end of the process until they are done, which
+    takes minutes for large files.
     """
     waiting: SimpleQueue[str] = SimpleQueue()
     finished: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -37,7 +37,7 @@ def _work_through(
     while (name := _take(waiting)) is not None:
         try:
             work(name)
-        except BaseException as error:  # whatever it was, the caller must hear of it
+        except BaseException as error:  # raised again in the calling thread
             finished.put(error)
         else:
             finished.put(None)

@@ -1,1 +1,1 @@
-"""Base weights read by slices into Megatron's shards."""
+"""The loading of base weights, slice by slice, into Megatron's shards."""

@@ -1,4 +1,4 @@
-"""The base's tensors with ``model.adapter`` merged in: what everything that reads a base's weights reads."""
+"""The base's tensors with ``model.adapter`` merged in, for everything that reads a base's weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from qwen_cl.models.loading.readers import Copy
 
 ROWS = 4096
-"""Merged at a time, which bounds host memory."""
+"""Rows merged at a time, to bound host memory."""
 
 
 class Tensors(Protocol):
-    """By Hugging Face name."""
+    """The tensors of a model by Hugging Face name."""
 
     def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str, *slices: slice) -> torch.Tensor: ...
 
 
 class AdaptedTensors:
-    """Those that the adapter changes come in fp32; ``dtype`` is the base's."""
+    """The tensors of a base with an adapter merged in: changed ones are read in fp32; ``dtype`` is the base's."""
 
     def __init__(self, base: Tensors, adapter: BaseAdapter) -> None:
         self._base, self._adapter = base, adapter
@@ -46,13 +46,13 @@ class AdaptedTensors:
 
 
 def read_factors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole: down (rank, columns) and up (rows, rank), in fp32."""
-    whole = slice(None)
-    return _read(factors.down, whole, whole).float(), _read(factors.up, whole, whole).float()
+    """Return the complete factors down (rank, columns) and up (rows, rank), in fp32."""
+    everything = slice(None)
+    return _read(factors.down, everything, everything).float(), _read(factors.up, everything, everything).float()
 
 
 def copy_adapted(copies: Iterable[Copy], base: Tensors, adapter: BaseAdapter) -> None:
-    """Into the destinations, the slices of weights that the adapter changes."""
+    """Fill the destinations with the slices of the weights that the adapter changes."""
     tensors = AdaptedTensors(base, adapter)
     for copy in copies:
         count, width = copy.destination.shape

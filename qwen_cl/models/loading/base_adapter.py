@@ -1,6 +1,6 @@
-"""``model.adapter``: a LoRA in PEFT's format that becomes part of the frozen base, before anything is trained.
+"""The ``model.adapter``: a LoRA in PEFT's format that is merged into the frozen base before training.
 
-What fits is decided here, from the adapter's own files and the base's shapes. No torch.
+It is checked from the adapter's files and the base's shapes. No torch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from qwen_cl.models.weight_mapping import expected_shapes
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MERGE_FIRST = "merge it with PEFT (merge_and_unload), save the result and name that as model.source"
-NOT_IN_THE_RESULT = (
+NOT_RESULT_AFFECTING = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config"),
 )
-"""Fields of adapter_config.json that say nothing of what is merged; fan_in_fan_out is of layers that are not here."""
+"""Fields of adapter_config.json that do not change the merged weights; fan_in_fan_out is for layers not found here."""
 READ = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "bias"),
 )
 PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base's weights as they are; with others the update is to changed ones."""
+"""Values of init_lora_weights that leave the base's weights unchanged, so that the update applies to the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The update of one weight is ``scale`` x ``up`` @ ``down``."""
+    """The factors of one weight's update, ``scale`` x ``up`` @ ``down``."""
 
     down: Location
     """A, (rank, columns)."""
@@ -57,19 +57,21 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class BaseAdapter:
+    """An adapter that is merged into the base."""
+
     directory: Path
     base: str | None
-    """What adapter_config.json says it was trained on."""
+    """The model it was trained on, according to adapter_config.json."""
     factors: Mapping[str, Factors]
-    """By the base's tensor, as Hugging Face names it."""
+    """The updates by Hugging Face name of the base's tensor."""
     sha256: str
 
 
 def find_adapter(source: str | None, base: Path, architecture: Architecture) -> BaseAdapter | None:
-    """``model.adapter``, which fits the model in the directory ``base``; None where there is none.
+    """Read ``model.adapter`` and check it against the model in the directory ``base``; None if ``source`` is None.
 
     Raises:
-        UserError: it is not there, of a kind that cannot be merged here, or of another model.
+        UserError: The adapter is missing, of a kind that cannot be merged, or of another model.
     """
     if source is None:
         return None
@@ -83,14 +85,14 @@ def find_adapter(source: str | None, base: Path, architecture: Architecture) -> 
     theirs, ours = tokenizer_hash(adapter.directory), tokenizer_hash(tokenizer_directory(base))
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(
-            f"model.adapter ({adapter.directory}) has a tokenizer of its own, whose vocabulary, merges or added tokens "
-            f"are not those of {base}; it was trained on other ids. If it was not, remove its tokenizer's files"
+            f"model.adapter ({adapter.directory}) has a tokenizer whose vocabulary, merges or added tokens differ from "
+            f"those of {base}; it was trained on other ids. If it was not, remove its tokenizer files"
         )
     return adapter
 
 
 def adapter_directory(adapter: str) -> Path:
-    """Absolute: the processes of a run need not start where the launcher did."""
+    """Return the adapter's absolute path, as the ranks may start in another directory than the launcher."""
     if adapter.startswith("hf://"):
         name = adapter.removeprefix("hf://").partition("@")[0]
         raise UserError(
@@ -100,7 +102,7 @@ def adapter_directory(adapter: str) -> Path:
 
 
 def other_base(adapter: BaseAdapter, source: str) -> str | None:
-    """What the adapter says it was trained on, where that is evidently another model than ``source``."""
+    """Return the name of the adapter's base if it evidently differs from ``source``, else None."""
     if not adapter.base:
         return None
     names = [name.partition("@")[0].rstrip("/").rpartition("/")[2].lower() for name in (adapter.base, source)]
@@ -108,7 +110,11 @@ def other_base(adapter: BaseAdapter, source: str) -> str | None:
 
 
 def read_adapter(directory: Path) -> BaseAdapter:
-    """Raises UserError where there is no adapter, or one of a kind that cannot be merged here."""
+    """Read an adapter in PEFT's format.
+
+    Raises:
+        UserError: There is no adapter, or one of a kind that cannot be merged.
+    """
     _require_adapter(directory)
     path = directory / ADAPTER_CONFIG
     try:
@@ -126,7 +132,7 @@ def read_adapter(directory: Path) -> BaseAdapter:
 
 @cache
 def _hash(directory: Path, stamps: tuple[int, ...]) -> str:
-    """Of both files; once a process for files that nobody has written to since ``stamps``."""
+    """Return the sha256 of both files, computed once per process while their modification times (``stamps``) stay."""
     return hash_file(directory / WEIGHTS, hashlib.sha256((directory / ADAPTER_CONFIG).read_bytes()))
 
 
@@ -138,14 +144,14 @@ def _require_adapter(directory: Path) -> None:
     if {ADAPTER_CONFIG, WEIGHTS} <= names:
         return
     if (directory / "adapter" / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{where} is a folder that holds an adapter; write model.adapter={directory / 'adapter'}")
+        raise UserError(f"{where} is a folder with an adapter in it; write model.adapter={directory / 'adapter'}")
     if "adapter_metadata.json" in names or (directory / "weights/adapter_metadata.json").is_file():
         raise UserError(f"{where} is a checkpoint; export the run's adapter first: task=export task.format=adapter")
     if ADAPTER_CONFIG in names:
         found = " (found adapter_model.bin, which is pickled)" if "adapter_model.bin" in names else ""
         raise UserError(f"{where} has no {WEIGHTS}{found}; save the adapter again with PEFT, as safetensors")
     if weights_entry(names):
-        raise UserError(f"{where} is a whole model and no adapter; write model.source={directory}")
+        raise UserError(f"{where} is a model, not an adapter; write model.source={directory}")
     raise UserError(f"{where} holds no {ADAPTER_CONFIG}; give a directory as PEFT saves an adapter")
 
 
@@ -156,10 +162,10 @@ def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path}: bias ({config['bias']}) is not supported, only none; {MERGE_FIRST}")
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise UserError(
-            f"{path}: init_lora_weights ({config['init_lora_weights']}) changed the base's own weights; {MERGE_FIRST}"
+            f"{path}: init_lora_weights ({config['init_lora_weights']}) changed the base's weights; {MERGE_FIRST}"
         )
     for field, value in config.items():
-        if value and field not in (*NOT_IN_THE_RESULT, *READ):
+        if value and field not in (*NOT_RESULT_AFFECTING, *READ):
             raise UserError(f"{path}: {field} ({json.dumps(value)}) is not supported; {MERGE_FIRST}")
     for field in ("r", "lora_alpha"):
         value = config.get(field)
@@ -176,12 +182,12 @@ def _factors(header: Mapping[str, Location], config: Mapping[str, Any], director
     for name, location in header.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None:
-            raise UserError(f"{path} holds {name}, which is no LoRA of a linear layer; {MERGE_FIRST}")
+            raise UserError(f"{path} holds {name}, which is not a LoRA tensor of a linear layer; {MERGE_FIRST}")
         if location.dtype not in DTYPES:
             raise UserError(f"{path}: tensor {name} is {location.dtype}; it must be {', '.join(DTYPES)}")
         found.setdefault(match[1], {})[match[2]] = location
     if not found:
-        raise UserError(f"{path} holds no tensor of an adapter")
+        raise UserError(f"{path} holds no adapter tensors")
     factors = {}
     for module, parts in found.items():
         if missing := sorted({"A", "B"} - parts.keys()):
@@ -192,8 +198,8 @@ def _factors(header: Mapping[str, Location], config: Mapping[str, Any], director
         rank = _of_module("rank_pattern", config["r"], module, config, directory)
         if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0] == up.shape[1] == rank:
             raise UserError(
-                f"{path}: lora_A {down.shape} and lora_B {up.shape} of {module} are not of rank {rank}, which "
-                f"{ADAPTER_CONFIG} says"
+                f"{path}: lora_A {down.shape} and lora_B {up.shape} of {module} are not of rank {rank}, the rank in "
+                f"{ADAPTER_CONFIG}"
             )
         alpha = _of_module("alpha_pattern", config["lora_alpha"], module, config, directory)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -208,12 +214,15 @@ def _is_target(module: str, targets: Any) -> bool:
 
 
 def _of_module(field: str, default: float, module: str, config: Mapping[str, Any], directory: Path) -> float:
-    """As PEFT chooses (peft.utils.get_pattern_key): the first pattern that the end of the name matches."""
+    """Return the module's value in a pattern field: the first pattern that matches the end of its name, as in PEFT
+    (peft.utils.get_pattern_key)."""
     for pattern, value in (config.get(field) or {}).items():
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
-            raise UserError(f"{directory / ADAPTER_CONFIG}: {field} ({pattern}) is no pattern: {error}") from error
+            raise UserError(
+                f"{directory / ADAPTER_CONFIG}: {field} ({pattern}) is not a regular expression: {error}"
+            ) from error
         if matched:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"{directory / ADAPTER_CONFIG}: {field}.{pattern} ({value}) must be a positive number")
@@ -227,9 +236,9 @@ def _check_shapes(adapter: BaseAdapter, architecture: Architecture) -> None:
         module = name.removesuffix(".weight")
         where = f"model.adapter ({adapter.directory})"
         if name == HEAD and architecture.tied_embeddings:
-            raise UserError(f"{where} changes lm_head, which is this base's embedding too; {MERGE_FIRST}")
+            raise UserError(f"{where} changes lm_head, which this base shares with its embedding; {MERGE_FIRST}")
         if name not in shapes:
-            raise UserError(f"{where} changes {module}, which the base has not: it was trained on another model")
+            raise UserError(f"{where} changes {module}, which the base lacks: it was trained on another model")
         if "embed_tokens" in name:
             raise UserError(f"{where} changes the embedding, which is not supported; {MERGE_FIRST}")
         shape = (factors.up.shape[0], factors.down.shape[1])

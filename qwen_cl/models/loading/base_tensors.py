@@ -1,4 +1,4 @@
-"""A base model's tensors by the names Hugging Face gives them, whatever layout it is in."""
+"""A base model's tensors by Hugging Face name, from either layout."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from qwen_cl.models.weight_mapping import WRAPPER_PREFIX, split_tensor, tensor_s
 
 
 def open_tensors(directory: Path, architecture: Architecture, adapter: BaseAdapter | None = None) -> Tensors:
-    """With ``adapter`` merged in."""
+    """Open the tensors of a base model, with ``adapter`` merged in."""
     base = NemoTensors(directory, architecture) if is_nemo_checkpoint(directory) else Checkpoint(directory)
     return base if adapter is None else AdaptedTensors(base, adapter)
 
 
 class NemoTensors:
-    """Of a NeMo 2.0 checkpoint; each is read whole.
+    """The tensors of a NeMo 2.0 checkpoint by Hugging Face name; each is read completely, then sliced.
 
     Raises:
-        UserError: the checkpoint is damaged or of another architecture.
+        UserError: The checkpoint is damaged or of another architecture.
     """
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:

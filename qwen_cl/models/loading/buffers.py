@@ -1,4 +1,4 @@
-"""Where bytes wait between a file and a tensor: open files, blocks of rows, and the buffers they are staged in."""
+"""The open files, blocks of rows and staging buffers between safetensors and live tensors."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import torch
 from qwen_cl.config.errors import UserError
 
 BLOCK = 4 * 2**20
-"""Bytes read at a time: far more than a system call costs, far less than a cache of the CPU that others need."""
+"""Bytes read at a time: enough to amortize a system call, and few enough to fit in the CPU's caches."""
 PINNED_BLOCK = 16 * 2**20
-"""At most the same on the way to a GPU, where a block costs more: on an H200, 7B, 8 readers, 24 GB/s where 4 MiB gave
-15. Pinning costs time by the byte, so that a small model has smaller ones."""
-LEAST_PINNED_BLOCK = 2 * 2**20
-PINNED_SHARE = 128
-"""A pinned block holds at most one part in so many of what is read."""
+"""Most bytes read at a time for a GPU, where each block costs more: 24 GB/s instead of the 15 GB/s of 4 MiB (H200, 7B,
+8 readers). Pinning takes time per byte, so a small model has smaller blocks."""
+MIN_PINNED_BLOCK = 2 * 2**20
+MIN_PINNED_BLOCKS = 128
+"""The number of pinned blocks that the bytes of a model are divided into at least."""
 BUFFERS = 2
-"""Of each reader: one is filled from the file while the other travels to the device."""
+"""Buffers of each reader: one is filled from the file while the other is copied to the device."""
 CAST = 32768
-"""Elements cast at a time on a CPU: torch would start a team of threads, in each reader, for more."""
+"""Elements cast at a time on a CPU; for more, torch would start a thread pool in each reader."""
 
 
 def block_size(device: torch.device, total: int) -> int:
-    """For a model of ``total`` bytes."""
+    """Return the block size for reading ``total`` bytes to a device."""
     if device.type != "cuda":
         return BLOCK
-    return min(PINNED_BLOCK, max(LEAST_PINNED_BLOCK, total // PINNED_SHARE))
+    return min(PINNED_BLOCK, max(MIN_PINNED_BLOCK, total // MIN_PINNED_BLOCKS))
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of one tensor that are read at once: ``row_bytes`` at ``offset`` and then every ``stride`` bytes."""
+    """The rows of one tensor that are read at once: ``row_bytes`` at ``offset`` and then every ``stride`` bytes."""
 
     destination: torch.Tensor
     dtype: torch.dtype
-    """The file's."""
+    """The dtype in the file."""
     path: Path
     offset: int
     row_bytes: int
@@ -54,16 +54,16 @@ class Block:
     def size(self) -> int:
         return self.rows * self.row_bytes
 
-    def split(self, most_bytes: int) -> Iterator[Block]:
-        """In blocks of at most so many bytes, and at least one row."""
-        step = max(1, most_bytes // self.row_bytes)
+    def split(self, max_bytes: int) -> Iterator[Block]:
+        """Split into blocks of at most ``max_bytes``, and at least one row each."""
+        step = max(1, max_bytes // self.row_bytes)
         for first in range(0, self.rows, step):
             rows, offset = self.destination[first : first + step], self.offset + first * self.stride
             yield Block(rows, self.dtype, self.path, offset, self.row_bytes, self.stride)
 
 
 class Ring:
-    """The staging buffers of one reader, used in turn: a buffer is written again when its copy has left it."""
+    """The staging buffers of one reader, used in turn: a buffer is reused once its copy to the device is done."""
 
     def __init__(self, device: torch.device, block_bytes: int) -> None:
         self.device = device
@@ -77,7 +77,7 @@ class Ring:
 
     @contextlib.contextmanager
     def buffer(self, size: int) -> Iterator[torch.Tensor]:
-        """``size`` bytes to fill and send before the block ends."""
+        """Yield a buffer of ``size`` bytes, to be filled and sent within the context."""
         turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
         if self.cuda:
             self._sent[turn].synchronize()
@@ -91,24 +91,24 @@ class Ring:
             self._sent[turn].record()
 
     def send(self, staged: torch.Tensor, destination: torch.Tensor) -> None:
-        """To the device as it is, and cast there."""
+        """Copy to the device without conversion, and cast there."""
         if not self.cuda:
             chunks: Any = torch.split
-            for there, here in zip(chunks(destination.view(-1), CAST), chunks(staged.view(-1), CAST)):
-                there.copy_(here)
+            for target, source in zip(chunks(destination.view(-1), CAST), chunks(staged.view(-1), CAST)):
+                target.copy_(source)
             return
         if staged.dtype is not destination.dtype:
             raw = staged.view(-1).view(torch.uint8)
             if self._on_device is None or len(self._on_device) < len(raw):
                 self._on_device = torch.empty(max(len(raw), self.block_bytes), dtype=torch.uint8, device=self.device)
-            there = self._on_device[: len(raw)]  # one is enough: a stream does its work in order
-            there.copy_(raw, non_blocking=True)
-            staged = there.view(staged.dtype).view(staged.shape)
+            target = self._on_device[: len(raw)]  # one is enough, as a stream executes in order
+            target.copy_(raw, non_blocking=True)
+            staged = target.view(staged.dtype).view(staged.shape)
         destination.copy_(staged, non_blocking=True)
 
 
 class OpenFiles:
-    """Open files that any thread may read, each read at its own place."""
+    """The open files, which all threads read by offset."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
@@ -128,12 +128,12 @@ class OpenFiles:
             os.close(descriptor)
 
     def read(self, block: Block, target: torch.Tensor) -> None:
-        """Into ``target``, contiguous bytes on the CPU; not one byte beside the block's own is asked for."""
+        """Read exactly the block's bytes into ``target``, contiguous bytes on the CPU."""
         memory = target.numpy().data
         if block.row_bytes == block.stride or block.rows == 1:
             self._read_at(block, block.offset, memory)
             return
-        if hasattr(os, "posix_fadvise"):  # the system cannot guess such a pattern; a Mac cannot be told
+        if hasattr(os, "posix_fadvise"):  # the kernel cannot predict this access pattern; macOS has no such call
             size = block.rows * block.stride
             os.posix_fadvise(self._descriptors[block.path], block.offset, size, os.POSIX_FADV_WILLNEED)
         for row in range(block.rows):
@@ -151,7 +151,7 @@ class OpenFiles:
             if count == 0:
                 size = os.fstat(self._descriptors[block.path]).st_size
                 raise UserError(
-                    f"{block.path} has become shorter than its header says ({size} bytes) since the run began; "
+                    f"{block.path} became shorter than its header says ({size} bytes) after the run began; "
                     "download it again"
                 )
             done += count

@@ -1,4 +1,4 @@
-"""Whether a NeMo model config is the model a checkpoint holds: before a parameter is made. No torch."""
+"""The comparison of a NeMo model config with a checkpoint, before any parameter is allocated. No torch."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ COMMON: dict[str, Any] = {
     "rotary_percent": 1.0,
     "layernorm_zero_centered_gamma": False,
 }
-"""What every family here is, and a recipe for another one may not be."""
+"""The config values common to all supported families, which a recipe for another family may not have."""
 ROPE_SCALING = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "old_context_len": "original_max_position_embeddings",
 }
-"""NeMo's Llama31Config -> config.json."""
+"""The fields of config.json by field of NeMo's Llama31Config."""
 
 
 def check_model_config(model_config: Any, architecture: Architecture, source: str, *, prefix: str) -> None:
-    """``model_config`` is a GPTConfig, or the ``run.Config`` of one: a field left unset counts as its class has it.
+    """Compare ``model_config``, a GPTConfig or its ``run.Config`` (unset fields have the class's defaults), with a
+    checkpoint's architecture.
 
     Raises:
-        UserError: it is another model than the checkpoint's, with the field.
+        UserError: A field differs from the checkpoint's model.
     """
     for field, value, wanted in _fields(model_config, architecture):
         if value != wanted:
             raise UserError(
-                f"{prefix}.{field} ({value}) is not that of {source} ({wanted}); take the recipe of that model, "
+                f"{prefix}.{field} ({value}) is not that of {source} ({wanted}); use the recipe of that model, "
                 f"or set {prefix}.{field}={wanted}"
             )
     rows = model_config.vocab_size
@@ -51,7 +52,7 @@ def check_model_config(model_config: Any, architecture: Architecture, source: st
 
 
 def _fields(model_config: Any, architecture: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """Field, what the recipe has, what the checkpoint has."""
+    """Yield each field with the recipe's value and the checkpoint's."""
     heads, hidden_size = model_config.num_attention_heads, model_config.hidden_size
     derived = {
         "num_query_groups": heads,

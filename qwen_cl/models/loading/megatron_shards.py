@@ -1,8 +1,7 @@
-"""Fill Megatron's live shards from safetensors, in place: nothing is converted on disk.
+"""The loading of safetensors into Megatron's live shards, in place; nothing is converted on disk.
 
-``sharded_state_dict()`` says, for each local tensor, its canonical key, its global shape and the slice of it that
-this rank holds, whatever the layer implementation, the tensor and the pipeline layout. Its ``data`` are views of
-the parameters themselves.
+``sharded_state_dict()`` gives, for each local tensor, its canonical key, its global shape and the slice of it on this
+rank, for any layer implementation and any tensor and pipeline layout. Its ``data`` are views of the parameters.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from qwen_cl.models.weight_mapping import GateUp, QueryKeyValue, Rule, Vocabular
 
 
 class CoverageError(RuntimeError):
-    """A parameter was left unfilled, filled twice or from another shape; the run must not train on it."""
+    """The error of a parameter that was not filled, filled twice or from another shape; training must not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What to write where, every byte of this rank's parameters exactly once."""
+    """The copies that fill every byte of this rank's parameters exactly once."""
 
     copies: list[Copy]
     padding: list[torch.Tensor]
-    """Rows of the vocabulary that no checkpoint has, which become zero."""
+    """Padding rows of the vocabulary, which become zero."""
     shards: int
 
 
@@ -48,12 +47,12 @@ def fill(
     readers: int | None = None,
     progress: LoadProgress | None = None,
 ) -> int:
-    """Copy each local slice from the checkpoint, with ``adapter`` merged in; returns the number of shards filled.
+    """Copy each local slice from the checkpoint, with ``adapter`` merged in; return the number of shards filled.
 
     Raises:
-        CoverageError: a parameter would not be filled exactly once, or has another shape than its source.
-        KeyError: the model has a tensor the family's table does not know.
-        UserError: a file cannot be read.
+        CoverageError: A parameter would not be filled exactly once, or has another shape than its source.
+        KeyError: The model has a tensor without a rule in the family's mapping.
+        UserError: A file cannot be read.
     """
     plan = plan_copies(sharded_state_dict, architecture)
     written = [*(copy.destination for copy in plan.copies), *plan.padding]
@@ -69,7 +68,7 @@ def fill(
 
 
 def plan_copies(sharded_state_dict: dict[str, Any], architecture: Architecture) -> LoadPlan:
-    """Destinations are views of the parameters; nothing is read or written yet."""
+    """Plan the copies into views of the parameters; nothing is read or written yet."""
     plan = LoadPlan([], [], 0)
     shards = list(local_shards(sharded_state_dict))
     for shard in shards:
@@ -85,7 +84,7 @@ def plan_copies(sharded_state_dict: dict[str, Any], architecture: Architecture) 
 
 
 def local_shards(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
-    """Each tensor this rank holds, with factories (fc1's gate and up) opened."""
+    """Yield each tensor on this rank, with factories (fc1's gate and up) expanded."""
     for value in sharded_state_dict.values():
         if isinstance(value, ShardedTensorFactory):
             yield from local_shards({str(number): part for number, part in enumerate(value.build())})
@@ -94,7 +93,7 @@ def local_shards(sharded_state_dict: dict[str, Any]) -> Iterator[ShardedTensor]:
 
 
 def layer_of(shard: ShardedTensor) -> int | None:
-    """The global layer number, which Megatron prepends as an axis."""
+    """Return the global layer number, which Megatron prepends as an axis."""
     return shard.global_offset[0] if shard.prepend_axis_num else None
 
 
@@ -111,13 +110,13 @@ def _copies(shard: ShardedTensor, rule: Rule, names: tuple[str, ...], architectu
 
 
 def vocabulary_rows(shard: ShardedTensor, architecture: Architecture) -> int:
-    """Those of the shard that are in the checkpoint; the rest is padding."""
+    """Return the number of the shard's rows that are in the checkpoint; the rest is padding."""
     first = shard.global_offset[shard.prepend_axis_num]
     return max(0, min(first + shard.local_shape[0], architecture.vocab_size) - first)
 
 
 def check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]]) -> None:
-    """The model was built for these tensors: only a vocabulary may have more rows, which are padding."""
+    """Check that the shard has the shape of its source; only a vocabulary may have more rows, its padding."""
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
     built = shard.global_shape[shard.prepend_axis_num :]
     more_rows = isinstance(rule, Vocabulary) and built[0] > rows
@@ -128,7 +127,7 @@ def check_shape(shard: ShardedTensor, rule: Rule, shapes: list[tuple[int, ...]])
 def qkv_copies(
     fused: torch.Tensor, names: tuple[str, ...], first_row: int, architecture: Architecture
 ) -> Iterator[Copy]:
-    """Rows of the fused tensor, which go by KV group: its query heads, its key head, its value head."""
+    """Yield the copies of a fused tensor, by KV group: its query heads, its key head, its value head."""
     width = architecture.kv_channels
     queries = architecture.num_attention_heads // architecture.num_query_groups
     groups = fused.view(-1, (queries + 2) * width, *fused.shape[1:])
@@ -139,13 +138,13 @@ def qkv_copies(
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a contiguous tensor's first byte and of the byte after its last."""
+    """Return the addresses of a contiguous tensor's first byte and of the byte after its last."""
     start = tensor.data_ptr()
     return start, start + tensor.numel() * tensor.element_size()
 
 
 def check_coverage(filled: list[tuple[int, int]], parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """What is written are contiguous row ranges: a parameter is covered when they tile its bytes without a gap."""
+    """Check that the ranges written, which are contiguous rows, cover each parameter's bytes without gap or overlap."""
     for previous, current in itertools.pairwise(filled):
         if current[0] < previous[1]:
             raise CoverageError("two shards were written to the same parameter; the weights cannot be trusted")

@@ -1,12 +1,12 @@
-"""Makes ``nl.RestoreConfig(path="hf://ORG/NAME@COMMIT")`` work in an ordinary NeMo 2.0 recipe, first run and resume.
+"""The hooks by which ``nl.RestoreConfig(path="hf://ORG/NAME@COMMIT")`` works in a stock NeMo 2.0 recipe.
 
-NeMo 2.2 to 2.7 only pretend: ``AutoResume._extract_path`` asserts on anything but ``nemo://``. Five methods are
-replaced for paths in Hugging Face layout and left alone for all others. They are replaced on the classes because
-``PEFT.setup`` throws away a checkpoint IO handed to the strategy, and so that the recipe stays stock.
+NeMo 2.2 to 2.7 declare it but do not implement it: ``AutoResume._extract_path`` accepts only ``nemo://``. Five methods
+are replaced for paths in Hugging Face layout, and unchanged for all others. They are replaced on the classes because
+``PEFT.setup`` discards a checkpoint IO given to the strategy, and so that the recipe stays stock.
 
-What NeMo does with them: ``AutoResume.setup`` decides what to load; ``MegatronStrategy.load_checkpoint`` and
-``load_model_state_dict`` load it, of a resumed adapter first the base and, once the adapters exist, the adapter; every
-``save_checkpoint`` records the base, which a later ``setup`` compares.
+``AutoResume.setup`` decides what to load; ``MegatronStrategy.load_checkpoint`` and ``load_model_state_dict`` load it
+(on resuming an adapter first the base and, once the adapter modules exist, the adapter); ``save_checkpoint`` records
+the base, which a later ``setup`` compares.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qwen_cl.patches.registry import replace
 
 logger = logging.getLogger(__name__)
 FILLED = "filled_in_place"
-"""Marks what ``load_checkpoint`` returns when the weights are in the model already."""
+"""The key that ``load_checkpoint`` returns when the weights are already in the model."""
 _stock_setup = AutoResume.setup
 _stock_load_checkpoint = MegatronStrategy.load_checkpoint
 _stock_load_model_state_dict = MegatronStrategy.load_model_state_dict
@@ -53,10 +53,10 @@ _stock_load_adapter = WrappedAdapterIO.load_checkpoint
 
 @dataclass(kw_only=True)
 class AdaptedRestoreConfig(RestoreConfig):
-    """NeMo's own, of a base into which an adapter is merged."""
+    """NeMo's RestoreConfig for a base into which an adapter is merged."""
 
     adapter: str
-    """A directory as PEFT saves one."""
+    """Directory of the adapter in PEFT's format, or None."""
 
 
 def install() -> None:
@@ -82,7 +82,7 @@ def _setup(self: AutoResume, trainer: Any, model: Any = None) -> None:
     restore.path = files.source
     adapter = restore.adapter if isinstance(restore, AdaptedRestoreConfig) else None
     trainer.strategy.base_model_source, trainer.strategy.base_model_adapter = files.source, adapter
-    checkpoint = _weights_of(self.get_trainer_ckpt_path(model))
+    checkpoint = _weights_folder(self.get_trainer_ckpt_path(model))
     if checkpoint is None:
         trainer.strategy.restore_config = restore
     else:
@@ -94,16 +94,19 @@ def _setup(self: AutoResume, trainer: Any, model: Any = None) -> None:
         model.__io__.tokenizer = model.tokenizer.__io__
 
 
-def _weights_of(checkpoint: Any) -> Any:
-    """With ``resume_from_path`` NeMo gives an adapter's folder instead of the one of its weights, and then records that
-    folder as the base model in every checkpoint that follows."""
+def _weights_folder(checkpoint: Any) -> Any:
+    """Return the folder of the weights in an adapter's checkpoint.
+
+    With ``resume_from_path`` NeMo gives the checkpoint's own folder, and would then record it as the base model in
+    every later checkpoint.
+    """
     if isinstance(checkpoint, AdapterPath) and (Path(checkpoint) / WEIGHTS).is_dir():
         return AdapterPath(Path(checkpoint) / WEIGHTS, base_model_path=checkpoint.base_model_path)
     return checkpoint
 
 
 def _fetch(path: str) -> tuple[ModelFiles, Architecture]:
-    """Every rank calls: the Hub's client lets one of a machine download a file, and the others wait for it."""
+    """Fetch and check the base; called by every rank, of which one per machine downloads while the others wait."""
     files = resolve(str(path))
     architecture = read_architecture(files.config, files.directory)
     check_tensors(files.directory, architecture)
@@ -126,7 +129,7 @@ def _load_model_state_dict(self: MegatronStrategy, checkpoint: dict[str, Any], s
         _stock_load_model_state_dict(self, checkpoint, strict)
         return
     for optimizer in self.optimizers:
-        optimizer.reload_model_params()  # the fp32 masters were made before the weights came
+        optimizer.reload_model_params()  # the fp32 master weights were made before the weights were loaded
 
 
 def _load_adapter(self: WrappedAdapterIO, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -140,13 +143,13 @@ def _is_adapter(path: str | Path) -> bool:
 
 
 def _reference(path: Any) -> str:
-    """NeMo passes references through ``Path``, which makes hf:/ORG/NAME of hf://ORG/NAME."""
+    """Restore a reference that NeMo passed through ``Path``, which turns hf://ORG/NAME into hf:/ORG/NAME."""
     text = str(path)
     return text.replace("hf:/", "hf://", 1) if text.startswith("hf:/") and not is_hub_reference(text) else text
 
 
 def _adapter_io(strategy: MegatronStrategy) -> WrappedAdapterIO | None:
-    """Asynchronous saving wraps it once more."""
+    """Return the strategy's adapter IO, which asynchronous saving wraps once more."""
     io = strategy.checkpoint_io
     while not isinstance(io, WrappedAdapterIO):
         if not isinstance(io, _WrappingCheckpointIO):
@@ -156,7 +159,7 @@ def _adapter_io(strategy: MegatronStrategy) -> WrappedAdapterIO | None:
 
 
 def _trainer_state(checkpoint_io: WrappedAdapterIO, path: AdapterPath) -> dict[str, Any]:
-    """All of an adapter's checkpoint but its tensors, which NeMo loads from ``adapter_ckpt_path`` when it has made
+    """Return an adapter's checkpoint without its tensors, which NeMo loads from ``adapter_ckpt_path`` once it has made
     the adapters."""
     checkpoint_io.adapter_ckpt_path = Path(str(path))
     state: dict[str, Any] = checkpoint_io.checkpoint_io.load_checkpoint(path, sharded_state_dict={})
@@ -164,7 +167,7 @@ def _trainer_state(checkpoint_io: WrappedAdapterIO, path: AdapterPath) -> dict[s
 
 
 def _gives_weights(strategy: MegatronStrategy, path: str | Path, selective_restore: bool) -> bool:
-    """Whether a NeMo checkpoint of a model we know is where the weights come from, and nothing is resumed."""
+    """Return whether the path is a supported NeMo checkpoint that gives the base weights, not one to resume."""
     return (
         selective_restore
         and not strategy.restore_config.load_optim_state
@@ -174,7 +177,7 @@ def _gives_weights(strategy: MegatronStrategy, path: str | Path, selective_resto
 
 
 def load_weights(strategy: MegatronStrategy, source: str) -> None:
-    """Fill the strategy's model, before any adapter exists, from a resolved source."""
+    """Load a resolved source into the strategy's model, before any adapter exists."""
     started = time.monotonic()
     _require_one_source(source)
     directory = local_directory(source)
@@ -209,12 +212,12 @@ def _base_adapter(strategy: MegatronStrategy, directory: Path, architecture: Arc
 
 
 def _progress(strategy: MegatronStrategy) -> LoadProgress | None:
-    """Rank 0 tells whoever has asked for it, in bytes it has to read itself."""
+    """Return the callback for loading progress, in bytes that this rank reads; None except on rank 0."""
     return getattr(strategy, "on_weights_read", None) if torch.distributed.get_rank() == 0 else None
 
 
 def _require_one_source(source: str) -> None:
-    """A branch may move while ranks resolve it."""
+    """Refuse ranks with different commits, as a branch may move while they resolve it."""
     sources = [source] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(sources, source)
     if len(set(sources)) > 1:

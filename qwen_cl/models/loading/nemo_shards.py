@@ -1,4 +1,4 @@
-"""Fill Megatron's live shards from a NeMo 2.0 checkpoint, in place, whatever layout saved it."""
+"""The loading of a NeMo 2.0 checkpoint of any parallel layout into Megatron's live shards, in place."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def fill_from_nemo(
     weights: DistributedWeights,
     architecture: Architecture,
 ) -> int:
-    """Copy each local slice from the checkpoint; returns the number of shards filled.
+    """Copy each local slice from the checkpoint; return the number of shards filled.
 
-    Sharded keys and the global layout of a tensor are Megatron's own on both sides, so a slice is where it is; only
-    a vocabulary may be padded otherwise.
+    Sharded keys and global tensor layouts are Megatron's on both sides, so offsets agree; only the padding of a
+    vocabulary may differ.
 
     Raises:
-        CoverageError: a parameter was not filled exactly once.
-        KeyError: the model has a tensor the family's table does not know.
-        UserError: a tensor is missing, damaged or not whole.
+        CoverageError: A parameter was not filled exactly once.
+        KeyError: The model has a tensor without a rule in the family's mapping.
+        UserError: A tensor is missing, damaged or incomplete.
     """
     filled: list[tuple[int, int]] = []
     for shard in local_shards(sharded_state_dict):

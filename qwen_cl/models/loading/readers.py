@@ -1,8 +1,8 @@
-"""Copies slices of safetensors into live tensors: threads read, and a GPU is fed through pinned buffers.
+"""The threads that read slices of safetensors into live tensors, for a GPU through pinned buffers.
 
-A CPU tensor of the file's dtype is read into directly. Everything else passes through small staging buffers, so that
-host memory beyond the tensors themselves stays the same whatever the size of the model. Files are read and never
-mapped: what has been read does not stay in the process, and a failing disk is an error and no SIGBUS.
+A CPU tensor of the file's dtype is read into directly. Everything else passes through small staging buffers, so the
+host memory beyond the tensors does not grow with the model. Files are read and never mapped: their pages do not count
+as memory of the process, and a failing disk raises an error instead of SIGBUS.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from qwen_cl.models.formats.safetensors import Checkpoint
 from qwen_cl.models.formats.tensor_files import DTYPES
 from qwen_cl.models.loading.buffers import Block, OpenFiles, Ring, block_size
 
-MOST_READERS = 8
+MAX_READERS = 8
 BYTES_PER_READER = 256 * 2**20
-"""On the way to a GPU: another reader pays for its pinned buffers with at least so much to read."""
+"""Fewest bytes per reader for a GPU; with less to read, another reader's pinned buffers cost more than they save."""
 INTERVAL = 0.25
 """Seconds between two reports of progress."""
 
 LoadProgress = Callable[[int, int], None]
-"""Told the bytes read so far and the bytes there are, by the calling thread; always once at the end."""
+"""The callback for the bytes read so far and the total, called from the calling thread and always once at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``destination``, contiguous, takes as many rows and columns as it has, from these on; and the file's values."""
+    """A slice to read: ``destination``, contiguous, receives rows and columns of the tensor from the first ones on."""
 
     destination: torch.Tensor
     tensor: str
@@ -45,20 +45,20 @@ class Copy:
 def read_into(
     copies: Sequence[Copy], checkpoint: Checkpoint, *, readers: int | None = None, progress: LoadProgress | None = None
 ) -> None:
-    """Returns when every byte is in place. Destinations may be on the CPU and on one GPU: what NeMo moves there late.
+    """Read all copies, to destinations on the CPU and at most one GPU (NeMo moves some parameters there only later).
 
     Raises:
-        UserError: a file cannot be read or is shorter than its header says.
+        UserError: A file cannot be read or is shorter than its header says.
     """
-    whole = list(_blocks(copies, checkpoint))
-    if not whole:
+    unsplit = list(_blocks(copies, checkpoint))
+    if not unsplit:
         return
-    total = sum(block.size for block in whole)
-    device = max((block.destination.device for block in whole), key=lambda device: device.type == "cuda")
-    blocks = [part for block in whole for part in block.split(block_size(block.destination.device, total))]
+    total = sum(block.size for block in unsplit)
+    device = max((block.destination.device for block in unsplit), key=lambda device: device.type == "cuda")
+    blocks = [part for block in unsplit for part in block.split(block_size(block.destination.device, total))]
     blocks.sort(key=lambda block: (block.path, block.offset))
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # what made the destinations is done with them
+        torch.cuda.current_stream(device).synchronize()  # wait for the kernels that initialize the destinations
     count = min(readers or default_readers(device, total), len(blocks))
     with OpenFiles(sorted({block.path for block in blocks})) as files:
         work = deque(blocks)
@@ -70,17 +70,19 @@ def read_into(
 
 
 def default_readers(device: torch.device, total: int) -> int:
-    """The CPUs this process may use, shared with the other ranks of the node; never one, which would wait on a disk."""
+    """Return the number of readers: this rank's share of the node's CPUs, at least two to overlap disk waits."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    useful = math.ceil(total / BYTES_PER_READER) if device.type == "cuda" else MOST_READERS
-    return max(2, min(MOST_READERS, useful, _cpus() // ranks))
+    useful = math.ceil(total / BYTES_PER_READER) if device.type == "cuda" else MAX_READERS
+    return max(2, min(MAX_READERS, useful, _cpus() // ranks))
 
 
 def _cpus() -> int:
     import psutil
 
     process = psutil.Process()
-    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on a Mac
+    return (
+        len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
+    )  # macOS has no affinity
 
 
 def _run(tasks: list[_Reader], total: int, progress: LoadProgress | None) -> None:
@@ -94,7 +96,7 @@ def _run(tasks: list[_Reader], total: int, progress: LoadProgress | None) -> Non
                 if pending and progress is not None:
                     progress(sum(task.bytes_read for task in tasks), total)
         except BaseException:
-            tasks[0].work.clear()  # the pool waits for its threads, and they stop after the block they are at
+            tasks[0].work.clear()  # the pool waits for its threads, which stop after their current block
             raise
     if progress is not None:
         progress(total, total)
@@ -121,7 +123,7 @@ def _blocks(copies: Sequence[Copy], checkpoint: Checkpoint) -> Iterator[Block]:
 
 
 class _Reader:
-    """One thread's share: takes blocks until there are none."""
+    """The work of one thread: it takes blocks from the queue until it is empty."""
 
     def __init__(self, work: deque[Block], files: OpenFiles, device: torch.device, block_bytes: int) -> None:
         self.work, self.files, self.device, self.block_bytes = work, files, device, block_bytes

@@ -1,4 +1,4 @@
-"""A model's tokenizer as NeMo wants it."""
+"""A model's tokenizer for NeMo."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qwen_cl.patches.registry import replace
 
 
 def load_tokenizer(source: str) -> AutoTokenizer:
-    """What a recipe names: a reference means the same on every machine, which a path in a cache does not.
+    """Return the tokenizer of a source; recipes use this because a reference, unlike a cache path, is portable.
 
-    NeMo copies the directory a tokenizer came from into every checkpoint, all of it. So it comes from a copy without
-    the weights, which lasts as long as the process.
+    NeMo copies the tokenizer's whole directory into every checkpoint, so it is loaded from a temporary copy without
+    the weights, which is removed when the process ends.
     """
     files = resolve(source, weights=False)
     parent = tempfile.mkdtemp(prefix="qwen_cl-")
@@ -34,15 +34,15 @@ def load_tokenizer(source: str) -> AutoTokenizer:
 
 
 class _AsWritten:
-    """transformers' AutoTokenizer, as far as NeMo calls it."""
+    """A replacement of transformers' AutoTokenizer, with what NeMo calls of it."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str, **options: Any) -> Any:
         return load_as_written(pretrained_model_name_or_path, **options)
 
 
-# With transformers 5 NeMo's registry ends at an import that is no more (nemo/lightning/io/registry.py), and without
-# what it would have done to this class the first checkpoint fails: it cannot be written into its context.
+# With transformers 5, NeMo's registry (nemo/lightning/io/registry.py) fails at an import that was removed. Without the
+# tracking that it would have added to this class, the first checkpoint's context cannot be written.
 if not hasattr(AutoTokenizer, "__io_artifacts__"):
     io.track_io(AutoTokenizer, artifacts=[DirOrStringArtifact("pretrained_model_name", required=False)])
 replace(auto_tokenizer, "AUTOTOKENIZER", _AsWritten)

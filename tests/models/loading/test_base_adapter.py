@@ -218,13 +218,13 @@ def change_config(directory: Path, **fields: Any) -> None:
         ({"trainable_token_indices": [1]}, "trainable_token_indices ([1]) is not supported"),
         ({"bias": "all"}, "bias (all) is not supported"),
         ({"lora_bias": True}, "lora_bias (true) is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights (pissa) changed the base's own weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights (pissa) changed the base's weights"),
         ({"layer_replication": [[0, 2]]}, "layer_replication ([[0, 2]]) is not supported"),
         ({"a_field_of_tomorrow": {"x": 1}}, 'a_field_of_tomorrow ({"x": 1}) is not supported'),
         ({"r": 5}, "are not of rank 5"),
         ({"r": None}, "r (null) must be a positive number"),
         ({"lora_alpha": "16"}, 'lora_alpha ("16") must be a positive number'),
-        ({"rank_pattern": {"[": 2}}, "rank_pattern ([) is no pattern"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern ([) is not a regular expression"),
         ({"target_modules": ["k_proj"]}, "which target_modules in adapter_config.json does not name"),
     ],
 )
@@ -250,18 +250,18 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, base: Path, tmp_p
     assert "changes model.layers.1." in refusal_of(adapter, fewer)
     tied = save_random_model(tmp_path / "tied", heads=6, vocab_size=1537)
     head = save_random_adapter(tmp_path / "head", base, target_modules=["lm_head"])
-    assert "changes lm_head, which is this base's embedding too" in refusal_of(head, tied)
+    assert "changes lm_head, which this base shares with its embedding" in refusal_of(head, tied)
 
 
 def test_other_tensors_and_other_vocabularies_are_refused(base: Path, spoiled: Path) -> None:
     (spoiled / "tokenizer.json").write_text(
         (base / "tokenizer.json").read_text().replace('"added_tokens":', '"added_tokens": [], "unused":', 1)
     )
-    assert "has a tokenizer of its own" in refusal_of(spoiled, base)
+    assert "has a tokenizer whose vocabulary, merges or added tokens differ" in refusal_of(spoiled, base)
     weights = spoiled / "adapter_model.safetensors"
     name = "base_model.model.model.embed_tokens.weight"
     save_file({**load_file(weights), name: torch.ones(1537, 96)}, weights)
-    assert f"holds {name}, which is no LoRA of a linear layer" in refusal_of(spoiled, base)
+    assert f"holds {name}, which is not a LoRA tensor of a linear layer" in refusal_of(spoiled, base)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_other_tensors_and_other_vocabularies_are_refused(base: Path, spoiled: P
     [
         ("hf://org/adapter@main", "hf download org/adapter --local-dir DIRECTORY"),
         ("absent", "is not a directory"),
-        ("{base}", "is a whole model and no adapter; write model.source="),
-        ("{parent}", "is a folder that holds an adapter; write model.adapter="),
+        ("{base}", "is a model, not an adapter; write model.source="),
+        ("{parent}", "is a folder with an adapter in it; write model.adapter="),
         ("{pickled}", "has no adapter_model.safetensors (found adapter_model.bin, which is pickled)"),
     ],
 )

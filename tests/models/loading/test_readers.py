@@ -77,8 +77,7 @@ def test_a_file_cut_after_it_was_opened(directory: Path) -> None:
         with pytest.raises(UserError) as refused:
             read_into([Copy(torch.empty(ROWS, columns), "wide")], checkpoint)
         assert str(refused.value) == (
-            f"{path} has become shorter than its header says ({2 * BLOCK + 1} bytes) since the run began; "
-            "download it again"
+            f"{path} became shorter than its header says ({2 * BLOCK + 1} bytes) after the run began; download it again"
         )
 
 
