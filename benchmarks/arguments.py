@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share: devices, and what they refuse before anything is measured."""
+"""Command-line arguments that the benchmarks share, and their validation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} must be a positive integer")
     return int(text)
 
 
 def existing_file(text: str) -> Path:
     if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
     return Path(text)
 
 
 def existing_device(text: str) -> str:
     if text == "cuda" and default_device() != "cuda":
-        raise argparse.ArgumentTypeError("cuda: there is no GPU here; cpu shows the same with the embedded model")
+        raise argparse.ArgumentTypeError("cuda: no GPU found; use cpu, which runs the bundled demo model")
     return text
 
 

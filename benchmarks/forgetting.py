@@ -1,10 +1,10 @@
-"""What learning a language costs the old one: full fine-tuning with and without replay, and LoRA, several seeds each.
+"""Measure the forgetting of full fine-tuning, with and without replay, and of LoRA, over several seeds.
 
 ``python benchmarks/forgetting.py TEXTS [--package NAME] [--steps N] [--seeds N] [--parallel N] [--output FILE]``,
-with TEXTS as ``python -m benchmarks.texts`` wrote it. Starts from the embedded model, which has read English; trains on
-Japanese, of all packages or of one; measures both on held-out documents. Every arm sees as many tokens. Prints a table
-in Markdown, and below it what LoRA gives and takes beside full fine-tuning: perplexity reached, parameters, and memory
-and time of a run of each alone.
+with TEXTS as written by ``python -m benchmarks.texts``. Starts from the bundled demo model, which was trained on
+English, trains on Japanese from all packages or from one, and evaluates both on held-out documents. Every method trains
+on the same number of tokens. Prints a Markdown table, and LoRA compared with full fine-tuning: perplexity, parameters,
+and memory and time of a run of each on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 REPLAY_DOCUMENTS = 1500
 FULL, LORA = "full", "LoRA r64"
-_ADAPTER = ["peft=lora", "peft.rank=64", "peft.alpha=128", "lr=5e-4"]  # above, English goes and Japanese gains little
-ARMS = {
+# With a higher lr, English is forgotten and Japanese gains little.
+_ADAPTER = ["peft=lora", "peft.rank=64", "peft.alpha=128", "lr=5e-4"]
+METHODS = {
     FULL: ["peft=full", "lr=1e-3"],
     **{f"full, {share} % replay": ["peft=full", "lr=1e-3", f"replay.ratio={share / 100}"] for share in (1, 5, 25)},
     LORA: _ADAPTER,
@@ -37,34 +38,38 @@ ARMS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--package", help="train and validate on this package's Japanese alone: debian-reference-ja")
+    parser.add_argument(
+        "--package", help="train and validate on the Japanese of this package only, e.g. debian-reference-ja"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, after the two that are timed")
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs, after the two that are timed")
     parser.add_argument("--micro-batch-size", type=int, default=64)
-    parser.add_argument("--output", type=Path, help="JSON of every run")
+    parser.add_argument("--output", type=Path, help="JSON file with the results of every run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="forgetting-") as temporary:
         replay = _replay_file(arguments.texts, Path(temporary))
         japanese = japanese_files(arguments.texts, arguments.package, Path(temporary))
         alone = [(FULL, 0), (LORA, 0)]
-        runs = [(arm, seed) for seed in range(arguments.seeds) for arm in ARMS if (arm, seed) not in alone]
-        done = [_run(arm, seed, arguments, replay, japanese, Path(temporary)) for arm, seed in alone]
+        runs = [(name, seed) for seed in range(arguments.seeds) for name in METHODS if (name, seed) not in alone]
+        done = [_run(name, seed, arguments, replay, japanese, Path(temporary)) for name, seed in alone]
         with ThreadPoolExecutor(arguments.parallel) as pool:
-            started = [pool.submit(_run, arm, seed, arguments, replay, japanese, Path(temporary)) for arm, seed in runs]
+            started = [
+                pool.submit(_run, name, seed, arguments, replay, japanese, Path(temporary)) for name, seed in runs
+            ]
             done += [run.result() for run in started]
-    by_arm: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    by_method: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for record in done:
-        by_arm[record["arm"]].append(record)
-    _print_table(by_arm)
-    _print_lora(by_arm[FULL], by_arm[LORA], *done[:2])
+        by_method[record["method"]].append(record)
+    _print_table(by_method)
+    _print_lora(by_method[FULL], by_method[LORA], *done[:2])
     if arguments.output:
         arguments.output.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _replay_file(texts: Path, directory: Path) -> Path:
-    """Documents spread evenly over all of the English text."""
+    """Write the replay set: documents spread evenly over the English text."""
     lines = (texts / "english.train.jsonl").read_text(encoding="utf-8").splitlines()
     path = directory / "replay.jsonl"
     path.write_text("\n".join(lines[:: max(1, len(lines) // REPLAY_DOCUMENTS)]) + "\n", encoding="utf-8")
@@ -72,29 +77,34 @@ def _replay_file(texts: Path, directory: Path) -> Path:
 
 
 def japanese_files(texts: Path, package: str | None, directory: Path) -> list[Path]:
-    """Files to train on and to validate on. A package may be too small to have documents among the one in fifty that is
-    held out of all: a fifth of its own is, those with the smallest sha256."""
+    """Return the training and the validation file.
+
+    A single package may be too small to have documents in the usual validation split of one in fifty. For it, a fifth
+    of its documents validate, those with the smallest sha256.
+    """
     files = [(texts / f"japanese.{part}.jsonl").absolute() for part in ("train", "validation")]
     if package is None:
         return files
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
     packages = [json.loads(line).get("package") for line in lines]
-    own = [line for line, name in zip(lines, packages) if name == package]
-    if len(own) < 2:
-        known = ", ".join(sorted(set(filter(None, packages)))) or "none, so write the texts again"
-        raise SystemExit(f"{texts}: --package {package} has {len(own)} documents, it takes two; packages: {known}")
-    own.sort(key=lambda line: hashlib.sha256(json.loads(line)["text"].encode()).digest())
-    count = max(1, len(own) // 5)
+    selected = [line for line, name in zip(lines, packages) if name == package]
+    if len(selected) < 2:
+        known = ", ".join(sorted(set(filter(None, packages)))) or "none; run python -m benchmarks.texts again"
+        raise SystemExit(
+            f"{texts}: --package {package} has {len(selected)} documents, at least two are needed; packages: {known}"
+        )
+    selected.sort(key=lambda line: hashlib.sha256(json.loads(line)["text"].encode()).digest())
+    count = max(1, len(selected) // 5)
     chosen = [directory / file.name for file in files]
-    for file, part in zip(chosen, (own[count:], own[:count])):
+    for file, part in zip(chosen, (selected[count:], selected[:count])):
         file.write_text("".join(part), encoding="utf-8", newline="\n")
     return chosen
 
 
-def _run(arm: str, seed: int, arguments: Any, replay: Path, japanese: list[Path], temporary: Path) -> dict[str, Any]:
+def _run(method: str, seed: int, arguments: Any, replay: Path, japanese: list[Path], temporary: Path) -> dict[str, Any]:
     texts: Path = arguments.texts.absolute()
-    folder = temporary / f"{list(ARMS).index(arm)}-{seed}"
-    said = [
+    folder = temporary / f"{list(METHODS).index(method)}-{seed}"
+    overrides = [
         *("task=pretrain", "model=tiny", "data=text", "data.allow_overlap=true", "wandb.mode=disabled"),
         f"data.path='{japanese[0]}'",
         f"data.validation_path='{japanese[1]}'",
@@ -106,17 +116,17 @@ def _run(arm: str, seed: int, arguments: Any, replay: Path, japanese: list[Path]
         ),
         *(f"task.max_steps={arguments.steps}", f"task.warmup_steps={max(1, arguments.steps // 20)}"),
         *(f"task.val_check_interval={arguments.steps}", f"task.checkpoint_interval={arguments.steps}"),
-        *("task.log_interval=10", f"seed={1234 + seed}", *ARMS[arm]),
+        *("task.log_interval=10", f"seed={1234 + seed}", *METHODS[method]),
     ]
-    if any(word.startswith("replay.ratio") for word in said):
-        said += ["replay=files", f"replay.datasets={{english: '{replay}'}}"]
-    print(f"{arm}, seed {seed} …", file=sys.stderr, flush=True)
-    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{folder}'", *said]
+    if any(word.startswith("replay.ratio") for word in overrides):
+        overrides += ["replay=files", f"replay.datasets={{english: '{replay}'}}"]
+    print(f"{method}, seed {seed} …", file=sys.stderr, flush=True)
+    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{folder}'", *overrides]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if ended.returncode:
         log = folder / "run.log"
         raise SystemExit(ended.stderr + (log.read_text(encoding="utf-8")[-3000:] if log.exists() else ""))
-    return {"arm": arm, "seed": seed, **_figures(folder)}
+    return {"method": method, "seed": seed, **_figures(folder)}
 
 
 def _figures(folder: Path) -> dict[str, Any]:
@@ -136,15 +146,15 @@ def _figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def _print_table(by_arm: dict[str, list[dict[str, Any]]]) -> None:
-    some = next(iter(by_arm.values()))
+def _print_table(by_method: dict[str, list[dict[str, Any]]]) -> None:
+    some = next(iter(by_method.values()))
     before = [statistics.mean(record[name][0] for record in some) for name in ("japanese", "english")]
     print(f"\nBits per byte, {len(some)} seeds: mean (standard deviation). Before: {before[0]:.3f}, {before[1]:.3f}.\n")
-    print("| | Japanese | English | English rose by |\n|---|---:|---:|---:|")
-    for arm, records in by_arm.items():
+    print("| | Japanese | English | increase in English |\n|---|---:|---:|---:|")
+    for method, records in by_method.items():
         japanese, english = ([record[name][1] for record in records] for name in ("japanese", "english"))
-        rise = [record["english"][1] - record["english"][0] for record in records]
-        print(f"| {arm} | {_spread(japanese)} | {_spread(english)} | {_spread(rise, '+')} |")
+        increase = [record["english"][1] - record["english"][0] for record in records]
+        print(f"| {method} | {_spread(japanese)} | {_spread(english)} | {_spread(increase, '+')} |")
 
 
 def _print_lora(
@@ -152,11 +162,11 @@ def _print_lora(
 ) -> None:
     perplexity = [math.exp(statistics.mean(record["japanese_loss"] for record in records)) for records in (full, lora)]
     print(
-        f"\nLoRA beside full fine-tuning: perplexity {perplexity[1]:.1f} and {perplexity[0]:.1f} "
-        f"({perplexity[0] / perplexity[1]:.1%} of it reached), "
+        f"\nLoRA compared with full fine-tuning: perplexity {perplexity[1]:.1f} and {perplexity[0]:.1f} "
+        f"(ratio {perplexity[0] / perplexity[1]:.1%}), "
         f"{lora_alone['parameters'] / full_alone['parameters']:.2%} of the parameters, "
         f"{lora_alone['memory_gib'] / full_alone['memory_gib'] - 1:+.0%} memory, "
-        f"{full_alone['tokens_per_second'] / lora_alone['tokens_per_second'] - 1:+.0%} time a token"
+        f"{full_alone['tokens_per_second'] / lora_alone['tokens_per_second'] - 1:+.0%} time per token"
     )
 
 

@@ -1,9 +1,9 @@
-"""How long a model takes from safetensors to the device, and how much memory: this loader, transformers, and `cat`.
+"""Measure time and memory to load a model from safetensors: this loader, transformers, and a plain read.
 
-``python benchmarks/load.py [--shape tiny|0.5b|7b] [--device cuda|cpu] [--repeats N]`` makes a Qwen2.5 of that shape
-with random bf16 weights in a temporary directory, and loads it with each side in a fresh process, in turns, from a
-warm page cache. Imports, the making of a GPU's context and the first use of what a side calls are in nobody's time:
-each builds a model of one layer before.
+``python benchmarks/load.py [--shape tiny|0.5b|7b] [--device cuda|cpu] [--repeats N]`` writes a Qwen2.5 of that shape
+with random bf16 weights to a temporary directory. Each loader then loads it in a new process, in turns, from a warm
+page cache. Imports, creation of the CUDA context and the first call of each loader are not timed: each loader first
+builds a model with one layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
-from benchmarks.sides import SIDES  # noqa: E402
+from benchmarks.loaders import LOADERS  # noqa: E402
 
 COMMON = {
     "model_type": "qwen2",
@@ -62,7 +62,7 @@ SHAPES = {
     "32b": shape(5120, 27648, 64, 40, 8, 152064, False),
     "72b": shape(8192, 29568, 80, 64, 8, 152064, False),
 }
-SIDE_SECONDS = 150
+TIMEOUT_SECONDS = 150
 FILE_BYTES = 4 * 10**9  # of one safetensors file, as on the Hub
 
 
@@ -72,26 +72,26 @@ def main() -> int:
     parser.add_argument(
         "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
     )
-    parser.add_argument("--repeats", type=positive, help="of each side; default 3, tiny 2")
-    parser.add_argument("--directory", type=Path, help="where the temporary directory is made")
+    parser.add_argument("--repeats", type=positive, help="runs per loader; default 3, tiny 2")
+    parser.add_argument("--directory", type=Path, help="parent of the temporary directory")
     arguments = parser.parse_args()
     device = arguments.device or default_device()
     repeats = arguments.repeats or (2 if arguments.shape == "tiny" else 3)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="load-") as temporary:
         model, tiny = Path(temporary) / "model", Path(temporary) / "tiny"
         size = write_model(model, SHAPES[arguments.shape])
-        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES if name != "import_ckpt"}
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in LOADERS if name != "import_ckpt"}
         for _ in range(repeats):
             for name, records in measured.items():
                 records.append(_measure(name, model, device))
         print_table(arguments.shape, device, size, measured)
         write_model(tiny, SHAPES["tiny"])
-        print_stock(_measure("import_ckpt", tiny, device))
+        print_import_ckpt(_measure("import_ckpt", tiny, device))
     return 0 if all("error" not in record for record in measured["ours"]) else 1
 
 
 def write_model(directory: Path, config: dict[str, Any]) -> int:
-    """In Hugging Face layout, with the demo's tokenizer; returns the bytes of its tensors."""
+    """Write a model in Hugging Face layout with the demo model's tokenizer and return the bytes of its tensors."""
     import shutil
 
     from qwen_cl.models.architecture import read_architecture
@@ -117,12 +117,12 @@ def write_model(directory: Path, config: dict[str, Any]) -> int:
         weight_map |= dict.fromkeys(tensors, name)
     if len(files) > 1:
         (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    os.sync()  # so that no measurement competes with the writing
+    os.sync()  # so that pending writes do not disturb the measurement
     return 2 * count_parameters(shapes)
 
 
 def _write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Values come from one random block, each tensor from another place in it: drawing 7e9 would take a minute."""
+    """Write random tensors, each sliced from one random block: sampling 7e9 values would take a minute."""
     import torch
     from safetensors.torch import save_file
 
@@ -135,28 +135,28 @@ def _write_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             piece = flat[start : start + step]
             piece.copy_(block[-step:][: len(piece)])
         if name.endswith("norm.weight"):
-            tensor += 1  # as in a new model; near 0, every loss is that of chance, whatever is wrong
+            tensor += 1  # as in a new model; near 0, the loss is that of chance even when the weights are wrong
         tensors[name] = tensor
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _measure(side: str, model: Path, device: str) -> dict[str, Any]:
-    """What the side's process wrote as its last line, or why there is none."""
+def _measure(loader: str, model: Path, device: str) -> dict[str, Any]:
+    """Return the record that the loader's process prints as its last line, or its error."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    print(f"{side} …", file=sys.stderr, flush=True)
+    print(f"{loader} …", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.sides", side, str(model), device],
+            [sys.executable, "-m", "benchmarks.loaders", loader, str(model), device],
             cwd=model.parent,
             env=environment,
             capture_output=True,
             text=True,
             check=False,
-            timeout=SIDE_SECONDS,
+            timeout=TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {SIDE_SECONDS} s"}
+        return {"error": f"timed out after {TIMEOUT_SECONDS} s"}
     lines = done.stdout.splitlines()
     if lines and lines[-1].startswith('{"'):
         record: dict[str, Any] = json.loads(lines[-1])
@@ -171,8 +171,8 @@ def print_table(shape: str, device: str, size: int, measured: dict[str, list[dic
 
     table = Table(box=rich.box.SIMPLE, pad_edge=False)
     headings = [
-        "side",
-        "the time is",
+        "loader",
+        "timed",
         "s min",
         "s med",
         "GB/s",
@@ -195,18 +195,18 @@ def print_table(shape: str, device: str, size: int, measured: dict[str, list[dic
     console.print(f"Qwen2.5 {shape}: {size / 1e9:.2f} GB of bf16 safetensors, warm page cache, on {machine(device)}")
     console.print(table)
     console.print(
-        "RSS: peak of resident memory beyond what was resident before, with mapped pages of the files; anon: without "
-        "them, sampled. read: asked of the files through read(), '-' where they are mapped. written: bytes of "
-        "files. Memory is the largest, and in the rows of one process the same. " + measured["ours"][-1].get("note", "")
+        "RSS: peak resident memory added, including mapped pages of the files; anon: without mapped pages, sampled. "
+        "read: bytes read through read(), '-' for mapped files. written: bytes written to files. Memory is the "
+        "maximum over all repeats, and the same in all rows of one process. " + measured["ours"][-1].get("note", "")
     )
 
 
-def print_stock(stock: dict[str, Any]) -> None:
+def print_import_ckpt(record: dict[str, Any]) -> None:
     engine = "with" if importlib.util.find_spec("transformer_engine") else "without"
-    if "error" in stock:
-        result = f"failed: {stock['error'][:160]}"
+    if "error" in record:
+        result = f"failed: {record['error'][:160]}"
     else:
-        result = f"took {stock['seconds']['import_ckpt']:.1f} s and wrote {stock['written']:,} B"
+        result = f"took {record['seconds']['import_ckpt']:.1f} s and wrote {record['written']:,} B"
     print(f"NeMo's llm.import_ckpt, tried on the tiny shape {engine} Transformer Engine, {result}")
 
 

@@ -1,10 +1,10 @@
-"""Instruction tuning with conversations packed and one to a row, in one command: ``python benchmarks/packing.py``.
+"""Compare instruction tuning with and without sequence packing: ``python benchmarks/packing.py``.
 
-Three sides in turn, each in its own process, on the same rows, whose lengths are log-normal with a mean of about 300
-tokens: ours with ``task.packing=true``, ours with one conversation to a row, padded to the longest of its micro batch,
-and transformers with PEFT, compiled, with every row padded to the sequence length. On a GPU, LoRA on a Qwen2.5-0.5B of
-random weights; on a CPU, the embedded model. Prints a table in Markdown; tokens are the rows' own, without padding. Our
-sides train about as many rows in a step, packed or not, so that their losses can be compared.
+Three runs in turn, each in its own process, on the same examples, whose lengths are log-normal with a mean of about 300
+tokens: qwen_cl with ``task.packing=true``; qwen_cl with one conversation per sequence, padded to the longest of its
+micro batch; and transformers with PEFT, compiled, with every example padded to the sequence length. On a GPU, LoRA on
+Qwen2.5-0.5B with random weights; on a CPU, the bundled demo model. Prints a Markdown table; padding is not counted in
+tokens/s. Both qwen_cl runs train on about as many examples per step, so that their losses can be compared.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
 
 MEDIAN_WORDS, SPREAD, SEED = 115, 0.85, 7
-OURS = {"qwen_cl, packed": True, "qwen_cl, one to a row": False}
-PEER = "transformers, padded"
+OURS = {"qwen_cl, packed": True, "qwen_cl, not packed": False}
+BASELINE = "transformers, padded"
 
 
 def main() -> int:
@@ -37,9 +37,10 @@ def main() -> int:
         "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
     )
     parser.add_argument("--warmup-steps", type=positive, default=8)
-    parser.add_argument("--steps", type=positive, default=20, help="that are timed")
-    parser.add_argument("--sides", nargs="+", choices=[*OURS, PEER], default=[*OURS, PEER], help="default: all three")
-    parser.add_argument("--packed-overrides", nargs="*", default=[], help="of our packed side, as to launch.py")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps")
+    frameworks = [*OURS, BASELINE]
+    parser.add_argument("--frameworks", nargs="+", choices=frameworks, default=frameworks, help="default: all three")
+    parser.add_argument("--packed-overrides", nargs="*", default=[], help="overrides of the packed qwen_cl run")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, write_model
 
@@ -54,45 +55,49 @@ def main() -> int:
             _widen_tokenizer(model, SHAPES["0.5b"]["vocab_size"])
         scale = MEDIAN_WORDS if device == "cuda" else MEDIAN_WORDS // 8
         sizes = _write_rows(base / "rows.jsonl", model, total * 16 * 8, scale, length)
-        print(f"LoRA on {machine(device)}; rows of {statistics.mean(sizes):.0f} tokens (mean), to {max(sizes)}\n")
+        mean = statistics.mean(sizes)
+        print(f"LoRA on {machine(device)}; examples of {mean:.0f} tokens on average, at most {max(sizes)}\n")
         common = ["model=local", f"model.source='{model}'", f"task.sequence_length={length}", f"task.max_steps={total}"]
         common += [f"task.micro_batch_size={micro}", f"cluster.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
-        in_one = int(length / statistics.mean(sizes))  # about as many rows share a sequence
-        sides = {}
+        per_sequence = int(length / mean)  # about as many examples share a packed sequence
+        results = {}
         for name, packing in OURS.items():
-            if name not in arguments.sides:
+            if name not in arguments.frameworks:
                 continue
-            more = arguments.packed_overrides if packing else [f"task.global_batch_size={16 * in_one}"]
-            sides[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
+            more = arguments.packed_overrides if packing else [f"task.global_batch_size={16 * per_sequence}"]
+            results[name] = _ours(base / name.replace(" ", "-"), base / "rows.jsonl", packing, [*common, *more], warmup)
         padded = None
-        if PEER in arguments.sides:
-            padded = _peer(base, model, sizes, device, length, micro, warmup, arguments.steps)
-    print("| side | tokens/s of the rows | times padded to the sequence length | loss before | and after |")
+        if BASELINE in arguments.frameworks:
+            padded = _baseline(base, model, sizes, device, length, micro, warmup, arguments.steps)
+    print("| framework | tokens/s | speedup over padding to the sequence length | loss before | loss after |")
     print("|---|---:|---:|---:|---:|")
-    for name, side in sides.items():
-        times = f"{side.rate / padded:.2f}" if padded else "-"
-        print(f"| {name} | {side.rate:,.0f} | {times} | {side.before:.4f} | {side.after:.4f} |")
+    for name, result in results.items():
+        speedup = f"{result.rate / padded:.2f}" if padded else "-"
+        print(f"| {name} | {result.rate:,.0f} | {speedup} | {result.before:.4f} | {result.after:.4f} |")
     if padded:
-        print(f"| {PEER} | {padded:,.0f} | 1.00 | | |")
+        print(f"| {BASELINE} | {padded:,.0f} | 1.00 | | |")
     return 0
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Result:
     rate: float
-    """Tokens of the rows a second."""
+    """Tokens per second, without padding."""
     before: float
+    """Validation loss at step 0."""
     after: float
-    """Validation loss."""
+    """Validation loss at the end."""
 
 
 def _widen_tokenizer(model: Path, size: int) -> None:
-    """The demo's has 4,096 ids, and a run refuses a model that was trained with another tokenizer: ids that no text
-    becomes stand for the others."""
+    """Add unused ids to the demo model's tokenizer of 4,096 ids up to the size of the model's vocabulary, since a run
+    refuses a model whose tokenizer does not match."""
     path = model / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}  # or they are numbered anew
+    vocabulary |= {
+        token["content"]: token["id"] for token in tokenizer["added_tokens"]
+    }  # otherwise they would get new ids
     taken = set(vocabulary.values())
     vocabulary |= {f"<unused {number}>": number for number in range(size) if number not in taken}
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
@@ -100,7 +105,7 @@ def _widen_tokenizer(model: Path, size: int) -> None:
 
 
 def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -> list[int]:
-    """Positions of each row, as the run counts them."""
+    """Write the examples and return the number of positions of each, as the run counts them."""
     import numpy as np
 
     from qwen_cl.config.task.training import LossOn
@@ -122,14 +127,14 @@ def _write_rows(path: Path, model: Path, count: int, words: int, longest: int) -
     return [example.num_positions for example in build_examples(rows, tokenizer, longest, LossOn.all)]
 
 
-def _ours(directory: Path, rows: Path, packing: bool, said: list[str], warmup: int) -> Side:
+def _ours(directory: Path, rows: Path, packing: bool, overrides: list[str], warmup: int) -> Result:
     print(f"{directory.name} …", file=sys.stderr, flush=True)
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", "task=finetune"]
     command += ["data=jsonl", f"data.path='{rows}'", "retention=none", "model.verify=none", "wandb.mode=disabled"]
     command += [f"task.packing={str(packing).lower()}", "task.loss_on=all", "task.global_batch_size=16"]
     command += ["peft=lora", "peft.rank=32", "peft.alpha=32", "peft.dropout=0", "task.sample_prompts=0"]
     command += ["task.val_check_interval=1000", "task.checkpoint_interval=1000", "task.log_interval=1"]
-    command += ["task.warmup_steps=0", *said]
+    command += ["task.warmup_steps=0", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         log = directory / "run.log"
@@ -138,16 +143,16 @@ def _ours(directory: Path, rows: Path, packing: bool, said: list[str], warmup: i
     steps = [line for line in lines if "train/loss" in line][warmup - 1 :]
     rate = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["time"] - steps[0]["time"])
     losses = [line["val/target/loss"] for line in lines if "val/target/loss" in line]
-    return Side(rate, losses[0], losses[-1])
+    return Result(rate, losses[0], losses[-1])
 
 
-def _peer(
+def _baseline(
     base: Path, model: Path, sizes: list[int], device: str, length: int, micro: int, warmup: int, timed: int
 ) -> float:
-    """Each row in a sequence of its own; what a row is made of changes no time, so its ids are random."""
+    """Return the tokens/s with one example per padded sequence. The ids are random, as they do not affect speed."""
     import numpy as np
 
-    print(f"{PEER} …", file=sys.stderr, flush=True)
+    print(f"{BASELINE} …", file=sys.stderr, flush=True)
     random, count = np.random.default_rng(SEED), 16 * (warmup + timed)
     tokens = random.integers(0, 1000, (count, length + 1))
     for row, size in zip(tokens, sizes):
@@ -168,9 +173,9 @@ def _peer(
         "tokens": str(base / "padded.npy"),
         "started": time.time(),
     }
-    (base / "peer.json").write_text(json.dumps(specification))
+    (base / "baseline.json").write_text(json.dumps(specification))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "benchmarks.peers", str(base / "peer.json")]
+    command = [sys.executable, "-m", "benchmarks.baselines", str(base / "baseline.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])

@@ -1,8 +1,8 @@
-"""What saving costs a run, while training goes on and while it waits: ``python benchmarks/saving.py [--help]``.
+"""Measure the cost of asynchronous and synchronous checkpoints: ``python benchmarks/saving.py [--help]``.
 
-Every weight of a Qwen2.5 of random weights is trained as ``python launch.py`` does it, without checkpoints until the
-end and with one every few steps, asynchronous and not: on a GPU of 0.5B, on a CPU a small one. Prints a table in
-Markdown: seconds that saving added to the steps, of each checkpoint, and its size.
+Run full fine-tuning of Qwen2.5 with random weights as ``python launch.py`` does, with a checkpoint every few steps,
+written asynchronously and synchronously: 0.5B on a GPU, a small model on a CPU. Prints a Markdown table of the seconds
+that each checkpoint adds to the steps, and of its size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.arguments import default_device, existing_device, machine, positive  # noqa: E402
 
-SIDES = {"task.async_save=true": True, "task.async_save=false": False}
+MODES = ("task.async_save=true", "task.async_save=false")
 
 
 def main() -> int:
@@ -30,9 +30,9 @@ def main() -> int:
     parser.add_argument(
         "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
     )
-    parser.add_argument("--saves", type=positive, default=3, help="of each run, beside the last step's")
+    parser.add_argument("--saves", type=positive, default=3, help="checkpoints per run, besides that of the last step")
     parser.add_argument("--every", type=positive, help="steps between them; default 40, on a CPU 6")
-    parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
+    parser.add_argument("--directory", type=Path, help="parent of the temporary directory")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, write_model
 
@@ -41,17 +41,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="saving-") as temporary:
         base = Path(temporary)
         write_model(base / "model", SHAPES["0.5b" if device == "cuda" else "tiny"])
-        print(f"On {machine(device)}; {arguments.saves} checkpoints, {every} steps apart\n")
-        print("| | seconds added for each checkpoint | median step | GB |\n|---|---:|---:|---:|")
-        for name in (*SIDES, *reversed(SIDES)):
+        print(f"On {machine(device)}; {arguments.saves} checkpoints, one every {every} steps\n")
+        print("| | seconds added per checkpoint | median step | GB |\n|---|---:|---:|---:|")
+        for name in (*MODES, *reversed(MODES)):
             print(_row(base / f"run-{len(list(base.iterdir()))}", name, device, arguments.saves, every), flush=True)
     return 0
 
 
-def _row(directory: Path, side: str, device: str, saves: int, every: int) -> str:
+def _row(directory: Path, mode: str, device: str, saves: int, every: int) -> str:
     length, on_gpu = (2048 if device == "cuda" else 64), device == "cuda"
     steps = every * (saves + 1)
-    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", side, "task=pretrain"]
+    command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir='{directory}'", mode, "task=pretrain"]
     command += ["data=mock", f"data.rows={8 * steps}", "retention=none", "model=local", "model.verify=none"]
     command += [f"model.source='{directory.parent / 'model'}'", "peft=full", "wandb.mode=disabled", "lr=1e-5"]
     command += [f"task.sequence_length={length}", "task.global_batch_size=8", "task.micro_batch_size=4"]
@@ -72,7 +72,7 @@ def _row(directory: Path, side: str, device: str, saves: int, every: int) -> str
     median = statistics.median(seconds)
     added = (sum(seconds) - median * len(seconds)) / saves
     size = sum(path.stat().st_size for path in (directory / "checkpoints").rglob("*") if path.is_file())
-    return f"| {side} | {added:.2f} | {median:.3f} | {size / 1e9:.2f} |"
+    return f"| {mode} | {added:.2f} | {median:.3f} | {size / 1e9:.2f} |"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A sweep with several trials at a time against the same sweep one after another, in one command.
+"""Compare a sweep with concurrent trials with the same sweep run sequentially.
 
-``python benchmarks/sweep.py [--device cuda|cpu] [--at-once N] [--steps N]``: six trials, two learning rates by three
-ranks. On a GPU, LoRA on a Qwen2.5-0.5B of random weights and random tokens; on a CPU, the embedded model on its own
-data. Prints a table in Markdown: seconds of the whole sweep, tokens per second of all trials together, over the sweep
-and while anything trained, and the memory of the device at its fullest.
+``python benchmarks/sweep.py [--device cuda|cpu] [--at-once N] [--steps N]`` runs six trials, two learning rates by
+three ranks. On a GPU, LoRA on Qwen2.5-0.5B with random weights and random tokens; on a CPU, the bundled demo model on
+the demo data. Prints a Markdown table of the seconds of the whole sweep, the tokens per second of all trials together
+(over the sweep, and while any trial trains), and the peak memory of the device.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument(
         "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
     )
-    parser.add_argument("--at-once", type=positive, help="trials that share the device; default 3 on a GPU, 2 on a CPU")
-    parser.add_argument("--steps", type=positive, default=20, help="of each trial")
+    parser.add_argument("--at-once", type=positive, help="concurrent trials; default 3 on a GPU, 2 on a CPU")
+    parser.add_argument("--steps", type=positive, default=20, help="steps per trial")
     arguments = parser.parse_args()
     from benchmarks.load import SHAPES, write_model
 
@@ -45,22 +45,31 @@ def main() -> int:
     at_once = arguments.at_once or (3 if device == "cuda" else 2)
     with tempfile.TemporaryDirectory(prefix="sweep-") as temporary:
         base = Path(temporary)
-        said = ["model=tiny"]
+        overrides = ["model=tiny"]
         if device == "cuda":
             write_model(base / "model", SHAPES["0.5b"])
-            said = ["model=local", f"model.source='{base / 'model'}'", "data=mock", "retention=none", *ON_GPU]
-        sides = {
-            count: _sweep(base / f"at-once-{count}", count, device, arguments.steps, said) for count in (1, at_once)
+            overrides = ["model=local", f"model.source='{base / 'model'}'", "data=mock", "retention=none", *ON_GPU]
+        results = {
+            count: _sweep(base / f"at-once-{count}", count, device, arguments.steps, overrides)
+            for count in (1, at_once)
         }
-    _print(sides, device)
+    _print(results, device)
     return 0
 
 
-def _sweep(directory: Path, at_once: int, device: str, steps: int, said: list[str]) -> dict[str, Any]:
-    print(f"{TRIALS} trials, {at_once} at a time …", file=sys.stderr, flush=True)
+def _sweep(directory: Path, at_once: int, device: str, steps: int, overrides: list[str]) -> dict[str, Any]:
+    print(f"{TRIALS} trials, {at_once} concurrently …", file=sys.stderr, flush=True)
     slots = f"hydra.launcher.trials_per_gpu={at_once}" if device == "cuda" else f"hydra.launcher.cpu_slots={at_once}"
     accelerator = "gpu" if device == "cuda" else "cpu"
-    command = [sys.executable, str(ROOT / "launch.py"), "-m", *GRID, *said, slots, f"hydra.sweep.dir='{directory}'"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "-m",
+        *GRID,
+        *overrides,
+        slots,
+        f"hydra.sweep.dir='{directory}'",
+    ]
     command += [f"cluster.accelerator={accelerator}", "wandb.mode=disabled", "task.sample_prompts=0"]
     command += [f"task.max_steps={steps}", "task.warmup_steps=1", "task.log_interval=1"]
     command += [f"task.val_check_interval={steps}", f"task.checkpoint_interval={steps}"]
@@ -82,7 +91,7 @@ def _figures(directory: Path) -> dict[str, Any]:
     assert len(records) == TRIALS, f"{len(records)} of {TRIALS} trials"
     training = [[line for line in lines if "train/loss" in line] for lines in records]
     tokens = [lines[-1]["tokens"] for lines in training]
-    # Each line is written when its step has ended: the first step, which pays for warming up, is left out of the rate.
+    # A line is written at the end of its step. The first step includes warmup and is left out of the rate.
     rates = [statistics.median(line["throughput/tokens_per_second"] for line in lines[1:]) for lines in training]
     spans = [(lines[0]["time"], lines[-1]["time"]) for lines in training]
     trained = [all_ - lines[0]["tokens"] for all_, lines in zip(tokens, training)]
@@ -90,7 +99,7 @@ def _figures(directory: Path) -> dict[str, Any]:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds that at least one of them covers."""
+    """Return the seconds that at least one span covers."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -99,7 +108,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 class DeviceWatch:
-    """Most memory and busy time of the first visible GPU, all processes together, as the driver sees it."""
+    """The peak memory and utilization of the first visible GPU over all processes, as the driver reports them."""
 
     def __init__(self, device: str) -> None:
         self.bytes = 0
@@ -116,7 +125,7 @@ class DeviceWatch:
         self._thread.join()
 
     def busy_between(self, start: float, seconds: list[float]) -> float | None:
-        """Part of the time in which any kernel ran, from ``start`` (as ``time.time()``) on; None without a GPU."""
+        """Return the fraction of time in which a kernel ran, from ``start`` (``time.time()``); None without a GPU."""
         found = [share for when, share in self._busy if start <= when <= start + sum(seconds)]
         return statistics.mean(found) / 100 if found else None
 
@@ -134,18 +143,20 @@ class DeviceWatch:
             self._busy.append((time.time(), pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
 
 
-def _print(sides: dict[int, dict[str, Any]], device: str) -> None:
+def _print(results: dict[int, dict[str, Any]], device: str) -> None:
     print(f"{TRIALS} trials of LoRA on {machine(device)}\n")
-    print("| trials at a time | seconds | tokens/s, whole sweep | tokens/s, while training | of one trial | GiB |")
+    print(
+        "| concurrent trials | seconds | tokens/s, whole sweep | tokens/s, while training | tokens/s, one trial | GiB |"
+    )
     print("|---:|---:|---:|---:|---:|---:|")
-    for at_once, side in sides.items():
-        memory = f"{side['memory'] / 2**30:.1f}" if side["memory"] else "-"
+    for at_once, result in results.items():
+        memory = f"{result['memory'] / 2**30:.1f}" if result["memory"] else "-"
         print(
-            f"| {at_once} | {side['seconds']:.0f} | {side['tokens'] / side['seconds']:,.0f} "
-            f"| {side['trained'] / side['busy']:,.0f} | {side['rate']:,.0f} | {memory} |"
+            f"| {at_once} | {result['seconds']:.0f} | {result['tokens'] / result['seconds']:,.0f} "
+            f"| {result['trained'] / result['busy']:,.0f} | {result['rate']:,.0f} | {memory} |"
         )
-    first, last = sides.values()
-    print(f"\n{last['seconds'] / first['seconds']:.2f} times the seconds")
+    first, last = results.values()
+    print(f"\n{last['seconds'] / first['seconds']:.2f} times the duration of the sequential sweep")
 
 
 if __name__ == "__main__":

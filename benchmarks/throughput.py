@@ -1,9 +1,9 @@
-"""Training speed beside other libraries, in one command: ``python benchmarks/throughput.py [--help]``.
+"""Compare training speed with other frameworks: ``python benchmarks/throughput.py [--help]``.
 
-The sides train in turn, in the order A-B-C-C-B-A, each in its own process (C-C in one), from the same weights on the
-same tokens: ours as ``python launch.py`` runs it, and transformers with PEFT, as it comes and under torch.compile. On a
-GPU, a Qwen2.5-0.5B of random weights, rows of 2,048 tokens, 16 a step, in bf16; on a CPU, the embedded model in fp32.
-Prints a table in Markdown and writes what it measured to benchmarks/results.
+The frameworks train in turn, in the order A-B-C-C-B-A, each in its own process (C-C in one), from the same weights on
+the same tokens: qwen_cl as ``python launch.py`` runs it, and transformers with PEFT, eager and under torch.compile. On
+a GPU the model is Qwen2.5-0.5B with random weights in bf16, on sequences of 2,048 tokens, 16 per step; on a CPU it is
+the bundled demo model in fp32. Prints a Markdown table and writes the results to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from benchmarks.load import SHAPES  # noqa: E402
 from benchmarks.throughput_table import OURS, table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-SEED, LR, SIDE_SECONDS = 1234, 1e-4, 240
+SEED, LR, TIMEOUT_SECONDS = 1234, 1e-4, 240
 SHOWN_VERSIONS = ("torch", "nemo_toolkit", "megatron-core", "transformers", "peft", "liger-kernel", "trl")
-PEERS: dict[str, dict[str, Any]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "transformers, eager": {"compiled": False, "liger": False},
     "transformers, compiled": {"compiled": True, "liger": False},
     "transformers, liger": {"compiled": False, "liger": True},
-    "TRL, compiled": {"compiled": True, "liger": False, "program": "benchmarks.trl_peer"},
+    "TRL, compiled": {"compiled": True, "liger": False, "program": "benchmarks.trl_baseline"},
 }
-"""By default the first two; the others after `pip install -c constraints.txt -e '.[peers]'`."""
+"""The first two run by default; the others need ``pip install -c constraints.txt -e '.[baselines]'``."""
 
 
 def main() -> int:
@@ -46,22 +46,22 @@ def main() -> int:
     parser.add_argument(
         "--device", type=existing_device, choices=("cuda", "cpu"), help="default: the GPU if there is one"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="of Qwen2.5, on a GPU")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b", help="Qwen2.5 size, on a GPU")
     parser.add_argument("--training", choices=("lora", "full"), nargs="+", default=["lora", "full"])
-    sides = [OURS, *PEERS]
-    parser.add_argument("--sides", nargs="+", choices=sides, default=sides[:3], help="default: the first three")
+    frameworks = [OURS, *BASELINES]
+    parser.add_argument(
+        "--frameworks", nargs="+", choices=frameworks, default=frameworks[:3], help="default: the first three"
+    )
     parser.add_argument("--micro-batch", type=positive, nargs="+", default=None, help="default 4; on a CPU 2")
     parser.add_argument("--sequence-length", type=positive, help="default 2048; on a CPU 128")
-    parser.add_argument("--global-batch", type=positive, help="rows of a step; default 16; on a CPU 8")
+    parser.add_argument("--global-batch", type=positive, help="sequences per step; default 16; on a CPU 8")
     parser.add_argument("--warmup-steps", type=positive, default=8)
-    parser.add_argument("--steps", type=positive, default=20, help="that are timed")
-    parser.add_argument("--visits", type=positive, default=2, help="of each side: 2 is A-B-C-C-B-A, 1 is A-B-C")
-    parser.add_argument("--overrides", nargs="*", default=[], help="of our side, as to launch.py")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps")
+    parser.add_argument("--runs", type=positive, default=2, help="runs per framework: 2 is A-B-C-C-B-A, 1 is A-B-C")
+    parser.add_argument("--overrides", nargs="*", default=[], help="overrides of the qwen_cl runs")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/throughput-DEVICE-MODEL.json")
-    parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
-    parser.add_argument(
-        "--table", type=existing_file, nargs="+", help="print the tables of files of results, and measure nothing"
-    )
+    parser.add_argument("--directory", type=Path, help="parent of the temporary directory")
+    parser.add_argument("--table", type=existing_file, nargs="+", help="print the tables of results files and exit")
     arguments = parser.parse_args()
     if arguments.table:
         print("\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.table))
@@ -71,10 +71,10 @@ def main() -> int:
     arguments.micro_batch = arguments.micro_batch or [4 if device == "cuda" else 2]
     for micro in arguments.micro_batch:
         if rows % micro:
-            parser.error(f"--micro-batch {micro} must divide the rows of a step, --global-batch {rows}")
+            parser.error(f"--micro-batch {micro} must divide --global-batch {rows}, the sequences per step")
     results = measure(arguments, device)
     print(table(results))
-    return 1 if any("error" in visit for visit in results["visits"] if visit["side"] == OURS) else 0
+    return 1 if any("error" in run for run in results["runs"] if run["framework"] == OURS) else 0
 
 
 def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         "command": _command(arguments),
         "date": date.today().isoformat(),
         "machine": machine(device),
-        "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the embedded model",
+        "model": f"Qwen2.5-{arguments.shape.upper()}, random weights" if on_gpu else "the bundled demo model",
         "versions": versions(SHOWN_VERSIONS),
         **common,
         "matrix_flops": _matrix_flops(device),
-        "visits": [],
+        "runs": [],
     }
-    output = arguments.output or RESULTS / f"throughput-{device}-{arguments.shape if on_gpu else 'embedded'}.json"
+    output = arguments.output or RESULTS / f"throughput-{device}-{arguments.shape if on_gpu else 'demo'}.json"
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="throughput-") as temporary:
         base = Path(temporary)
         model = base / "model" if on_gpu else ROOT / "qwen_cl/demo/model"
@@ -110,25 +110,32 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         rows = _write_tokens(common, json.loads((model / "config.json").read_text())["vocab_size"])
         for training in arguments.training:
             for micro in arguments.micro_batch:
-                for number, (side, windows) in enumerate(_order(arguments.sides, arguments.visits)):
+                for number, (framework, windows) in enumerate(_order(arguments.frameworks, arguments.runs)):
                     specification = {**common, "training": training, "micro_batch_size": micro, "rows": rows}
                     specification["timed_steps"] *= windows
-                    visit = _visit(side, specification, base / f"{training}-{micro}-{number}", arguments.overrides)
-                    results["visits"].append({"side": side, "training": training, "micro_batch": micro, **visit})
+                    directory = base / f"{training}-{micro}-{number}"
+                    run = _run(framework, specification, directory, arguments.overrides)
+                    key = {"framework": framework, "training": training, "micro_batch": micro}
+                    results["runs"].append({**key, **run})
                     output.parent.mkdir(parents=True, exist_ok=True)
-                    output.write_text(json.dumps(results, indent=1) + "\n")  # what is measured stays, if it is cut off
-                    if side == OURS and "error" in visit:
-                        return results  # nothing to compare with
+                    output.write_text(
+                        json.dumps(results, indent=1) + "\n"
+                    )  # after each run, in case of an interruption
+                    if framework == OURS and "error" in run:
+                        return results  # there is nothing to compare the others with
     return results
 
 
-def _order(sides: list[str], visits: int) -> list[tuple[str, int]]:
-    """Each visit, and how many times the timed steps it takes. The two of the side in the middle follow each other, so
-    they are one: a compiled model starts for one to two minutes."""
-    if visits < 2 or len(sides) < 2:
-        return [(side, 1) for side in sides * visits]
-    before = [(side, 1) for side in sides[:-1]]
-    return [*before, (sides[-1], 2), *reversed(before)]
+def _order(frameworks: list[str], runs: int) -> list[tuple[str, int]]:
+    """Return the framework of each run, and the factor on its number of timed steps.
+
+    The two runs in the middle are of one framework and share a process: a compiled model takes one to two minutes to
+    start.
+    """
+    if runs < 2 or len(frameworks) < 2:
+        return [(framework, 1) for framework in frameworks * runs]
+    before = [(framework, 1) for framework in frameworks[:-1]]
+    return [*before, (frameworks[-1], 2), *reversed(before)]
 
 
 def _matrix_flops(device: str) -> float:
@@ -137,46 +144,48 @@ def _matrix_flops(device: str) -> float:
 
 
 def _write_tokens(common: dict[str, Any], vocab_size: int) -> int:
-    """The rows that ``data=mock`` has (qwen_cl/data/datamodule.py), in the order in which a run takes them."""
+    """Write the sequences of ``data=mock`` (qwen_cl/data/datamodule.py) in training order and return their number."""
     import numpy as np
 
     from qwen_cl.data.batching import epoch_order
 
     size = common["global_batch_size"]
-    rows = size * (common["warmup_steps"] + 2 * common["timed_steps"])  # of the longest visit
+    rows = size * (common["warmup_steps"] + 2 * common["timed_steps"])  # of the longest run
     drawn = np.random.default_rng(SEED).integers(0, vocab_size, (rows, common["sequence_length"] + 1))
     np.save(common["tokens"], drawn[epoch_order(rows, SEED, 0, 0)])
     return rows
 
 
-def _visit(side: str, specification: dict[str, Any], directory: Path, overrides: list[str]) -> dict[str, Any]:
+def _run(framework: str, specification: dict[str, Any], directory: Path, overrides: list[str]) -> dict[str, Any]:
     from benchmarks.sweep import DeviceWatch
 
-    print(f"{side}, {specification['training']}, micro batch {specification['micro_batch_size']} …", file=sys.stderr)
+    print(
+        f"{framework}, {specification['training']}, micro batch {specification['micro_batch_size']} …", file=sys.stderr
+    )
     specification = {**specification, "started": time.time()}
-    if side == OURS:
+    if framework == OURS:
         command = _our_command(specification, directory, overrides)
     else:
         path = directory.with_suffix(".json")
-        path.write_text(json.dumps({**specification, **PEERS[side]}))
-        command = [sys.executable, "-m", PEERS[side].get("program", "benchmarks.peers"), str(path)]
+        path.write_text(json.dumps({**specification, **BASELINES[framework]}))
+        command = [sys.executable, "-m", BASELINES[framework].get("program", "benchmarks.baselines"), str(path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     watch = DeviceWatch(specification["device"])
     try:
         with watch:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False, timeout=SIDE_SECONDS
+                command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
             )
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {SIDE_SECONDS} s"}
+        return {"error": f"timed out after {TIMEOUT_SECONDS} s"}
     if done.returncode:
         log = directory / "run.log"
         print(log.read_text(encoding="utf-8")[-4000:] if log.exists() else done.stderr[-4000:], file=sys.stderr)
         lines = [line for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "FAILED" in line]
         return {"error": (errors or lines or [f"exit code {done.returncode}"])[-1][:300]}
-    record = _our_record(specification, directory) if side == OURS else json.loads(done.stdout.splitlines()[-1])
+    record = _our_record(specification, directory) if framework == OURS else json.loads(done.stdout.splitlines()[-1])
     busy = watch.busy_between(record.pop("ended") - sum(record["seconds"]), record["seconds"])
     return {**record, "driver_peak": watch.bytes, "busy": busy}
 
@@ -203,12 +212,12 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
     steps = [line for line in lines if "train/loss" in line]
     ends = [line["time"] for line in steps]
     timed = ends[specification["warmup_steps"] - 1 :]
-    began = json.loads((directory / "status.json").read_text(encoding="utf-8"))["phase_started_at"]
+    phases = json.loads((directory / "status.json").read_text(encoding="utf-8"))["phase_started_at"]
     return {
         "losses": [line["train/loss"] for line in steps],
         "norms": [line["optim/grad_norm"] for line in steps],
         "first_step": ends[0] - specification["started"],
-        "began": {phase: round(at - specification["started"], 2) for phase, at in began.items()},
+        "phase_started_at": {phase: round(at - specification["started"], 2) for phase, at in phases.items()},
         "seconds": [end - start for start, end in pairwise(timed)],
         "peak": int(steps[-1]["memory/peak_gib"] * 2**30),
         "mfu": statistics.median(line.get("throughput/mfu", 0.0) for line in steps[specification["warmup_steps"] :]),
@@ -217,11 +226,9 @@ def _our_record(specification: dict[str, Any], directory: Path) -> dict[str, Any
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """What was asked for, without what names a place on this machine."""
-    said = [argument for argument in sys.argv[1:] if argument not in (str(arguments.output), str(arguments.directory))]
-    return shlex.join(
-        ["python", "benchmarks/throughput.py", *(a for a in said if a not in ("--output", "--directory"))]
-    )
+    """Return the command without the arguments that name a path on this machine."""
+    paths = ("--output", "--directory", str(arguments.output), str(arguments.directory))
+    return shlex.join(["python", "benchmarks/throughput.py", *(each for each in sys.argv[1:] if each not in paths)])
 
 
 if __name__ == "__main__":

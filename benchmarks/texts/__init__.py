@@ -1,1 +1,1 @@
-"""Large English and Japanese texts from Debian's documentation packages, for the longer experiments."""
+"""Large English and Japanese texts from Debian's documentation packages, for longer experiments."""

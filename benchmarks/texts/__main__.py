@@ -1,9 +1,9 @@
 """English and Japanese prose from Debian's documentation: ``python -m benchmarks.texts DIRECTORY [--packages CACHE]``.
 
 Fetches the packages of packages.tsv from deb.debian.org (about 600 MB, each by its pinned sha256) into CACHE and
-writes {english,japanese}.{train,validation}.jsonl, a document and its package a line, and SOURCES.md into DIRECTORY.
-The same packages give the same bytes. ``grep '"package": "debian-reference-ja"'`` takes one of them out. Needs
-``pip install -c constraints.txt -e '.[texts]'`` and mandoc; takes some minutes.
+writes {english,japanese}.{train,validation}.jsonl, one document with its package per line, and SOURCES.md to DIRECTORY.
+The same packages give the same bytes. ``grep '"package": "debian-reference-ja"'`` selects one of them. Requires
+``pip install -c constraints.txt -e '.[texts]'`` and mandoc; takes a few minutes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LANGUAGES = ("english", "japanese")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.texts", description=__doc__)
-    parser.add_argument("directory", type=Path, help="where the texts go")
-    parser.add_argument("--packages", type=Path, help="where the packages are kept (DIRECTORY/packages)")
+    parser.add_argument("directory", type=Path, help="output directory")
+    parser.add_argument("--packages", type=Path, help="package cache; default DIRECTORY/packages")
     arguments = parser.parse_args()
     try:
         write(arguments.directory, arguments.packages or arguments.directory / "packages", sources())
@@ -59,9 +59,9 @@ def _create(path: Path) -> TextIO:
 
 
 def _table(characters: dict[Source, int]) -> str:
-    lines = ["| language | package | version | licence | characters |", "|---|---|---|---|---:|"]
+    lines = ["| language | package | version | license | characters |", "|---|---|---|---|---:|"]
     lines += [
-        f"| {source.language} | {source.package} | {source.version} | {source.licence} | {count:,} |"
+        f"| {source.language} | {source.package} | {source.version} | {source.license} | {count:,} |"
         for source, count in characters.items()
     ]
     return "\n".join(lines) + "\n"

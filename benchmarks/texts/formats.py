@@ -1,4 +1,4 @@
-"""From a documentation file to its paragraphs. A heading's paragraph starts with HEADING, for the splitter."""
+"""Extract the paragraphs of a documentation file. Headings start with HEADING, which the splitter looks for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lxml import etree, html
 
 from qwen_cl.config.errors import UserError
 
-HEADING = "\ue000"  # of the private use area: in nobody's text
+HEADING = "\ue000"  # a private use character, which no text contains
 Page = list[str]
 
-# What a page has besides prose: code, tables, forms, and the ways Sphinx, DocBook, doxygen and mdbook navigate.
+# Elements that are not prose: code, tables, forms, and the navigation of Sphinx, DocBook, doxygen and mdbook.
 # fmt: off
 NOT_PROSE = {
     "head", "script", "style", "pre", "table", "form", "select", "button", "nav", "header", "footer", "aside",
@@ -35,7 +35,7 @@ HEADINGS = ("h1", "h2", "h3", "h4")
 
 
 def pages(source_format: str, files: Iterable[tuple[str, bytes]], language: str) -> Iterator[Page]:
-    """The pages of a package's files, in their order, each a list of paragraphs."""
+    """Yield the pages of a package's files in order, each a list of paragraphs."""
     if source_format == "story":
         yield from _story(list(files), language)
         return
@@ -67,12 +67,12 @@ def _paragraphs(tree: html.HtmlElement) -> Page:
     for heading in tree.iter(*HEADINGS):
         heading.text = HEADING + (heading.text or "")
     text = html_text.extract_text(tree, guess_layout=True)
-    # A list's items have one line break between them, blocks have two.
+    # List items are separated by one line break, blocks by two.
     return [line for line in text.split("\n") if line.strip()]
 
 
 def _mallard(content: bytes) -> Page:
-    """GNOME's help pages: XML whose paragraphs are HTML's, and whose titles are headings."""
+    """Parse a GNOME help page (Mallard XML), whose paragraphs are named as in HTML and whose titles are headings."""
     root = etree.fromstring(content, parser=etree.XMLParser(resolve_entities=False, recover=True))
     for element in root.iter(etree.Element):
         element.tag = etree.QName(element).localname
@@ -84,13 +84,13 @@ def _mallard(content: bytes) -> Page:
 
 
 def _manual(content: bytes) -> Iterator[Page]:
-    """Man pages, by mandoc: their macros are a language that no Python library reads."""
+    """Render a man page with mandoc; no Python library reads its macros."""
     if (mandoc := shutil.which("mandoc")) is None:
         raise UserError("mandoc is not on PATH; man pages are read with it: apt-get install mandoc")
     source = gzip.decompress(content)
-    if source.startswith(b".so "):  # another name of a page that is there too
+    if source.startswith(b".so "):  # an alias of another page
         return
-    # It reports small faults of a page by its exit code, and renders what it can.
+    # mandoc reports minor errors of a page in its exit code and renders the rest.
     rendered = subprocess.run(
         [mandoc, "-K", "utf-8", "-T", "html", "-O", "fragment"], input=source, capture_output=True, check=False
     )
@@ -98,7 +98,7 @@ def _manual(content: bytes) -> Iterator[Page]:
 
 
 def _dictionary(content: bytes) -> Iterator[Page]:
-    """dictd's format: a headword at the line's start, its paragraphs indented below. An entry is short: some a page."""
+    """Parse the dictd format, a headword at the start of a line with indented text below; entries share a page."""
     lines = gzip.decompress(content).decode("utf-8", "replace").splitlines()
     page: Page = []
     paragraph: list[str] = []
@@ -116,7 +116,7 @@ def _dictionary(content: bytes) -> Iterator[Page]:
 
 
 def _story(files: list[tuple[str, bytes]], language: str) -> Iterator[Page]:
-    """Battle for Wesnoth's campaigns: the marked strings of a scenario in their order, or their translations."""
+    """Read the campaigns of Battle for Wesnoth: the marked strings of a scenario in order, or their translations."""
     catalogs = [gettext.GNUTranslations(io.BytesIO(content)) for name, content in files if name.endswith(".mo")]
     for name, content in files:
         if not name.endswith(".cfg"):

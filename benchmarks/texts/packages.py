@@ -1,4 +1,4 @@
-"""Debian packages as archives of files: fetched by pinned sha256, read in memory, nothing installed."""
+"""Debian packages as archives: downloaded by pinned sha256 and read in memory, without installing anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from debian.debfile import DebFile
 from qwen_cl.config.errors import UserError
 
 TABLE = Path(__file__).with_name("packages.tsv")
-# A point release takes superseded versions out of the first; the second keeps every version ever published.
+# A point release removes superseded versions from the first mirror; the second keeps all versions.
 MIRRORS = [
     "http://deb.debian.org/debian",
     "https://snapshot.debian.org/archive/debian/20261101T000000Z",
@@ -24,14 +24,14 @@ MIRRORS = [
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one package in one language. A package with two languages has two rows."""
+    """The files of one package in one language. A package with two languages has two rows in packages.tsv."""
 
     language: str
     format: str
     path: str
     sha256: str
-    licence: str
-    files: str  # globs on the path within the package, with commas between
+    license: str
+    files: str  # comma-separated globs on the path within the package
 
     @property
     def package(self) -> str:
@@ -48,7 +48,7 @@ def sources() -> list[Source]:
 
 
 def fetch(source: Source, cache: Path) -> Path:
-    """The package's file in ``cache``, downloaded where it is not there; its sha256 is checked either way."""
+    """Return the package's file in ``cache``, downloading it if needed, after checking its sha256."""
     target = cache / source.path.rpartition("/")[2]
     if not target.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -71,14 +71,14 @@ def _download(source: Source) -> bytes:
                 return bytes(response.read())
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             failures.append(f"{mirror}: {error}")
-    raise UserError(f"{source.path} could not be fetched ({'; '.join(failures)}); put the file there by hand")
+    raise UserError(f"{source.path} could not be downloaded ({'; '.join(failures)}); put the file there manually")
 
 
 def members(package: Path, globs: str) -> list[tuple[str, bytes]]:
-    """Path and content of the package's plain files that match, ordered by path."""
+    """Return path and content of the matching regular files of a package, ordered by path."""
     found = []
     with DebFile(str(package)).data.tgz() as archive:
-        # Read in the archive's order: going back means to decompress it from its start.
+        # Read in the archive's order: seeking back would decompress it from the start.
         for member in archive:
             if member.isfile() and any(fnmatch(member.name, glob) for glob in globs.split(",")):
                 file = archive.extractfile(member)

@@ -1,4 +1,4 @@
-"""What of a page is running prose, and how it is cut into documents without a paragraph said twice."""
+"""Select the prose of a page and split it into documents without repeated paragraphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from benchmarks.texts.formats import HEADING, Page
 
 SHORTEST, USUAL, LONGEST = 500, 4000, 20000  # characters of a document
-HELD_OUT = 50  # one document in so many
+HELD_OUT = 50  # one document in 50 validates
 
 JAPANESE = r"\u3040-\u30ff\u3400-\u9fff々ー"
 WIDE = JAPANESE + r"\u3000-\u303f\uff00-\uffef"
@@ -22,14 +22,14 @@ PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-
 
 
 class Documents:
-    """Cuts pages into documents of one language; remembers what paragraphs it has had."""
+    """A splitter of pages into documents of one language, which drops paragraphs that it has seen before."""
 
     def __init__(self, language: str) -> None:
         self.language = language
         self._seen: set[bytes] = set()
 
     def of(self, page: Page) -> Iterator[str]:
-        """Documents of 500 to 20000 characters, cut at headings, or at a paragraph's end where a section is long."""
+        """Yield documents of 500 to 20000 characters, split at headings, or between paragraphs of a long section."""
         for document in _pack(self._sections(page)):
             if SHORTEST <= len(document) <= LONGEST:
                 yield document
@@ -52,7 +52,7 @@ class Documents:
             yield section
 
     def _new(self, paragraph: str) -> bool:
-        """Whether nothing but digits, case and punctuation tells it from an earlier paragraph."""
+        """Return False if the paragraph differs from an earlier one only in digits, case and punctuation."""
         key = hashlib.blake2b(re.sub(r"[\W\d]+", "", paragraph.lower()).encode(), digest_size=12).digest()
         fresh = key not in self._seen
         self._seen.add(key)
@@ -60,7 +60,7 @@ class Documents:
 
 
 def is_held_out(document: str) -> bool:
-    """By the text's own hash, so that a document stays on its side whatever else is added."""
+    """Return whether the document validates, by its own hash, so that other documents do not change its split."""
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 
@@ -69,13 +69,13 @@ def clean(text: str, language: str) -> str:
     text = re.sub(r"[¶\u200b-\u200f\ufeff\ue000-\uf8ff\ufffd]|\[\d+\]", "", text)
     text = re.sub(r"^[\s•·*◦▪-]+ |^\(?\d+(\.\d+)*[.)]? +", "", re.sub(r"\s+", " ", text).strip())
     if language == "japanese":
-        # A line break within a Japanese sentence is no space.
+        # A line break within a Japanese sentence is not a space.
         return re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])", "", text)
     return re.sub(r" {2,}", " ", text.translate(PLAIN))
 
 
 def is_prose(text: str, language: str) -> bool:
-    """Whether it reads as sentences of the language: not code, a menu's entry, a list of names, another language."""
+    """Return whether the text is sentences of the language, not code, a menu entry, a list of names or another one."""
     if language == "japanese":
         letters = len(re.findall(rf"[{JAPANESE}]", text))
         return letters >= 15 and letters >= 0.5 * len(text) and bool(re.search(r"[。！？]", text))
@@ -90,7 +90,7 @@ def is_prose(text: str, language: str) -> bool:
 
 
 def _pack(sections: Iterator[list[str]]) -> Iterator[str]:
-    """Whole sections together up to the usual length; a section longer than that in parts."""
+    """Yield sections joined up to the usual length; longer sections are split."""
     document: list[str] = []
     length = 0
     for section in sections:

@@ -16,7 +16,7 @@ from qwen_cl.config.speed import SpeedConfig, When
 from qwen_cl.models.adapter_methods import adapter_of
 
 FASTER_ON_CPU = ("fused_lora",)
-"""Of the embedded model, by benchmarks/levers.py; compiled layers gain more, but not what compiling takes."""
+"""Measured with the demo model (benchmarks/speed_optimizations.py); compiled layers gain less than compiling takes."""
 COMPILED = ("compile", "fused_linear_cross_entropy", "fused_grad_accumulation")
 UNTESTED_WITH_TRANSFORMER_ENGINE = ("compile", "cuda_graphs", "fused_grad_accumulation")
 """What nobody has tried with Transformer Engine's."""
@@ -86,9 +86,11 @@ def has_static_shapes(config: RunConfig) -> bool:
 
 
 def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
-    """All together train 3.1 times as fast on one H200 (benchmarks/levers.py), and faster at data and pipeline
-    parallel 2. At tensor parallel 2 they did not: 27,000 tokens/s with them and 31,000 without (0.5B,
-    benchmarks/two_gpus.py)."""
+    """Return whether the optimization is faster here.
+
+    All together are 3.1 times as fast on one H200 (benchmarks/speed_optimizations.py), and faster at data and pipeline
+    parallel 2, but not at tensor parallel 2: 27,000 tokens/s with and 31,000 without (0.5B, benchmarks/two_gpus.py).
+    """
     cluster = config.cluster
     if cluster.tensor_parallel > 1:
         return False

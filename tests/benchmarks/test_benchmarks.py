@@ -1,4 +1,4 @@
-"""Each benchmark that anybody can run, at its smallest: what it measures is there, and its sides do the same."""
+"""Run each benchmark that needs no GPU at its smallest size: it prints its results, and the frameworks agree."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def run(name: str, *arguments: str) -> str:
 @pytest.mark.slow
 def test_throughput_beside_another_library(tmp_path: Path) -> None:
     arguments = ["--steps", "2", "--warmup-steps", "1", "--training", "full"]
-    arguments += ["--sides", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
-    assert "losses of all sides agree at step 1" in run("throughput", *arguments)
+    arguments += ["--frameworks", "qwen_cl", "transformers, eager", "--output", str(tmp_path / "results.json")]
+    assert "losses of all frameworks agree at step 1" in run("throughput", *arguments)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert [len(visit["seconds"]) for visit in results["visits"]] == [2, 4, 2]
-    phases = results["visits"][0]["began"]
-    assert 0 < phases["starting"] < phases["training"] < results["visits"][0]["first_step"]
+    assert [len(each["seconds"]) for each in results["runs"]] == [2, 4, 2]
+    phases = results["runs"][0]["phase_started_at"]
+    assert 0 < phases["starting"] < phases["training"] < results["runs"][0]["first_step"]
     assert str(tmp_path) not in results["command"]
 
 
 @pytest.mark.parametrize(
     ("said", "rule"),
     [
-        ("--sides nobody", "argument --sides: invalid choice: 'nobody'"),
-        ("--steps 0", "argument --steps: 0 must be a whole number, 1 or more"),
-        ("--global-batch 9", "--micro-batch 2 must divide the rows of a step, --global-batch 9"),
-        ("--table nothing.json", "argument --table: there is no file nothing.json"),
+        ("--frameworks nobody", "argument --frameworks: invalid choice: 'nobody'"),
+        ("--steps 0", "argument --steps: 0 must be a positive integer"),
+        ("--global-batch 9", "--micro-batch 2 must divide --global-batch 9, the sequences per step"),
+        ("--table nothing.json", "argument --table: nothing.json: no such file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(said: str, rule: str) -> None:
@@ -55,8 +55,8 @@ def test_what_cannot_be_measured_is_refused_first(said: str, rule: str) -> None:
     assert done.stderr.splitlines()[-1].startswith(f"throughput.py: error: {rule}")
 
 
-def test_the_order_of_the_sides() -> None:
-    """A-B-C-C-B-A, of which the two in the middle are one process."""
+def test_the_order_of_the_frameworks() -> None:
+    """A-B-C-C-B-A, where the two in the middle share a process."""
     from benchmarks.throughput import _order
 
     assert _order(["a", "b", "c"], 2) == [("a", 1), ("b", 1), ("c", 2), ("b", 1), ("a", 1)]
@@ -65,14 +65,15 @@ def test_the_order_of_the_sides() -> None:
 
 
 @pytest.mark.slow
-def test_a_lever_alone(tmp_path: Path) -> None:
+def test_a_speed_optimization_alone(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    said = run(*("levers", "--levers", "fused_lora", "--steps", "1", "--warmup-steps", "1", "--output", str(output)))
+    arguments = ["--optimizations", "fused_lora", "--steps", "1", "--warmup-steps", "1", "--output", str(output)]
+    printed = run("speed_optimizations", *arguments)
     runs = json.loads(output.read_text(encoding="utf-8"))["runs"]
     assert list(runs) == ["none", "fused_lora"]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert [row[0] for row in rows[2:]] == list(runs)
-    assert all(0 <= float(apart) < 1e-5 for row in rows[2:] for apart in row[4:])
+    assert all(0 <= float(difference) < 1e-5 for row in rows[2:] for difference in row[4:])
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_packed_rows_beside_padded_ones() -> None:
         for line in run("packing", "--warmup-steps", "1", "--steps", "1").splitlines()
         if line.startswith("|")
     ]
-    assert [row[1].strip() for row in rows[2:]] == ["qwen_cl, packed", "qwen_cl, one to a row", "transformers, padded"]
+    assert [row[1].strip() for row in rows[2:]] == ["qwen_cl, packed", "qwen_cl, not packed", "transformers, padded"]
     assert all(float(row[2].replace(",", "")) > 0 for row in rows[2:])
     before, after = ([float(row[place]) for row in rows[2:4]] for place in (4, 5))
     assert before[0] == before[1] and after[0] == pytest.approx(after[1], rel=0.01)

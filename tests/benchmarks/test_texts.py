@@ -162,7 +162,7 @@ def test_the_table_of_packages() -> None:
     rows = sources()
     assert {row.language for row in rows} == {"english", "japanese"}
     assert {row.format for row in rows} == {"html", "page", "manual", "dictionary", "story"}
-    assert all(row.path.startswith("pool/main/") and len(row.sha256) == 64 and row.licence for row in rows)
+    assert all(row.path.startswith("pool/main/") and len(row.sha256) == 64 and row.license for row in rows)
     assert len({(row.language, row.path) for row in rows}) == len(rows)
 
 

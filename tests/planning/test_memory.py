@@ -188,7 +188,7 @@ def test_the_total_is_the_sum_of_its_parts() -> None:
 def test_what_a_run_took_is_somewhat_less(name: str) -> None:
     """With levers, by the benchmarks of an H200. Which would be much less is no estimate."""
     measured = json.loads((ROOT / f"benchmarks/results/throughput-h200-{name}.json").read_text())
-    visits = [visit for visit in measured["visits"] if visit["side"] == "qwen_cl" and "error" not in visit]
+    visits = [visit for visit in measured["runs"] if visit["framework"] == "qwen_cl" and "error" not in visit]
     assert visits
     for visit in visits:
         config = run_config(

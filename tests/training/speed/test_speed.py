@@ -240,18 +240,18 @@ def default_config() -> RunConfig:
 
 
 def test_what_is_written_has_the_figures_of_the_results() -> None:
-    """As `python benchmarks/throughput.py --table` and `planned_speed.py --table` print them."""
-    from benchmarks import levers as each_lever
+    """As `python benchmarks/throughput.py --table` and `speed_optimizations.py --table` print them."""
+    from benchmarks import speed_optimizations
     from benchmarks.throughput import RESULTS
     from benchmarks.throughput_table import table
 
     tables = dict.fromkeys(RESULTS.glob("throughput-h200*.json"), table)
-    tables |= dict.fromkeys(RESULTS.glob("levers-h200*.json"), each_lever.table)
+    tables |= dict.fromkeys(RESULTS.glob("speed_optimizations-h200*.json"), speed_optimizations.table)
     rows = [
         line
         for path, shown in tables.items()
         for line in shown(json.loads(path.read_text(encoding="utf-8"))).splitlines()
-        if line.startswith("| ") and not line.startswith(("| training", "| lever"))
+        if line.startswith("| ") and not line.startswith(("| training", "| speed optimization"))
     ]
     written = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/speed.md")]
     assert len(rows) >= 25 and [row for row in rows if row not in "".join(written)] == []

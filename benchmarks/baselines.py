@@ -1,6 +1,7 @@
-"""Training loops of other libraries, for ``throughput.py``: ``python -m benchmarks.peers SPECIFICATION`` (JSON).
+"""Training loop of transformers with PEFT, for ``throughput.py``: ``python -m benchmarks.baselines FILE.json``.
 
-Each prints one line of JSON: seconds of every timed step, every step's loss, memory, and when the first step ended.
+FILE.json holds the specification. Prints one line of JSON: the seconds of every timed step, the loss of every step,
+peak memory, and the time of the first step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(specification: dict[str, Any]) -> None:
     device = specification["device"]
     tokens = torch.from_numpy(np.load(specification["tokens"])).to(device)
     model, trained = _model(specification)
-    optimizer = torch.optim.AdamW(trained, lr=specification["lr"], weight_decay=0.1, fused=True)  # as ours
+    optimizer = torch.optim.AdamW(trained, lr=specification["lr"], weight_decay=0.1, fused=True)  # as in qwen_cl
     called = torch.compile(model) if specification["compiled"] else model
     size, micro = specification["global_batch_size"], specification["micro_batch_size"]
     total = specification["warmup_steps"] + specification["timed_steps"]
@@ -33,7 +34,7 @@ def main(specification: dict[str, Any]) -> None:
         optimizer.zero_grad()
         losses.append(loss)
         if step == 0:
-            float(loss)  # waits for it
+            float(loss)  # synchronizes
             first_step = time.time() - specification["started"]
         if step + 1 == specification["warmup_steps"] and device == "cuda":
             torch.cuda.synchronize()
@@ -57,7 +58,7 @@ def _model(specification: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def base_model(specification: dict[str, Any]) -> Any:
-    """Full fine-tuning keeps fp32 master weights, as ours does; LoRA's base is bf16 and its adapters fp32."""
+    """Load the model as qwen_cl does: fp32 weights for full fine-tuning, a bf16 base with fp32 adapters for LoRA."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,16 +82,16 @@ def lora_config() -> Any:
 
 
 def _step(model: Any, rows: Any, micro: int, device: str) -> Any:
-    """Forward and backward of one global batch; returns its mean loss."""
+    """Run forward and backward on one global batch and return its mean loss."""
     import torch
 
     total = torch.zeros((), device=device)
     parts = len(rows) // micro
     for batch in rows.split(micro):
         inputs, labels = batch[:, :-1].clamp_min(0), batch[:, 1:]
-        labels = labels.masked_fill(labels < 0, -100)  # padding, at the end of a row
+        labels = labels.masked_fill(labels < 0, -100)  # padding at the end of a sequence
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            # shift_labels: the labels as they are, so that rows need no last token without one
+            # shift_labels: the labels are shifted already, so every token of a sequence has one
             loss = model(input_ids=inputs, labels=labels, shift_labels=labels.contiguous()).loss / parts
         loss.backward()
         total += loss.detach()

@@ -1,6 +1,7 @@
-"""TRL's SFTTrainer, for ``throughput.py``: ``python -m benchmarks.trl_peer SPECIFICATION`` (JSON), as benchmarks.peers.
+"""Training with TRL's SFTTrainer, for ``throughput.py``: ``python -m benchmarks.trl_baseline FILE.json``.
 
-What is free of its options is on: fused Adam, torch.compile where asked for, no gradient checkpointing.
+FILE.json and the printed record are those of ``benchmarks.baselines``. Options that cost nothing are on: fused Adam,
+torch.compile where requested, no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import base_model, between, lora_config, mark
+from benchmarks.baselines import base_model, between, lora_config, mark
 
 
 def main(specification: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def main(specification: dict[str, Any]) -> None:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rows = np.load(specification["tokens"])
-    masks = [[0] + [1] * (rows.shape[1] - 1)] * len(rows)  # nothing predicts the first, and it would be counted
+    masks = [[0] + [1] * (rows.shape[1] - 1)] * len(rows)  # the first token has no loss
     with tempfile.TemporaryDirectory() as directory:
         trainer = InOrder(
             base_model(specification),

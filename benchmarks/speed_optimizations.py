@@ -1,9 +1,9 @@
-"""What each lever on speed does alone, in one command: ``python benchmarks/levers.py [--help]``.
+"""Measure each speed optimization alone: ``python benchmarks/speed_optimizations.py [--help]``.
 
-Trains the same rows from the same weights with no lever, with each alone, and with all, every run a process as
-``python launch.py`` starts it, and prints a table in Markdown: speed, memory, and how far losses and norms of the
-gradient come from those without levers. On a GPU a Qwen2.5-0.5B of random weights in bf16, on a CPU the embedded model
-in fp32.
+Train on the same sequences from the same weights with no optimization, with each alone, and with all that ``auto``
+enables. Each run is a process of its own, started as ``python launch.py`` starts it. Print a Markdown table of speed,
+memory, and the largest relative difference of loss and gradient norm from the baseline without optimizations. On a GPU
+the model is Qwen2.5-0.5B with random weights in bf16, on a CPU the bundled demo model in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.arguments import default_device, existing_device, existing_file, machine, positive  # noqa: E402
 
-LEVERS = {
+OPTIMIZATIONS = {
     "none": [],
     "compile": ["speed.compile=always"],
     "fused_linear_cross_entropy": ["speed.fused_linear_cross_entropy=always"],
@@ -34,8 +34,8 @@ LEVERS = {
     "fused_adam": ["speed.fused_adam=true"],
     "foreach_grad_clip": ["speed.foreach_grad_clip=true"],
 }
-ALL, SLOWER = "all that gain", ("activation_recompute",)
-OF_LORA, OF_A_GPU = ("fused_lora",), ("cuda_graphs",)
+ALL, SLOWER = "all that auto enables", ("activation_recompute",)
+LORA_ONLY, GPU_ONLY = ("fused_lora",), ("cuda_graphs",)
 
 
 def main() -> int:
@@ -45,13 +45,13 @@ def main() -> int:
     )
     parser.add_argument("--training", choices=("lora", "full"), default="lora")
     parser.add_argument(
-        "--levers", nargs="+", choices=[*LEVERS, ALL], help="default: all that there are for the device"
+        "--optimizations", nargs="+", choices=[*OPTIMIZATIONS, ALL], help="default: all that the device supports"
     )
     parser.add_argument("--warmup-steps", type=positive, default=8)
-    parser.add_argument("--steps", type=positive, default=12, help="that are timed")
-    parser.add_argument("--output", type=Path, help="also write what was measured, as JSON, after each run")
-    parser.add_argument("--directory", type=Path, help="where the temporary directory with model and runs is made")
-    parser.add_argument("--table", type=existing_file, help="print the table of a file of results, and measure nothing")
+    parser.add_argument("--steps", type=positive, default=12, help="timed steps")
+    parser.add_argument("--output", type=Path, help="also write the results as JSON after each run")
+    parser.add_argument("--directory", type=Path, help="parent of the temporary directory")
+    parser.add_argument("--table", type=existing_file, help="print the table of a results file and exit")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "training": arguments.training,
         "runs": {},
     }
-    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="levers-") as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="speed-") as temporary:
         base = Path(temporary)
         model = base / "model" if on_gpu else ROOT / "qwen_cl/demo/model"
         if on_gpu:
@@ -92,50 +92,53 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         specification["rows"] = specification["global_batch_size"] * (arguments.warmup_steps + arguments.steps)
         results |= {name: specification[name] for name in ("sequence_length", "global_batch_size", "micro_batch_size")}
-        for name, overrides in _chosen(arguments.levers, arguments.training, on_gpu).items():
-            said = ["speed=off", *overrides]
-            results["runs"][name] = throughput._visit(OURS, specification, base / f"run-{len(results['runs'])}", said)
+        for name, overrides in _chosen(arguments.optimizations, arguments.training, on_gpu).items():
+            overrides = ["speed=off", *overrides]
+            directory = base / f"run-{len(results['runs'])}"
+            results["runs"][name] = throughput._run(OURS, specification, directory, overrides)
             if arguments.output:
                 arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
 def _chosen(names: list[str] | None, training: str, on_gpu: bool) -> dict[str, list[str]]:
-    there = {
-        name: said
-        for name, said in LEVERS.items()
-        if (training == "lora" or name not in OF_LORA) and (on_gpu or name not in OF_A_GPU)
+    supported = {
+        name: overrides
+        for name, overrides in OPTIMIZATIONS.items()
+        if (training == "lora" or name not in LORA_ONLY) and (on_gpu or name not in GPU_ONLY)
     }
-    there[ALL] = [override for name, said in there.items() if name not in SLOWER for override in said]
-    return there if names is None else {name: said for name, said in there.items() if name in {"none", *names}}
+    supported[ALL] = [each for name, overrides in supported.items() if name not in SLOWER for each in overrides]
+    return supported if names is None else {name: supported[name] for name in supported if name in {"none", *names}}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Medians of the timed steps; of losses and norms the largest difference of any step."""
+    """Return the table: the median speed of the timed steps, and the largest difference of any step."""
     tokens = results["sequence_length"] * results["global_batch_size"]
-    plain = results["runs"]["none"]
+    baseline = results["runs"]["none"]
     lines = [
-        f"{results['training']} on {results['machine']}; rows of {results['sequence_length']} tokens, "
-        f"{results['global_batch_size']} a step, micro batch {results['micro_batch_size']}",
+        f"{results['training']} on {results['machine']}; sequences of {results['sequence_length']} tokens, "
+        f"{results['global_batch_size']} per step, micro batch {results['micro_batch_size']}",
         "",
-        "| lever | tokens/s | times none | peak GiB | loss apart | norm apart |",
+        "| speed optimization | tokens/s | speedup over baseline | peak GiB | max loss difference "
+        "| max gradient norm difference |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, run in results["runs"].items():
-        if "error" in run or "error" in plain:
-            lines.append(f"| {name} | {run.get('error', 'nothing to compare with')} | | | | |")
+        if "error" in run or "error" in baseline:
+            lines.append(f"| {name} | {run.get('error', 'no baseline to compare with')} | | | | |")
             continue
-        seconds, alone = (statistics.median(each["seconds"]) for each in (run, plain))
+        seconds, without = (statistics.median(each["seconds"]) for each in (run, baseline))
         lines.append(
-            f"| {name} | {tokens / seconds:,.0f} | {alone / seconds:.2f} | {run['peak'] / 2**30:.2f} "
-            f"| {_apart(run['losses'], plain['losses']):.1e} | {_apart(run['norms'], plain['norms']):.1e} |"
+            f"| {name} | {tokens / seconds:,.0f} | {without / seconds:.2f} | {run['peak'] / 2**30:.2f} "
+            f"| {_max_difference(run['losses'], baseline['losses']):.1e} "
+            f"| {_max_difference(run['norms'], baseline['norms']):.1e} |"
         )
     return "\n".join(lines)
 
 
-def _apart(ours: list[float], theirs: list[float]) -> float:
-    """Relative."""
-    return max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
+def _max_difference(values: list[float], expected: list[float]) -> float:
+    """Return the largest relative difference of any step."""
+    return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The sides of ``load.py``, each in a process of its own: ``python -m benchmarks.sides SIDE MODEL DEVICE``.
+"""The loaders that ``load.py`` compares: ``python -m benchmarks.loaders LOADER MODEL DEVICE``.
 
-Each prints one line of JSON: seconds by what they include, and the memory and traffic of the process meanwhile.
+Each runs in a process of its own and prints one line of JSON: seconds by what they include, and the memory and I/O of
+the process during that time.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any, cast
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(side: str, model: Path, device: str) -> None:
+def main(loader: str, model: Path, device: str) -> None:
     try:
-        record = SIDES[side](model, device)
-    except Exception as error:  # the table says why
+        record = LOADERS[loader](model, device)
+    except Exception as error:  # printed in the table
         record = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(record))
 
 
 def ours(model: Path, device: str) -> dict[str, Any]:
-    """The module as a run builds it, filled as a run fills it, at TP1 PP1."""
+    """Build and fill the model as a run does, at tensor and pipeline parallel 1."""
     import torch
 
     config = _run_config(model, device)
@@ -39,7 +40,7 @@ def ours(model: Path, device: str) -> dict[str, Any]:
     from qwen_cl.models.loading.readers import default_readers
 
     _start(device)
-    _build(replace(plan, architecture=replace(plan.architecture, num_layers=1, vocab_size=8)))  # its first use
+    _build(replace(plan, architecture=replace(plan.architecture, num_layers=1, vocab_size=8)))  # warm up
     with measured() as record:
         started = time.perf_counter()
         module = _build(plan)
@@ -57,13 +58,15 @@ def ours(model: Path, device: str) -> dict[str, Any]:
     assert devices == {device} and dtypes == {_dtype(device)}, (devices, dtypes)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
     record["seconds"] = {
-        "built module to weights in place": filled - began,
-        "the same, and building the module": built - started + filled - began,
+        "filling the built model": filled - began,
+        "building and filling the model": built - started + filled - began,
     }
     where, total = torch.device(device), record["read"]
     pinned = default_readers(where, total) * BUFFERS * block_size(where, total) / 1e6 if device == "cuda" else 0
-    record["note"] = f"ours: memory is while filling (building added {building['anonymous'] / 1e6:,.0f} MB anon"
-    record["note"] += f"), and {pinned:.0f} MB of pinned buffers, which RSS may not count." if pinned else ")."
+    record["note"] = (
+        f"ours: memory is measured while filling (building added {building['anonymous'] / 1e6:,.0f} MB anon"
+    )
+    record["note"] += f"), and {pinned:.0f} MB of pinned buffers, which RSS may not include." if pinned else ")."
     return record
 
 
@@ -78,7 +81,7 @@ def device_map(model: Path, device: str) -> dict[str, Any]:
 
 
 def read(model: Path, device: str) -> dict[str, Any]:
-    """One thread reads every byte into the same buffer."""
+    """Read every byte into the same buffer, in one thread."""
     buffer = bytearray(16 * 2**20)
     paths = sorted(model.glob("*.safetensors"))
     with measured() as record:
@@ -92,7 +95,7 @@ def read(model: Path, device: str) -> dict[str, Any]:
 
 
 def import_ckpt(model: Path, device: str) -> dict[str, Any]:
-    """NeMo's own way, untouched."""
+    """Convert the model with NeMo's own ``llm.import_ckpt``."""
     from nemo.collections import llm
 
     shape = json.loads((model / "config.json").read_text())
@@ -112,7 +115,7 @@ def import_ckpt(model: Path, device: str) -> dict[str, Any]:
     return record
 
 
-SIDES = {"read": read, "from_pretrained": from_pretrained, "device_map": device_map, "ours": ours} | {
+LOADERS = {"read": read, "from_pretrained": from_pretrained, "device_map": device_map, "ours": ours} | {
     "import_ckpt": import_ckpt
 }
 
@@ -124,7 +127,7 @@ def _transformers(model: Path, device: str, timed: str, **options: Any) -> dict[
 
     _start(device)
     Qwen2ForCausalLM(transformers.Qwen2Config(hidden_size=8, num_attention_heads=1, num_key_value_heads=1,
-        intermediate_size=8, num_hidden_layers=1, vocab_size=8)).to(device)  # its first use  # fmt: skip
+        intermediate_size=8, num_hidden_layers=1, vocab_size=8)).to(device)  # warm up  # fmt: skip
     with measured() as record:
         started = time.perf_counter()
         loaded = Qwen2ForCausalLM.from_pretrained(model, dtype=_dtype(device), **options)
@@ -139,9 +142,9 @@ def _transformers(model: Path, device: str, timed: str, **options: Any) -> dict[
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict[str, Any]]:
-    """Fills the record when the block ends: bytes of memory beyond before, read, written, and of the device."""
+    """Fill the record at the end of the block: bytes of memory added, read, written, and allocated on the device."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     record: dict[str, Any] = {}
     before, traffic = _status(), _traffic()
     peak, done = [before["RssAnon"]], threading.Event()
@@ -186,7 +189,7 @@ def _device_peak() -> int:
 
 
 def _dtype(device: str) -> Any:
-    """What a run takes by itself (cluster.precision=auto)."""
+    """Return the dtype that ``cluster.precision=auto`` selects."""
     import torch
 
     return torch.bfloat16 if device == "cuda" else torch.float32
