@@ -1,4 +1,4 @@
-"""One trained run and a few random models, shared by every test that needs them."""
+"""The fixtures that tests share: a trained run and a few random models."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.support.warm import warm_environment
 pytest_plugins = ["tests.support.fault_table"]
 import_megatron()  # before a test module imports Megatron by itself
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that started the tests in the background did that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = f"data.instructions={ROOT}/tests/support/few/instructions"
-"""The demo's rows, of which five validate: for runs whose validation is no more than a step among others."""
+"""The overrides for the demo data with five validation rows, for runs in which validation should be quick."""
 
 
 SLOWEST = (
@@ -40,7 +40,7 @@ SLOWEST = (
     "test_hugging_face",
     "test_run",
 )
-"""Files that start first: each is one process's work, and the last to start would be waited for."""
+"""The test files that start first, as each runs in one process and takes long."""
 
 SHARED_RUNS = {"trained", "brief", "dated", "plain"}
 """The fixtures that train: the first test that uses one waits for its run."""
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Launched:
-    """A finished `python launch.py` and what it left."""
+    """A finished `python launch.py`, with its output and its folder."""
 
     returncode: int
     stdout: str
@@ -65,8 +65,10 @@ class Launched:
 
 
 def launch(*arguments: str, directory: Path, environment: dict[str, str] | None = None, warm: bool = False) -> Launched:
-    """Run the launcher as a user would, into ``directory``; ``warm``: what it starts has NeMo already
-    (tests.support.warm)."""
+    """Run the launcher as a user does, into ``directory``.
+
+    With ``warm`` its child processes have NeMo imported already (tests.support.warm).
+    """
     variables = {**os.environ, **(environment or {})}
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={directory}", *arguments],
@@ -81,14 +83,14 @@ def launch(*arguments: str, directory: Path, environment: dict[str, str] | None 
 
 @pytest.fixture(scope="session")
 def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for every worker process of one test session."""
+    """Return the folder that all worker processes of a test session share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(shared_directory: Path) -> Iterator[None]:
-    """What runs keep for later ones lies with the tests' own files, and not in the home of whoever runs them."""
+    """Put the cache into the tests' temporary folder instead of the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         if "QWEN_CL_CACHE" not in os.environ:
             patch.setenv("QWEN_CL_CACHE", str(shared_directory / "cache"))
@@ -98,7 +100,7 @@ def cache(shared_directory: Path) -> Iterator[None]:
 def launch_once(
     shared: Path, name: str, *arguments: str, environment: dict[str, str] | None = None, warm: bool = False
 ) -> Launched:
-    """A run that several tests look at: the first that asks starts it, in whatever process of the session it is."""
+    """Return a run that several tests share; the first test that needs it starts it, in any process of the session."""
     directory, record = shared / name / "run", shared / f"{name}.txt"
     directory.parent.mkdir(exist_ok=True)
     with FileLock(f"{record}.lock"):
@@ -111,6 +113,6 @@ def launch_once(
 
 @pytest.fixture(scope="session")
 def trained(shared_directory: Path) -> Launched:
-    """The README's main command, run once: the tiny model, the demo data, LoRA."""
+    """Return the run of the README's main command: tiny model, demo data, LoRA."""
     without_key = {"WANDB_API_KEY": "", "NETRC": str(shared_directory / "no-netrc")}
     return launch_once(shared_directory, "trained", environment=without_key)

@@ -1,4 +1,4 @@
-"""Bad input: one clear message, exit code 2, no traceback, nothing left behind."""
+"""Invalid input: one clear message, exit code 2, no traceback, no files left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse(*arguments: str, directory: Path) -> str:
 
 
 def refuse_forked(*arguments: str, directory: Path) -> str:
-    """The same of a process that has imported everything."""
+    """Return the message as ``refuse`` does, from a process that has imported everything."""
     ended = run_ranks(_launch, arguments, directory)
     return _refused(ended.returncode, ended.log, directory)
 
@@ -41,7 +41,7 @@ def _launch(arguments: tuple[str, ...], directory: Path) -> None:
 
 
 def _refused(returncode: int, said: str, directory: Path) -> str:
-    """What was said on both streams."""
+    """Return the output of both streams."""
     assert returncode == 2, said
     assert "Traceback" not in said
     assert "Error executing job" not in said
@@ -51,7 +51,7 @@ def _refused(returncode: int, said: str, directory: Path) -> str:
 
 
 REAL = ("peft.rnk=8", "peft.rank=big", "lr=0", "hydra.run.dir=/proc/nope")
-"""One of Hydra, of OmegaConf, of our own rules, and of the file system; the others are forked."""
+"""An error of Hydra, of OmegaConf, of our own rules, and of the file system; the other errors run in forks."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What happens to a run that meets a fault, and what is lost. Each test adds a line to docs/faults.md (conftest.py)."""
+"""Failure modes and recovery of a run. Each test checks a line of docs/faults.md (see tests/support/fault_table.py)."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from tests.support.interrupted_runs import (
 pytestmark = pytest.mark.slow
 
 LORA = overrides_of("lora")
-NOTHING = "nothing: losses to the last bit those of a run that was left alone"
+NOTHING = "nothing: losses equal those of an uninterrupted run to the last bit"
 
 
 @pytest.fixture(scope="module")
 def runs(shared_directory: Path) -> tuple[RunFolder, RunFolder]:
-    """One that was left alone, and one killed with checkpoints of steps 2 and 4."""
+    """Return an uninterrupted run, and the same run killed with checkpoints of steps 2 and 4."""
     return whole_and_killed(shared_directory, "lora")
 
 
 def goes_on(folder: RunFolder, whole: RunFolder) -> None:
-    """To its end, and to the same one."""
+    """Resume the run, and check that it ends like the uninterrupted one."""
     ended = train(folder, *LORA)
     assert ended.returncode == 0, ended.log[-3000:]
     assert folder.status().state == "COMPLETED"
@@ -57,13 +57,13 @@ def goes_on(folder: RunFolder, whole: RunFolder) -> None:
 
 
 def test_killed_between_steps(runs: tuple[RunFolder, RunFolder], row: Row) -> None:
-    """Going on is in tests/runs/test_resume.py; here only that it was so."""
+    """Check the checkpoints of the killed run; tests/runs/test_resume.py resumes it."""
     assert [checkpoint.step for checkpoint in complete_checkpoints(runs[1].checkpoints)] == [4, 2]
-    row("kill -9 between two steps", "goes on from the newest checkpoint", NOTHING)
+    row("kill -9 between two steps", "resumes from the newest checkpoint", NOTHING)
 
 
 class Canary:
-    """Makes a folder where it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,13 +111,13 @@ def test_the_newest_checkpoint_is_spoilt(
     assert resumption.notes[0].startswith(f"checkpoints/step=4: {reason}")
     assert resumption.notes[0].endswith("; renamed to checkpoints/damaged-step=4")
     assert not (folder.directory / "canary").exists()
-    if fault in ("a bit flipped in a shard", "a `.metadata` that runs code"):  # the others would go on alike
+    if fault in ("a bit flipped in a shard", "a `.metadata` that runs code"):  # the other cases resume alike
         goes_on(folder, runs[0])
         assert not (folder.directory / "canary").exists()
     row(
         fault,
-        "told before anything in it is opened; goes on from the one before",
-        "nothing: what came after is trained again",
+        "detected before loading; resumes from the checkpoint before",
+        "nothing: the later steps are trained again",
     )
 
 
@@ -130,7 +130,9 @@ def test_all_checkpoints_are_spoilt(runs: tuple[RunFolder, RunFolder], tmp_path:
         start(folder, *LORA)
     assert sorted(folder.checkpoints.rglob("*")) == before
     row(
-        "every checkpoint spoilt", "refused with exit code 2, each file named; nothing is touched", "what the disk lost"
+        "every checkpoint corrupted",
+        "refused with exit code 2, which names each file; nothing is changed",
+        "the corrupted files",
     )
 
 
@@ -142,13 +144,15 @@ def test_only_an_unfinished_checkpoint_is_left(runs: tuple[RunFolder, RunFolder]
     assert resumption.notes == ["no checkpoint was saved before this run was interrupted: starting from the beginning"]
     assert list(folder.checkpoints.iterdir()) == []
     goes_on(folder, runs[0])
-    row("only an unfinished checkpoint left", "it is removed, and the run starts from its beginning", NOTHING)
+    row("only an unfinished checkpoint left", "it is removed, and the run starts from step 0", NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
 class CopyAtEachMoment:
-    """Copies the checkpoints' folder before each change to a file of it while a step is saved: what a process that is
-    killed at that moment leaves behind."""
+    """A copier of the checkpoints' folder before each change to a file of it while a step is saved.
+
+    Each copy is what a process leaves behind that is killed at that moment.
+    """
 
     place: Path
 
@@ -156,7 +160,7 @@ class CopyAtEachMoment:
         watch_files(folder.checkpoints, lambda count: self.copy(folder.checkpoints))
 
     def copy(self, checkpoints: Path) -> None:
-        """By the time: the processes that Megatron forks to write with come here too."""
+        """Name the copy by the time, as the writer processes that Megatron forks make copies too."""
         if (checkpoints / "step=2").is_dir():
             shutil.copytree(checkpoints, self.place / f"{time.time_ns()}-{os.getpid()}")
 
@@ -188,7 +192,7 @@ def test_killed_while_it_saves(runs: tuple[RunFolder, RunFolder], tmp_path: Path
         found.append(newest.step)
     assert len(found) > 20
     assert sorted(found) == found
-    assert set(found) == {2, 4}  # the change after which it is 6 is the last
+    assert set(found) == {2, 4}  # the last change makes it step 6
     assert complete_checkpoints(folder.checkpoints)[0].step == 6
     killed = copy_of(runs[1], tmp_path / "killed")
     assert train(killed, *LORA, fault=DieAtMoment(len(found) // 4)).returncode == -signal.SIGKILL
@@ -196,7 +200,7 @@ def test_killed_while_it_saves(runs: tuple[RunFolder, RunFolder], tmp_path: Path
     assert not list(killed.checkpoints.glob(".*"))
     row(
         "kill -9 during a save, at every change to a file",
-        "the last whole checkpoint is the newest; leftovers go",
+        "the last complete checkpoint is the newest; leftovers are removed",
         NOTHING,
     )
 
@@ -214,16 +218,16 @@ def test_asked_to_stop(moment: str, runs: tuple[RunFolder, RunFolder], tmp_path:
     fault = SIGTERMS[moment]
     assert train(folder, *LORA, fault=fault).returncode == 75
     status = folder.status()
-    stopped_at = fault.step + (moment == "in saving")  # the step is over by then
+    stopped_at = fault.step + (moment == "in saving")  # the step has ended by then
     assert (status.state, status.reason, status.step) == ("PREEMPTED", "stopped on request", stopped_at)
     assert complete_checkpoints(folder.checkpoints)[0].step == stopped_at
     assert folder.adapter.is_dir()
-    if moment == "in saving":  # the others would go on alike
+    if moment == "in saving":  # the other cases resume alike
         goes_on(folder, runs[0])
     row(
         f"a signal to stop {moment}",
         "saves after the step, PREEMPTED, exit code 75",
-        "nothing: all that was trained is saved",
+        "nothing: every step is saved",
     )
 
 
@@ -246,8 +250,8 @@ def test_a_loss_that_is_no_number(runs: tuple[RunFolder, RunFolder], tmp_path: P
     for step in (2, 4):
         verify(folder.checkpoints / f"step={step}")
     row(
-        "a loss or gradient that is no number",
-        "FAILED, says what to lower; it is not saved",
+        "a NaN or infinite loss or gradient",
+        "FAILED, with advice on what to lower; no checkpoint of it is saved",
         "the steps since the last checkpoint",
     )
 
@@ -267,14 +271,14 @@ def test_a_clock_that_goes_backwards(runs: tuple[RunFolder, RunFolder], tmp_path
     assert all(record > 0 for record in rates(folder))
     row(
         "the clock goes backwards",
-        "nothing: durations are of the monotonic clock, checkpoints go by their step",
+        "nothing: durations use the monotonic clock, checkpoints are ordered by step",
         NOTHING,
     )
 
 
 @contextmanager
 def mounted(place: Path, options: str) -> Iterator[None]:
-    """A small file system in memory."""
+    """Mount a small file system in memory."""
     place.mkdir(exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True, check=False
@@ -288,7 +292,7 @@ def mounted(place: Path, options: str) -> Iterator[None]:
 
 
 def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
-    """First one that has no room, then one that somebody else fills while the checkpoint is written."""
+    """Test a disk without enough space, and one that another process fills while the checkpoint is written."""
     disk = tmp_path / "disk"
     with mounted(disk, "size=60m"):
         folder = copy_of(runs[1], disk / "run")
@@ -307,8 +311,8 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
         filling.unlink()
         goes_on(folder, runs[0])
     row(
-        "a full disk, before a checkpoint is written or meanwhile",
-        "FAILED, says how much is needed; no half checkpoint",
+        "a full disk, before or while a checkpoint is written",
+        "FAILED, with the space that is needed; no incomplete checkpoint",
         NOTHING,
     )
 

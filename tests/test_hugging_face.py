@@ -1,4 +1,4 @@
-"""NeMo's stock recipes from ``hf://``, for people who use nothing else of ours."""
+"""NeMo's stock recipes from ``hf://``, without the launcher."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ RUNS = str(ROOT / "tests/support/stock_recipe_runs.py")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary with a row that no power of two divides; tied, as Qwen2.5-0.5B is."""
+    """Return a model with an odd vocabulary size and tied embeddings, as Qwen2.5-0.5B has."""
     return save_random_model(tmp_path_factory.mktemp("model") / "model", vocab_size=1537)
 
 
 def run(model: Path, directory: Path, *names: str, processes: int = 1) -> str:
-    """The Hub is up only while the process runs; returns the commit it served."""
+    """Run the recipes with a Hub that is up only while the process runs; return the commit it served."""
     data = directory / "data"
     data.mkdir()
     for part in ("training", "validation"):
@@ -57,7 +57,7 @@ def run(model: Path, directory: Path, *names: str, processes: int = 1) -> str:
 
 
 def first_losses(model: Path, directory: Path) -> tuple[float, float]:
-    """Of the first step: the run's, and transformers' on the batch that was trained on."""
+    """Return the losses of the first step: the run's, and transformers' on the same batch."""
     batch = load_file(directory / "batch.safetensors")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_ranks_under_torchrun_share_one_empty_cache(model: Path, tmp_path: Path)
 
 
 def test_the_line_fills_what_is_unset_and_refuses_another_model(model: Path) -> None:
-    """One test, because importing NeMo is what takes long."""
+    """Check everything in one test, as importing NeMo takes long."""
     import nemo_run
     from nemo.collections import llm
 
@@ -138,7 +138,7 @@ def test_the_line_fills_what_is_unset_and_refuses_another_model(model: Path) -> 
         recipe(share_embeddings_and_output_weights=False), str(model)
     ).model.config.share_embeddings_and_output_weights
 
-    given.model.tokenizer = nemo_run.Config(llm.Qwen2Config)  # any value: it must stay
+    given.model.tokenizer = nemo_run.Config(llm.Qwen2Config)  # any value; it must not change
     assert from_hugging_face(given, str(model)).model.tokenizer == given.model.tokenizer
 
     other = "use the recipe of that model, or set recipe.model.config"

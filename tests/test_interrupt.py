@@ -1,4 +1,4 @@
-"""Ctrl-C at whatever moment of the launcher's life: exit code 130, and no traceback."""
+"""Ctrl-C at any moment of the launcher: exit code 130, and no traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOMENTS = {
     "the model is looked at": r"\| +tokenizers$",
     "another process works for it": r"^recipe$",
 }
-"""A line of what Python says of its imports, or of what is printed."""
+"""A pattern of a line of Python's import log or of the launcher's output, by moment."""
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_an_interrupted_launcher_says_nothing_of_its_own(moment: str, tmp_path: 
 
 
 def test_what_fails_because_of_an_interrupt_is_one() -> None:
-    """As OmegaConf does, cut short while it copies a config."""
+    """Fail during the cleanup of an interrupt, as OmegaConf does while it copies a config."""
 
     def fails_while_it_cleans_up() -> None:
         try:
@@ -60,6 +60,6 @@ def test_what_fails_because_of_an_interrupt_is_one() -> None:
 
 
 def test_who_imports_the_launcher_keeps_its_environment() -> None:
-    """What the launcher asks of transformers holds for its own process: a test run that imported it lost torch."""
+    """Check that importing launch.py does not disable torch in transformers, which its own process does."""
     check = "import os; before = dict(os.environ); import launch; assert dict(os.environ) == before"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

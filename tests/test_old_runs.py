@@ -1,4 +1,4 @@
-"""Folders of tests/old_runs, which earlier code wrote, under today's: they resume, export, evaluate and report."""
+"""The folders of tests/old_runs, written by earlier code: they resume, export, evaluate and report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.slow
 
 OLD = ROOT / "tests/old_runs"
 WRITTEN_AT = "/tmp/old_runs"
-"""Where these folders were when they were written; their files name each other by it."""
+"""The path of the folders when they were written, which their files contain."""
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())
-"""What the code that wrote the folders made of them."""
+"""The results of the code that wrote the folders."""
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A copy of all folders, whose files name each other by where it is."""
+    """Return a copy of all folders, with their paths updated."""
     copy = Path(shutil.copytree(OLD, tmp_path / "old_runs"))
     for path in sorted(copy.rglob("*")):
         if path.suffix in (".json", ".yaml", ".csv") and "context" not in path.parts:
@@ -45,7 +45,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def _seal_again(manifest: Path) -> None:
-    """Record the files as they are now; nothing else of the manifest changes."""
+    """Update the files of a manifest, and nothing else."""
     content = json.loads(manifest.read_text())
     for name, saved in content["files"].items():
         data = (manifest.parent / name).read_bytes()
@@ -54,7 +54,7 @@ def _seal_again(manifest: Path) -> None:
 
 
 def overrides(run: Path) -> list[str]:
-    """Read those that the run was started with, as they were typed then."""
+    """Read the overrides that the run was started with, as they were typed."""
     said: list[str] = yaml.safe_load((run / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
     return said
 
@@ -129,7 +129,7 @@ def test_exports_hold_the_tensors_of_then(name: str, old: Path, tmp_path: Path) 
 
 
 def test_a_full_run_s_checkpoint_is_a_model_to_start_from(old: Path, tmp_path: Path) -> None:
-    """Its context names the functions of the model's config by where they were in the code."""
+    """Check a checkpoint whose context names functions by their earlier modules."""
     (checkpoint,) = (old / "full/checkpoints").glob("step=*")
     assert "_target_: qwen_cl." in (checkpoint / "context/model.yaml").read_text()
     done = launch(
@@ -171,7 +171,7 @@ RENAMED = {
     "replay.sets": "replay.datasets",
     "retention.sets": "retention.eval_sets",
 }
-"""Of the keys that the sweep's table names."""
+"""The sweep's keys, as its table names them."""
 
 
 def _under_todays_names(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The main command, end to end: what it prints, what it leaves, and how it stops."""
+"""The main command end to end: its output, its files, and how it stops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_main_command_learns_and_says_where_everything_is(trained: Launched) -> 
 
 
 def test_nothing_of_the_base_is_copied(trained: Launched) -> None:
-    """NeMo puts the tokenizer's directory into every checkpoint: it must not be the model's."""
+    """Check the tokenizer's directory, which NeMo copies into every checkpoint: it must not be the model's."""
     written = [path.name for path in trained.folder.directory.rglob("*.safetensors")]
     assert written == ["adapter_model.safetensors"]
     assert (next(trained.folder.checkpoints.iterdir()) / "context/tokenizer/tokenizer.json").is_file()
@@ -74,7 +74,7 @@ def test_the_saved_config_is_the_run(trained: Launched) -> None:
     assert config.model.source == str(ROOT / "qwen_cl/demo/model")
 
 
-def test_without_a_key_the_dashboard_is_offline_and_says_so(trained: Launched) -> None:
+def test_without_a_key_w_and_b_is_offline_and_says_so(trained: Launched) -> None:
     notices = [line for line in trained.stdout.splitlines() if line.startswith("W&B:")]
     assert len(notices) == 1
     assert "no API key, logging offline; upload with: wandb sync" in notices[0]
@@ -111,7 +111,7 @@ def test_in_use_then_interrupted(tmp_path: Path, row: Row) -> None:
     row("the same folder twice", "the second is refused with exit code 2", "nothing")
 
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # as a launcher gets several at once where what started it is killed
+    process.send_signal(signal.SIGTERM)  # a launcher gets several at once if its parent is killed
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     status = folder.status()
@@ -143,7 +143,7 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     levers = ["compile", "fused_linear_cross_entropy"] if arguments else []
     levers += ["fused_lora", *(["fused_grad_accumulation", "activation_recompute"] if arguments else [])]
     assert f"levers  {', '.join(levers)}, rope_cache, fused_adam, foreach_grad_clip\n" in done.stdout
-    # Transformer Engine's layers cannot keep segments apart.
+    # Transformer Engine's layers do not support packed segments.
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)
     assert f"packing={not arguments}," in done.stdout

@@ -39,7 +39,7 @@ class RunConfig:
     """Peak learning rate; the only place it is set."""
     seed: int = field(metadata=setting(scope=Scope.inference))
     name: str | None = field(metadata=setting(Affects.nothing, scope=Scope.command))
-    """Name of the run on the dashboard; without it the task and the peft method."""
+    """Name of the run in W&B; without it the task and the peft method."""
     dry_run: bool = field(metadata=setting(Affects.nothing, scope=Scope.command))
 
     def __post_init__(self) -> None:

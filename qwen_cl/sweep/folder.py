@@ -12,7 +12,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.launch.slurm.job_status import refresh, seconds_of
 from qwen_cl.runs.folder import remove_if_empty
 from qwen_cl.runs.status import State
-from qwen_cl.sweep.outcome import is_settled, record_failure
+from qwen_cl.sweep.outcome import is_final, record_failure
 from qwen_cl.sweep.processes import wait_for_exit
 from qwen_cl.sweep.trial import Trial, read_records
 
@@ -71,7 +71,7 @@ def finished_trials(trials: Sequence[Trial]) -> list[Trial]:
         elif status.state is State.RUNNING:
             with trial.folder.lock():
                 record_failure(trial.folder, "the sweep was killed")
-        if is_settled(status):
+        if is_final(status):
             done.append(trial)
         if status.job.id is None and (end := trial.folder.status().end):
             trial.end(end.timestamp())

@@ -63,7 +63,7 @@ def outcome_of(status: RunStatus) -> Outcome:
     return Outcome(status.state, status.reason, status.failure_kind, retriable)
 
 
-def is_settled(status: RunStatus) -> bool:
+def is_final(status: RunStatus) -> bool:
     """Return True if the trial completed or was pruned: a resumed sweep does not start it again."""
     outcome = outcome_of(status)
     return outcome.state is State.COMPLETED or outcome.pruned

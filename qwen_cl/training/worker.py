@@ -31,7 +31,7 @@ from qwen_cl.training.stop import Preempted, StopRequest
 if TYPE_CHECKING:
     import nemo_run
 
-    from qwen_cl.reporting.tracking.connection import Dashboard
+    from qwen_cl.reporting.tracking.connection import WandbLogger
 
 
 def main(directory: str) -> int:
@@ -87,27 +87,27 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     recipe = load_recipe(config, folder)
     gc.freeze()
     gc.enable()
-    with _dashboard(config, folder) as dashboard:
-        task = build_bound(recipe, RunContext(stop=stop, dashboard=dashboard))
+    with _wandb_logger(config, folder) as logger:
+        task = build_bound(recipe, RunContext(stop=stop, wandb_logger=logger))
         task()
-        if dashboard is not None:
-            dashboard.log_adapter(config.wandb.log_adapter)
+        if logger is not None:
+            logger.log_adapter(config.wandb.log_adapter)
     if _rank() == 0:
         folder.update_status(peak_memory_gib=peak_memory_gib())
 
 
 @contextmanager
-def _dashboard(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | None]:
+def _wandb_logger(config: RunConfig, folder: RunFolder) -> Iterator[WandbLogger | None]:
     """Of the first rank, which speaks for all."""
     if _rank() != 0:
         yield None
         return
-    from qwen_cl.reporting.tracking.start import dashboard_of
+    from qwen_cl.reporting.tracking.start import wandb_logger
 
     folder.update_status(phase="starting W&B")
-    with dashboard_of(config, folder) as dashboard:
+    with wandb_logger(config, folder) as logger:
         folder.update_status(phase="loading the model")
-        yield dashboard
+        yield logger
 
 
 def prepare(config: RunConfig) -> None:

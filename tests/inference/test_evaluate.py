@@ -1,4 +1,4 @@
-"""``task=evaluate``: losses against transformers and PEFT computing the same by themselves."""
+"""``task=evaluate``: losses compared with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def nats(model: Any, ids: list[int], first: int) -> float:
-    """Of the tokens from ``first`` on, in float64."""
+    """Return the sum of the losses of the tokens from ``first`` on, in float64."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     chosen = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
@@ -36,7 +36,7 @@ def nats(model: Any, ids: list[int], first: int) -> float:
 
 @pytest.fixture(scope="module")
 def told(trained: Launched, tmp_path_factory: pytest.TempPathFactory) -> tuple[Launched, dict[str, Any]]:
-    """The command, once, with everything it can do."""
+    """Run the command once, with sets, samples and benchmarks."""
     directory = tmp_path_factory.mktemp("evaluate")
     (directory / "prompts.txt").write_text("日本の首都はどこですか。\n\n富士山の高さは。\n", encoding="utf-8")
     done = launch(
@@ -99,7 +99,7 @@ def base() -> Any:
 def test_texts_are_one_stream_in_which_every_token_counts_once(
     base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also of a model as it is, in pieces of 64 tokens, and of the same text as .txt and as JSON Lines."""
+    """Evaluate a pretrained model in sequences of 64 tokens, on the same text as .txt and as JSON Lines."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     texts = [row["text"] for row in rows(TEXTS)]
     (tmp_path / "one.txt").write_text(texts[0] + "\n", encoding="utf-8")

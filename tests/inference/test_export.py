@@ -1,4 +1,4 @@
-"""``task=export`` as a user meets it: what it writes of a run, and what it refuses."""
+"""``task=export``: the files it writes, and the runs it refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.models import DEMO_MODEL
 
 @pytest.fixture
 def run(trained: Launched, tmp_path: Path) -> Path:
-    """A copy of the run to spoil."""
+    """Return a copy of the run that a test may corrupt."""
     return Path(shutil.copytree(trained.folder.directory, tmp_path / "run", ignore=shutil.ignore_patterns("wandb")))
 
 
@@ -69,7 +69,7 @@ def test_the_card_says_what_it_is(trained: Launched, run: Path, tmp_path: Path) 
     run_export(f"task.run={run}", "task.format=adapter")
     for name, library in (("export-merged", "transformers"), ("export-adapter", "peft")):
         card = ModelCard.load(run / name / "README.md")
-        card.validate = None  # the Hub would be asked
+        card.validate = None  # it would send a request to the Hub
         assert (card.data.license, card.data.license_name, card.data.library_name) == ("other", "tiny", library)
         assert card.data.tags == ["qwen_cl", "lora"]
         for fact in (
@@ -136,7 +136,7 @@ def _unfinished(run: Path) -> None:
     (run / "checkpoints/step=40/manifest.json").unlink()
 
 
-SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+BAD_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "no folder": (shutil.rmtree, [], "is not the folder of a run: it has no config.yaml"),
     "not a run's config": (
         lambda run: (run / "config.yaml").write_text("hello: world\n"),
@@ -193,18 +193,18 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT_RUNS)
+@pytest.mark.parametrize("name", BAD_RUNS)
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(name: str, run: Path) -> None:
-    spoil, said, message = SPOILT_RUNS[name]
-    spoil(run)
+    corrupt, overrides, message = BAD_RUNS[name]
+    corrupt(run)
     before = set(run.iterdir()) if run.exists() else set()
     with pytest.raises(UserError, match=message) as caught:
-        run_export(f"task.run={run}", *(part.format(run=run) for part in said))
+        run_export(f"task.run={run}", *(part.format(run=run) for part in overrides))
     assert "\n" not in str(caught.value)
     assert (set(run.iterdir()) if run.exists() else set()) == before
 
 
-SPOILT_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+CORRUPTED_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no metadata": (
         lambda weights: (weights / ".metadata").unlink(),
         r"step=40 is corrupted: weights/\.metadata is missing; restore the file",
@@ -229,10 +229,10 @@ SPOILT_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-@pytest.mark.parametrize("name", SPOILT_WEIGHTS)
+@pytest.mark.parametrize("name", CORRUPTED_WEIGHTS)
 def test_a_checkpoint_that_is_not_what_was_saved_is_refused(name: str, sealed: bool, weights: Path, run: Path) -> None:
-    spoil, *messages = SPOILT_WEIGHTS[name]
-    spoil(weights)
+    corrupt, *messages = CORRUPTED_WEIGHTS[name]
+    corrupt(weights)
     if sealed:
         seal(weights.parent)
     with pytest.raises(UserError, match=messages[sealed]):
@@ -257,7 +257,7 @@ def test_keys_with_other_values_than_they_take(said: list[str], message: str, tr
 
 
 class _Canary:
-    """Runs a command where it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

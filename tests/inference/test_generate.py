@@ -1,4 +1,4 @@
-"""``task=generate``: answers against transformers asked by hand, one prompt at a time."""
+"""``task=generate``: answers compared with a loop over transformers, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ END_OF_TURN, END_OF_TEXT = 4076, 4074
 
 
 def by_hand(model: Any, ids: list[int], new: int) -> list[int]:
-    """The likeliest token each time, without a cache or a batch."""
+    """Decode greedily, without a cache or a batch."""
     ids = list(ids)
     for _ in range(new):
         with torch.no_grad():
@@ -46,7 +46,7 @@ def tokenizer() -> Any:
 
 
 def test_a_run_answers_as_its_export_does(trained: Launched, tmp_path: Path, tokenizer: Any) -> None:
-    """The command, in its own processes; a Japanese prompt needs no quotes of Hydra's."""
+    """Run the command in its own processes; a Japanese prompt needs no quotes for Hydra."""
     run = f"task.run={trained.folder.directory}"
     asked = ["task=generate", run, f"task.prompt={PROMPTS[0]}", "task.max_new_tokens=8"]
     done = launch(*asked, directory=tmp_path / "o", warm=True)
@@ -86,7 +86,7 @@ def test_a_batch_of_prompts_of_different_lengths(
             "tokens": len(kept),
             "ended": end is not None,
         }
-    assert len({answer["ended"] for answer in found}) == 2  # both happen, in one batch
+    assert len({answer["ended"] for answer in found}) == 2  # a batch has both
     assert f"> {PROMPTS[1]}\n{found[1]['completion']}\n" in capsys.readouterr().out
 
 
@@ -130,7 +130,7 @@ def test_what_is_drawn_is_the_seeds(tmp_path: Path) -> None:
     )
     assert one == again
     assert one != two
-    assert cold == greedy  # only the likeliest token is left to draw
+    assert cold == greedy  # only the likeliest token can be sampled
 
 
 @pytest.mark.parametrize("text", ["春、夏, 秋", "it's \\' a", "a=b: {c} [d] (e)", "back\\", "\\\\'", 'say "x"', "x,y"])
@@ -198,7 +198,7 @@ def test_without_a_chat_template_raw_is_proposed(tmp_path: Path) -> None:
 def test_a_mistake_the_child_meets_reads_like_any_other(trained: Launched, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained.folder.directory, tmp_path / "run", ignore=shutil.ignore_patterns("wandb")))
     next((run / "checkpoints/step=40/weights").glob("*.distcp")).unlink()
-    seal(run / "checkpoints/step=40")  # else the launcher would see it
+    seal(run / "checkpoints/step=40")  # otherwise the launcher detects it
     done = launch("task=generate", f"task.run={run}", "task.prompt=a", directory=tmp_path / "o", warm=True)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
@@ -217,12 +217,12 @@ def test_ctrl_c_ends_it_and_the_child_with_it(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "> 春\n"  # the child is at work
+    assert process.stdout.readline() == "> 春\n"  # the child is running
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()  # ends when nobody holds the pipe any more
+    _, said = process.communicate()  # returns when every process has closed the pipe
     assert process.returncode == 130
     assert "Traceback" not in said
     assert not (tmp_path / "answers.jsonl").exists()

@@ -142,9 +142,9 @@ def test_killed_while_its_writers_write(runs: tuple[RunFolder, RunFolder], tmp_p
     assert measured(folder) == measured(runs[0])
     assert steps(folder) == [6, 4, 2]
     row(
-        "kill -9 while a checkpoint is written and training goes on",
-        "goes on from the checkpoint before it",
-        "nothing: losses to the last bit those of a run that was left alone",
+        "kill -9 while a checkpoint is written in the background",
+        "resumes from the checkpoint before it",
+        "nothing: losses equal those of an uninterrupted run to the last bit",
     )
 
 

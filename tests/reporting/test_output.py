@@ -40,9 +40,9 @@ def test_a_run_outlives_whoever_read_its_output(tmp_path: Path, row: Row) -> Non
     status = folder.status()
     assert (launcher.returncode, status.state, status.step) == (0, "COMPLETED", 2), status
     row(
-        "the reader of its output ends (as `head` does), and the disk of its errors is full",
-        "trains on, COMPLETED",
-        "what would have been printed",
+        "the reader of its output exits (as `head` does), and the disk of its error log is full",
+        "training continues, COMPLETED",
+        "the rest of the output",
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 FAULT = "fault"
 """Property of a test's report."""
-HEAD = """# What befalls a run, and what is lost
+HEAD = """# Failure modes and recovery
 
 Each line is a test that passed: it injects the fault into real processes, with real signals and files, on a CPU.
 Written by `pytest --write-faults`; every run of the tests compares what it saw with it.

@@ -32,7 +32,7 @@ def finish_timeout() -> float:
     return float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT))
 
 
-class Dashboard:
+class WandbLogger:
     """A W&B run that is called from a thread of its own, as W&B's service can hang, for example with its disk."""
 
     def __init__(self, run: Any, folder: RunFolder) -> None:
@@ -42,7 +42,7 @@ class Dashboard:
         self._defined: set[str] = set()
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED)
         self._failed: str | None = None
-        self._thread = threading.Thread(target=self._work, name="dashboard", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def log(self, record: dict[str, Any], step: int) -> None:

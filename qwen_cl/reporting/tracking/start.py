@@ -15,7 +15,7 @@ from urllib.request import getproxies
 
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.wandb import WandbMode
-from qwen_cl.reporting.tracking.connection import Dashboard, finish_timeout, one_line
+from qwen_cl.reporting.tracking.connection import WandbLogger, finish_timeout, one_line
 from qwen_cl.reporting.tracking.identity import WandbIdentity, identify
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import WandbRecord
@@ -27,23 +27,23 @@ CONNECT_TIMEOUT = 5
 
 
 @contextmanager
-def dashboard_of(config: RunConfig, folder: RunFolder) -> Iterator[Dashboard | None]:
+def wandb_logger(config: RunConfig, folder: RunFolder) -> Iterator[WandbLogger | None]:
     """Start a W&B run, and finish it at the end; None if W&B is disabled or does not start.
 
     W&B's errors are not raised.
     """
-    dashboard = start_dashboard(config, folder)
+    logger = start_wandb(config, folder)
     try:
-        yield dashboard
+        yield logger
     except BaseException:
-        if dashboard is not None:
-            dashboard.finish(exit_code=1)
+        if logger is not None:
+            logger.finish(exit_code=1)
         raise
-    if dashboard is not None:
-        dashboard.finish(exit_code=0)
+    if logger is not None:
+        logger.finish(exit_code=0)
 
 
-def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
+def start_wandb(config: RunConfig, folder: RunFolder) -> WandbLogger | None:
     """Start a W&B run; record its mode, folder, address and any reason for logging offline in the run's status."""
     if config.wandb.mode is WandbMode.disabled:
         folder.update_status(wandb=WandbRecord(mode=WandbMode.disabled.value))
@@ -69,7 +69,7 @@ def start_dashboard(config: RunConfig, folder: RunFolder) -> Dashboard | None:
         sync=f"wandb sync {shlex.quote(str(place))}" if offline else None,
     )
     folder.update_status(wandb=record)
-    return Dashboard(started, folder)
+    return WandbLogger(started, folder)
 
 
 def without_fault_reports() -> None:

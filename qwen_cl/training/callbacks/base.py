@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 
 if TYPE_CHECKING:
-    from qwen_cl.reporting.tracking.connection import Dashboard
+    from qwen_cl.reporting.tracking.connection import WandbLogger
     from qwen_cl.training.callbacks.metrics import RunRecorder
     from qwen_cl.training.stop import StopRequest
 
@@ -18,7 +18,7 @@ class RunContext:
     """The objects of one process that its callbacks work with. A recipe cannot name them: it is data."""
 
     stop: StopRequest | None = None
-    dashboard: Dashboard | None = None
+    wandb_logger: WandbLogger | None = None
     """W&B, on rank 0 of a run that has it."""
     adapter: Any = None
     """NeMo's PEFT, which makes the adapters; None in full fine-tuning."""

@@ -1,4 +1,4 @@
-"""What a run measures of itself: metrics.jsonl, the dashboard, and how far it is."""
+"""What a run measures of itself: metrics.jsonl, W&B, and how far it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Step:
 
 
 class RunRecorder(RunCallback):
-    """Writes metrics.jsonl, the dashboard and the run's progress; validates before the first step.
+    """Writes metrics.jsonl, W&B and the run's progress; validates before the first step.
 
     Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
     """
@@ -206,8 +206,8 @@ class RunRecorder(RunCallback):
             return
         self.folder.append_metrics({"step": step, "time": time.time() + at - time.monotonic(), **record})
         self.folder.update_status(step=step, phase="training")
-        if self.context.dashboard is not None:
-            self.context.dashboard.log({"tokens": tokens, **record}, step)
+        if self.context.wandb_logger is not None:
+            self.context.wandb_logger.log({"tokens": tokens, **record}, step)
 
 
 def peak_memory_gib() -> float:

@@ -1,4 +1,4 @@
-"""Answers before and after training: ``samples.jsonl``, and a table on the dashboard."""
+"""Answers before and after training: ``samples.jsonl``, and a W&B table."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RecordSamples(RunCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
             self._take(trainer)
-        if self.context.dashboard is not None and self.folder.samples.exists():
-            self.context.dashboard.log_table("samples", *self._table(), trainer.global_step)
+        if self.context.wandb_logger is not None and self.folder.samples.exists():
+            self.context.wandb_logger.log_table("samples", *self._table(), trainer.global_step)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Of the file, which also has what was answered before the run was cut off."""

@@ -33,7 +33,7 @@ import psutil
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from qwen_cl.config.store import register_schemas
-from qwen_cl.reporting.tracking.start import dashboard_of
+from qwen_cl.reporting.tracking.start import wandb_logger
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import RunStatus, WandbRecord
 
@@ -41,15 +41,15 @@ register_schemas()
 root, folder, fault, *overrides = sys.argv[1:]
 with initialize_config_dir(root + "/conf", version_base="1.3"):
     config = OmegaConf.to_object(compose("config", overrides))
-with dashboard_of(config, RunFolder(folder)) as dashboard:
+with wandb_logger(config, RunFolder(folder)) as logger:
     for step, loss in enumerate([3.0, 1.0, 2.0]):
-        if dashboard is not None:
-            dashboard.log({"train/loss": loss, "optim/lr": 0.1, "tokens": 10 * step}, step)
+        if logger is not None:
+            logger.log({"train/loss": loss, "optim/lr": 0.1, "tokens": 10 * step}, step)
     for process in psutil.Process().children(recursive=True):
         if fault:
             process.send_signal(getattr(signal, fault))
     if fault:
-        dashboard.log({"train/loss": 9.0, "tokens": 40}, 4)
+        logger.log({"train/loss": 9.0, "tokens": 40}, 4)
 """
 WITHOUT_PROXY = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
 """The environment without proxies, which would hide a server on this machine."""
@@ -166,7 +166,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     (record,) = (path for path in (folder / "wandb").glob("*run-*") if path.is_dir() and not path.is_symlink())
     assert status.sync == f"wandb sync {record}"
     assert losses_of(record) == [3.0, 1.0, 2.0]
-    row("W&B unreachable, or refusing, when a run starts", "the run goes on and logs offline, and says so", "nothing")
+    row("W&B is unreachable or refuses when a run starts", "the run logs offline, with a notice", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
     assert notice == f"W&B: {status.reason}, the upload is incomplete; upload with: {status.sync}"
     if case in ("fails later", "withdrawn key"):  # the service kept running, and all is on disk
         assert losses_of(Path(str(status.directory))) == [3.0, 1.0, 2.0]
-    row("W&B failing in mid-run", "the run goes on, and says how to upload the rest", "nothing")
+    row("W&B fails during the run", "the run continues, and prints how to upload the rest", "nothing")
 
 
 def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
