@@ -240,7 +240,7 @@ def test_a_finished_stage_of_raw_text_is_known_again_until_the_text_is_another(
         is_finished(stage)
 
 
-def test_a_dry_run_tokenises_nothing(text_run: TextRun, tmp_path: Path) -> None:
+def test_a_dry_run_tokenizes_nothing(text_run: TextRun, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = launch(
         *text_run.command,

@@ -1,4 +1,4 @@
-"""Builds one entry of the cache: alone, whole or not at all. Needs megatron-core."""
+"""Builder of cache entries: one process at a time, each entry complete or absent. Needs megatron-core."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from qwen_cl.data.raw_text import Delimiters
 
 
 def build(request: BuildRequest) -> None:
-    """Returns when the entry is there, also where another process has built it meanwhile.
+    """Build the requested entry, unless another process builds it meanwhile.
 
     Raises:
-        UserError: something in the source is not as it must be, or the cache cannot be written to.
+        UserError: the source is invalid, or the cache cannot be written to.
         BrokenProcessPool: a worker was killed.
     """
     entry, console = Path(request.entry), Console(stderr=True)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(entry, console):
+        with _locked(entry, console):
             if read_entry(entry, request.known.prefix) is None:
-                _build_alone(request, entry, console)
+                _build_entry(request, entry, console)
     except OSError as error:
         raise UserError(
             f"data.cache ({entry.parent}) cannot be written to: {error.strerror or error}; free space there, or name "
@@ -46,8 +46,8 @@ def build(request: BuildRequest) -> None:
 
 
 @contextmanager
-def _alone(entry: Path, console: Console) -> Iterator[None]:
-    """The lock is held by the kernel, so it does not outlive its holder."""
+def _locked(entry: Path, console: Console) -> Iterator[None]:
+    """Hold the lock of an entry. The kernel releases it if the process dies."""
     lock = FileLock(f"{entry}.lock")
     try:
         lock.acquire(timeout=0)
@@ -60,11 +60,11 @@ def _alone(entry: Path, console: Console) -> Iterator[None]:
         lock.release()
 
 
-def _build_alone(request: BuildRequest, entry: Path, console: Console) -> None:
+def _build_entry(request: BuildRequest, entry: Path, console: Console) -> None:
     unfinished = entry.with_name(f"{entry.name}.unfinished")
-    for left_behind in (unfinished, entry):  # by one that was killed; or without its manifest, or cut short
-        if left_behind.exists():
-            shutil.rmtree(left_behind)
+    for leftover in (unfinished, entry):  # of a killed builder, or an incomplete entry
+        if leftover.exists():
+            shutil.rmtree(leftover)
     unfinished.mkdir()
     try:
         if request.known.prefix is not None:
@@ -72,14 +72,14 @@ def _build_alone(request: BuildRequest, entry: Path, console: Console) -> None:
 
             counts = check_indexed(request.known.prefix, Delimiters(request.bos_id, request.eos_id), request.source)
         else:
-            counts = _tokenise_into(unfinished, request, console)
+            counts = _tokenize_into(unfinished, request, console)
         write_cache_manifest(unfinished, request.known.content, counts)
         unfinished.rename(entry)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _tokenise_into(directory: Path, request: BuildRequest, console: Console) -> Counts:
+def _tokenize_into(directory: Path, request: BuildRequest, console: Console) -> Counts:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(directory / f"{STEM}.bin"), _dtype(request))
@@ -91,9 +91,9 @@ def _tokenise_into(directory: Path, request: BuildRequest, console: Console) -> 
         _bar(console) as bar,
         closing(tokenize(reading.documents(), request.tokenizer, request.eos_id, request.workers)) as batches,
     ):
-        task = bar.add_task("Tokenising", total=reading.total, documents=0, tokens=0)
+        task = bar.add_task("Tokenizing", total=reading.total, documents=0, tokens=0)
         if not console.is_terminal:
-            console.print(f"Tokenising {request.source.path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"Tokenizing {request.source.path}", highlight=False, markup=False, soft_wrap=True)
         for batch, read in batches:
             for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]):
                 builder.add_document(ids, [len(ids)])
@@ -103,18 +103,18 @@ def _tokenise_into(directory: Path, request: BuildRequest, console: Console) -> 
             bar.update(task, completed=read[-1].progress, documents=documents, tokens=tokens)
         if not documents:
             raise UserError(
-                f"{request.source.key} ({request.source.path}) holds no text; nothing can be learnt from it"
+                f"{request.source.key} ({request.source.path}) has no text to train on; name another source"
             )
         builder.finalize(str(directory / f"{STEM}.idx"))
     np.save(directory / TEXT_BYTES, np.concatenate(text_bytes))
-    left_out = f", {reading.blank:,} without text left out" if reading.blank else ""
+    left_out = f", {reading.blank:,} blank documents skipped" if reading.blank else ""
     seconds = time.monotonic() - started
     console.print(f"{documents:,} documents, {tokens:,} tokens{left_out}; {seconds:.0f} s", highlight=False)
     return Counts(documents=documents, tokens=tokens, blank=reading.blank, largest_id=largest)
 
 
 def _dtype(request: BuildRequest) -> type[np.number[Any]]:
-    """The narrowest of Megatron's own that holds every id."""
+    """Return the narrowest of Megatron's dtypes that holds every id."""
     from megatron.core.datasets.indexed_dataset import DType
 
     vocabulary = Tokenizer.from_str(request.tokenizer).get_vocab(with_added_tokens=True)
@@ -137,7 +137,7 @@ def _bar(console: Console) -> Progress:
 
 
 class _Reading:
-    """The documents of a source that hold text, counting those that do not."""
+    """The reader of a source's documents; it skips and counts blank ones."""
 
     def __init__(self, request: BuildRequest) -> None:
         self.source, self.known = request.source, request.known
@@ -151,10 +151,11 @@ class _Reading:
                 yield document
             else:
                 self.blank += 1
-        # The entry is named by what the files held when they were hashed.
+        # The entry is named by the content of the files at the time of hashing.
         if self.known.commit is None and stamps(find_files(self.source.path, self.source.key)) != self.known.stamps:
             raise UserError(
-                f"{self.source.key} ({self.source.path}) changed while it was read; run it again when it is whole"
+                f"{self.source.key} ({self.source.path}) changed while it was read; run the command "
+                "again when the files are complete"
             )
 
     def _everything(self) -> Iterator[Document]:

@@ -1,7 +1,7 @@
-"""Where tokenized text is kept, and when an entry counts.
+"""Cache of tokenized text.
 
-An entry is a directory named by what went into it. It is built under another name and renamed when whole, its manifest
-written last: without a manifest, or with files of another size than it says, it does not count. No torch.
+An entry is a directory named by the hash of its inputs. It is built under a temporary name and renamed when complete,
+with its manifest written last: entries without a manifest, or with other file sizes, are incomplete. No torch.
 """
 
 from __future__ import annotations
@@ -19,44 +19,46 @@ from qwen_cl.files.atomic import flush
 from qwen_cl.files.cache import cache_home
 
 FORMAT_VERSION = 1
-"""Part of every entry's name: raise it when the same input would be written otherwise."""
+"""Part of every entry's name: increase it when the same input gives other files."""
 MANIFEST, STEM, TEXT_BYTES = "manifest.json", "corpus", "text_bytes.npy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
+    """The counts of a corpus."""
+
     documents: int
     tokens: int
-    """With one end-of-text a document, and BOS where the file has it."""
+    """Tokens, with one end-of-text per document, and BOS if the file has it."""
     blank: int
-    """Documents of the source that held no text, and were left out."""
+    """Blank documents of the source, which were skipped."""
     largest_id: int
     has_bos: bool = False
-    """Each document begins with the tokenizer's BOS: only where the user has indexed it so. What is tokenized here is
-    kept without, and begins with it when it is read."""
+    """Each document begins with the tokenizer's BOS: only in datasets that the user has indexed so. Text tokenized here
+    is stored without BOS, which is added on reading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Tokenized text on disk; plain values."""
+    """A tokenized text on disk; plain values."""
 
     prefix: str
-    """Of Megatron's ``.bin`` and ``.idx``; absolute."""
+    """Absolute prefix of Megatron's ``.bin`` and ``.idx``."""
     content: str
-    """sha256 of the source's content; of a dataset on the Hub, of its name, commit, subset and split."""
+    """sha256 of the source's content; for a Hub dataset, of its name, commit, subset and split."""
     counts: Counts
     text_bytes_file: str | None
-    """Bytes of each document's text in UTF-8, without its end-of-text; None where only tokens are known."""
+    """File with the UTF-8 bytes of each document's text; None if only tokens are known."""
 
     def text_bytes(self, documents: npt.NDArray[np.int64]) -> int | None:
-        """UTF-8 bytes of the text of these documents, for bits per byte; None where they are not known."""
+        """Return the UTF-8 bytes of these documents, for bits per byte; None if not known."""
         if self.text_bytes_file is None:
             return None
         return int(np.load(self.text_bytes_file, mmap_mode="r")[documents].sum(dtype=np.int64))
 
 
 def cache_directory(cache: str | None) -> Path:
-    """``data.cache``, or what stands for it; absolute."""
+    """Return the absolute path of ``data.cache``, or of the default. Raises UserError."""
     named = None if cache is None else Path(os.path.expanduser(cache)).absolute()  # noqa: PTH111 - Path's raises
     directory = named or cache_home() / "corpora"
     if os.path.lexists(directory) and not directory.is_dir():
@@ -65,7 +67,7 @@ def cache_directory(cache: str | None) -> Path:
 
 
 def read_entry(entry: Path, prefix: str | None) -> Corpus | None:
-    """None where there is none that is whole. ``prefix`` is that of a dataset that the user has indexed before."""
+    """Read a cache entry; None if it is missing or incomplete. ``prefix`` is that of a user's indexed dataset."""
     try:
         manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (entry / name).stat().st_size for name in manifest["sizes"]}
@@ -83,7 +85,7 @@ def read_entry(entry: Path, prefix: str | None) -> Corpus | None:
 
 
 def write_cache_manifest(entry: Path, content: str, counts: Counts) -> None:
-    """Last, when all other files are on disk."""
+    """Write the manifest of an entry, after flushing all other files to disk."""
     sizes = {path.name: path.stat().st_size for path in sorted(entry.iterdir())}
     for name in sizes:
         flush(entry / name)

@@ -1,4 +1,4 @@
-"""The documents of raw text, in order, each checked where it stands. No torch."""
+"""Documents of raw text, in order, checked with FILE:LINE in every error. No torch."""
 
 from __future__ import annotations
 
@@ -20,36 +20,38 @@ from qwen_cl.data.fields import missing_field_error
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
-    """What a config says of one text; plain values."""
+    """The source of a text, as configured; plain values."""
 
     key: str
-    """How messages call it: ``data.path``."""
+    """Config key for messages: ``data.path``."""
     path: str
     text_field: str
     split: str
-    """Of a dataset on the Hub."""
+    """Split of a Hub dataset."""
     subset: str | None
-    """Of a dataset on the Hub."""
+    """Subset of a Hub dataset."""
     separator: DocumentSeparator = DocumentSeparator.file
-    """Of text files."""
+    """Separator of documents in text files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
+    """A document of raw text."""
+
     text: str
-    """Empty where the source has blanks alone."""
+    """Text; empty if the source has only whitespace."""
     where: str
     progress: int
-    """Both as of its record."""
+    """``where`` and ``progress`` are those of the record."""
 
 
 def read_files(
     files: Iterable[InputFile], text_field: str, separator: DocumentSeparator = DocumentSeparator.file
 ) -> Iterator[Document]:
-    """The texts of the records.
+    """Yield the documents of files.
 
     Raises:
-        UserError: names file and line of the first that is not as it must be.
+        UserError: names file and line of the first invalid record.
     """
     return map(functools.partial(to_document, field=text_field), read_records(files, text_field, separator))
 
@@ -57,11 +59,11 @@ def read_files(
 def read_records(
     files: Iterable[InputFile], text_field: str | None, separator: DocumentSeparator = DocumentSeparator.file
 ) -> Iterator[Record]:
-    """A document of a text file is one record, with the one field ``text_field``; an object of JSON or a row of a table
-    another. Where ``text_field`` is None, all fields are wanted, and that of a text file is ``text``.
+    """Yield the records of files: documents of text files with the single field ``text_field``, JSON objects, or table
+    rows. If ``text_field`` is None, all fields are read, and that of text files is ``text``.
 
     Raises:
-        UserError: names file and line of the first that cannot be read.
+        UserError: names file and line of the first unreadable record.
     """
     before = 0
     for file in files:
@@ -78,7 +80,7 @@ def to_document(record: Record, field: str) -> Document:
 
 
 def take_text(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A row's text, empty where it is blank. Raises UserError where it has none, or none that can be tokenized."""
+    """Return a row's text, empty if it is blank. Raises UserError if it is missing or cannot be tokenized."""
     if field not in row:
         raise missing_field_error(row, field, where)
     value = row[field]

@@ -1,4 +1,4 @@
-"""Sequences cut from an indexed dataset as they are asked for. Needs megatron-core."""
+"""Sequences read lazily from an indexed dataset. Needs megatron-core."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from qwen_cl.data.raw_text import Delimiters, spans_without
 
 
 class CorpusExamples(Sequence[Example]):
-    """The documents one after another, cut to ``sequence_length`` positions each.
+    """The sequences of joined documents, of ``sequence_length`` positions each.
 
-    Each document begins with BOS, which is no label; where the tokenizer has none, the stream starts with an
-    end-of-text. Every document ends with one: so each id of each document is a label exactly once, the first of them
-    too. Consecutive examples share an id; the last may be shorter. In memory are 16 bytes a document, whatever its
-    length.
+    Each document begins with BOS, which is not a label; without a BOS, the stream starts with an end-of-text token.
+    Every document ends with end-of-text, so each id of each document is a label exactly once. Consecutive examples
+    share an id; the last may be shorter. Memory use is 16 bytes per document.
     """
 
     def __init__(self, selection: Selection, sequence_length: int, delimiters: Delimiters) -> None:
-        """``selection``: at least one document, joined in its order."""
+        """Open the dataset of ``selection``, which has at least one document."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self.sequence_length, self.delimiters = sequence_length, delimiters
         self._dataset = IndexedDataset(selection.corpus.prefix)
         self._dtype = np.dtype(self._dataset.index.dtype)
         self._starts, stops = selection.bounds()
-        """Of each document in the .bin, in ids."""
+        """Start of each document in the .bin, in ids."""
         self._label_count = int((stops - self._starts).sum())
         lengths = stops - self._starts + (delimiters.bos_id is not None)
         lengths[0] += delimiters.bos_id is None
         self._offsets = np.concatenate(([0], np.cumsum(lengths)))
-        """Of each document in the stream, of what is put before it; and the stream's end."""
+        """Start of each document in the stream, with the token before it; and the end of the stream."""
 
     def __len__(self) -> int:
         return int(-(-(self._offsets[-1] - 1) // self.sequence_length))
@@ -57,7 +56,7 @@ class CorpusExamples(Sequence[Example]):
         return self._label_count
 
     def _read(self, start: int, stop: int) -> Example:
-        """A stretch of the stream."""
+        """Read a range of the stream."""
         ids: list[int] = []
         bos_places: list[int] = []
         number, place = int(np.searchsorted(self._offsets, start, side="right")) - 1, start

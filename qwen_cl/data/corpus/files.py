@@ -1,4 +1,4 @@
-"""Which files a path means, what each holds, and their content line by line or whole. No torch."""
+"""Input files: resolving paths, detecting formats, opening and hashing. No torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from qwen_cl.files.hashing import hash_file
 
 
 class Format(str, Enum):
+    """A format of input files."""
+
     text = "text"
     json_lines = "json_lines"
-    """Or an array: which of them, the content says."""
+    """JSON Lines or one array, detected from the content."""
     csv = "csv"
     tsv = "tsv"
     parquet = "parquet"
@@ -45,29 +47,31 @@ MAGIC = {
     b"\xff\xfe": "is in UTF-16, it must be UTF-8; convert it with: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "is in UTF-16, it must be UTF-8; convert it with: iconv -f UTF-16 -t UTF-8",
 }
-"""What files of text start with that are none."""
+"""First bytes of files that are not plain text, with the message."""
 SNIFFED = 1024
-"""Bytes."""
+"""Bytes read to detect the type."""
 PLACES = "hf://datasets/ORG/NAME, or the prefix of Megatron's PREFIX.bin and PREFIX.idx"
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
+    """A file to read, with its format and compression."""
+
     path: Path
-    """Absolute."""
+    """Absolute path."""
     format: Format
     compression: str | None
-    """As pyarrow names it."""
+    """pyarrow's name of the compression, or None."""
     size: int
     """Bytes on disk."""
 
 
 def find_files(path: str, key: str, places: str = PLACES) -> list[InputFile]:
-    """The files behind a file's name, a directory or a glob, by name. ``key`` is how messages call the path, ``places``
-    what else may be named.
+    """Return the files of a path, directory or glob, sorted by name. Messages name the config ``key``, and ``places``
+    for what else it accepts.
 
     Raises:
-        UserError: nothing is there, or something that is not known how to read.
+        UserError: there are no files, or one of an unknown format.
     """
     expanded = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - Path's raises on an unknown user
     if os.path.isfile(expanded):  # noqa: PTH113
@@ -86,14 +90,14 @@ def find_files(path: str, key: str, places: str = PLACES) -> list[InputFile]:
 
 
 def _below(directory: str) -> list[str]:
-    """Names that start with . or _ are the marks that other programs leave beside data."""
+    """List the files below a directory, without hidden files and those starting with _, which are no data."""
     names = glob.glob(os.path.join(glob.escape(directory), "**"), recursive=True)  # noqa: PTH118, PTH207
     relative = {name: Path(name).relative_to(directory) for name in names if os.path.isfile(name)}  # noqa: PTH113
     return [name for name, path in relative.items() if not any(part.startswith("_") for part in path.parts)]
 
 
 def format_of(path: Path) -> tuple[Format | None, str | None]:
-    """What a file's name says it holds, None where that is unknown, and its compression."""
+    """Return the format of a file by its name, None if unknown, and its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression is not None:
@@ -113,7 +117,7 @@ def _input_file(path: Path, key: str, *, in_directory: bool) -> InputFile:
 
 
 def hash_files(paths: list[Path]) -> str:
-    """sha256 over the files' sizes and bytes, in this order; whatever they are called."""
+    """Return the sha256 over the files' sizes and bytes, in this order, independent of their names."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -125,17 +129,17 @@ def hash_files(paths: list[Path]) -> str:
 
 
 def stamps(files: list[InputFile]) -> list[list[str | int]]:
-    """Tells whether files are still what they were: plain values that survive JSON."""
+    """Return path, size and modification time of files, to detect changes; plain values for JSON."""
     status = [(file.path, file.path.stat()) for file in files]
     return [[str(path), now.st_size, now.st_mtime_ns] for path, now in status]
 
 
 @contextmanager
 def open_input(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
-    """Its bytes, decompressed, and how many of those on disk were read so far.
+    """Open a file for its decompressed bytes, with a function that returns the position on disk.
 
     Raises:
-        UserError: it cannot be read, or its compression is damaged or cut off.
+        UserError: the file cannot be read, or its compressed data is damaged or truncated.
     """
     import pyarrow
 
@@ -149,17 +153,17 @@ def open_input(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], i
             with BufferedReader(decompressed, 2**18) as stream:
                 yield stream, raw.tell
     except OSError as error:
-        if error.errno is None:  # pyarrow's word on the content
+        if error.errno is None:  # pyarrow's error about the content
             raise UserError(f"{file.path}: damaged {file.compression}: {error}; fetch or compress it again") from error
         raise UserError(f"{file.path} cannot be read: {os.strerror(error.errno)}") from error
 
 
 @contextmanager
 def open_text_input(file: InputFile) -> Iterator[tuple[BufferedReader, Callable[[], int]]]:
-    """As :func:`open_input`, of a file that must be text.
+    """Open a file with :func:`open_input`, and refuse what is not text.
 
     Raises:
-        UserError: also where its first bytes are of something else.
+        UserError: the file cannot be read, or its first bytes are those of another format.
     """
     with open_input(file) as (stream, position):
         start = stream.peek(SNIFFED)[:SNIFFED]

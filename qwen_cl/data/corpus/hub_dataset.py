@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub: pinned to a commit, streamed, and off-line from the cache of ``datasets``.
+"""Datasets of the Hugging Face Hub: pinned to a commit, streamed, and offline from the cache of ``datasets``.
 
 No torch: ``datasets`` imports none by itself.
 """
@@ -27,6 +27,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
+    """A parsed reference to a Hub dataset."""
+
     repository: str
     revision: str | None
     subset: str | None
@@ -34,7 +36,7 @@ class HubReference:
 
     @property
     def bare(self) -> str:
-        """Less what is after the #."""
+        """Return the reference without subset and split."""
         return f"{SCHEME}{self.repository}" + (f"@{self.revision}" if self.revision else "")
 
 
@@ -42,8 +44,8 @@ def parse_reference(path: str, key: str) -> HubReference:
     match = REFERENCE.fullmatch(path)
     if match is None:
         raise UserError(
-            f"{key} ({path}) must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or #SUBSET/SPLIT after it "
-            "where they are meant"
+            f"{key} ({path}) must read hf://datasets/ORG/NAME, optionally with @REVISION and #SPLIT or "
+            "#SUBSET/SPLIT after it"
         )
     return HubReference(**match.groupdict())
 
@@ -53,25 +55,25 @@ def is_hub_dataset(path: str) -> bool:
 
 
 def pin(source: TextSource) -> str:
-    """The commit that the reference means now; off-line, the one in the cache.
+    """Return the current commit of the reference; offline, the one in the cache.
 
     Raises:
-        UserError: the reference is malformed, or nothing of that name can be reached or is in the cache.
+        UserError: the reference is malformed, or the dataset can neither be reached nor is in the cache.
     """
     with _explained(source):
         return str(_builder(source, None).hash)
 
 
 def read_hub_dataset(source: TextSource, commit: str) -> Iterator[Document]:
-    """The texts of its rows; raises UserError also where a row has none."""
+    """Yield the documents of a Hub dataset. Raises UserError also if a row has no text."""
     return map(functools.partial(to_document, field=source.text_field), read_hub_records(source, commit))
 
 
 def read_hub_records(source: TextSource, commit: str) -> Iterator[Record]:
-    """Its rows in order, as they come.
+    """Stream the rows of a Hub dataset in order.
 
     Raises:
-        UserError: it cannot be read to the end, or off-line the cache holds another commit.
+        UserError: the dataset cannot be read, or the offline cache holds another commit.
     """
     with _explained(source):
         builder = _builder(source, commit)
@@ -95,7 +97,7 @@ def _builder(source: TextSource, commit: str | None) -> Any:
     import datasets
 
     reference = parse_reference(source.path, source.key)
-    datasets.logging.set_verbosity_error()  # its warning that it used the cache is what off-line asks for
+    datasets.logging.set_verbosity_error()  # no warning that the cache is used, which is expected offline
     revision = commit or reference.revision
     builder = datasets.load_dataset_builder(reference.repository, source.subset, revision=revision)
     if commit is None and COMMIT.fullmatch(revision or "") and builder.hash != revision:
@@ -120,5 +122,5 @@ def _explained(source: TextSource) -> Iterator[None]:
         elif "Bad split" in reason:
             fix = f"name one of them after a #, as in {source.path}#test"
         else:
-            fix = "see to its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
+            fix = "check its name, the network (HF_HUB_OFFLINE=1 reads the cache) and, if private, `hf auth login`"
         raise UserError(f"{source.key} ({source.path}) cannot be read: {reason.rstrip('.')}; {fix}") from error

@@ -1,4 +1,4 @@
-"""Which commit a dataset's reference meant when it was last read, for the times without a network."""
+"""Record of the last commit of each Hub dataset reference, for offline use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qwen_cl.files.atomic import write_text
 
 
 def remember(root: Path, source: TextSource, commit: str) -> None:
-    """No failure where the cache cannot be written to: this only helps later."""
+    """Record the commit of a reference. Errors of writing are ignored, as the record is optional."""
     with suppress(OSError):
         write_text(_path(root, source), commit)
 
 
 def recall(root: Path, source: TextSource) -> str | None:
-    """None where the Hub can be asked, and where the reference was never read."""
+    """Return the recorded commit of a reference; None if online, or never recorded."""
     from datasets import config
 
     if not config.HF_HUB_OFFLINE:

@@ -1,4 +1,4 @@
-"""An indexed dataset that someone else wrote: is it whole, and is it this tokenizer's? Needs megatron-core."""
+"""Checks of a user's indexed dataset: complete, and made by this tokenizer. Needs megatron-core."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CHUNK = 2**24
 
 
 def check_indexed(prefix: str, delimiters: Delimiters, source: TextSource) -> Counts:
-    """Reads every id once: a damaged file must not show itself in the middle of a run.
+    """Check an indexed dataset, reading every id once, so that a damaged file is detected before the run.
 
     Raises:
-        UserError: it is not Megatron's format or not whole, a document does not end with the end-of-text token, or
-            some begin with the tokenizer's BOS and others do not.
+        UserError: it is not in Megatron's format or incomplete, a document does not end with the end-of-text token, or
+            only some documents begin with the tokenizer's BOS.
     """
     where = f"{source.key} ({prefix})"
     _check_header(prefix, where)
@@ -31,7 +31,7 @@ def check_indexed(prefix: str, delimiters: Delimiters, source: TextSource) -> Co
     try:
         dataset = IndexedDataset(prefix)
     except (AssertionError, ValueError) as error:
-        raise _not_whole(where) from error
+        raise _incomplete(where) from error
     lengths, bounds = dataset.sequence_lengths.astype(np.int64), dataset.document_indices
     item = np.dtype(dataset.index.dtype).itemsize
     ends = np.cumsum(lengths)
@@ -44,7 +44,7 @@ def check_indexed(prefix: str, delimiters: Delimiters, source: TextSource) -> Co
         and Path(f"{prefix}.bin").stat().st_size == ends[-1] * item
     )
     if not in_order:
-        raise _not_whole(where)
+        raise _incomplete(where)
     tokens = int(ends[-1])
     ids = dataset.bin_reader.read(dtype=dataset.index.dtype, count=tokens, offset=0)
     last = ids[ends[bounds[1:] - 1] - 1]
@@ -61,12 +61,12 @@ def check_indexed(prefix: str, delimiters: Delimiters, source: TextSource) -> Co
 
 
 def _has_bos(ids: npt.NDArray[Any], stops: npt.NDArray[np.int64], bos_id: int, where: str) -> bool:
-    """Whether each document begins with BOS: all do or none, and it stands nowhere else. ``stops``: each one's end."""
+    """Return True if all documents begin with BOS, False if none does; refuse BOS elsewhere. ``stops``: their ends."""
     starts = np.concatenate(([0], stops[:-1]))
     places = np.flatnonzero(ids == bos_id)
     if not places.size:
         return False
-    fix = "index it again with one BOS before each document, or with none: qwen_cl then puts it there"
+    fix = "index it again with one BOS before each document, or with none: qwen_cl then adds it"
     without = np.flatnonzero((starts == stops) | (ids[np.minimum(starts, len(ids) - 1)] != bos_id))
     if 0 < without.size < len(starts):
         first = int(np.setdiff1d(np.arange(len(starts)), without)[0])
@@ -85,19 +85,21 @@ def _has_bos(ids: npt.NDArray[Any], stops: npt.NDArray[np.int64], bos_id: int, w
 
 
 def _check_header(prefix: str, where: str) -> None:
-    """What Megatron's reader asserts, or trusts."""
+    """Check what Megatron's reader only asserts or takes for granted."""
     index = Path(f"{prefix}.idx")
     with index.open("rb") as stream:
         header = stream.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise UserError(f"{where}: the .idx is not an index of Megatron's; name the prefix of a pair that it wrote")
+        raise UserError(
+            f"{where}: the .idx is not an index in Megatron's format; name the prefix of a pair that Megatron wrote"
+        )
     _, version, code, sequences, bounds = HEADER.unpack(header)
     if version != 1 or code not in INTEGERS:
         raise UserError(f"{where}: the .idx (version {version}, type {code}) is not one of token ids")
     if bounds < 2 or index.stat().st_size != HEADER.size + 12 * sequences + 8 * bounds:
-        raise _not_whole(where)
+        raise _incomplete(where)
     if Path(f"{prefix}.bin").stat().st_size == 0:
-        raise _not_whole(where)
+        raise _incomplete(where)
 
 
 def _extremes(ids: npt.NDArray[Any]) -> tuple[int, int]:
@@ -105,5 +107,5 @@ def _extremes(ids: npt.NDArray[Any]) -> tuple[int, int]:
     return min(int(chunk.min()) for chunk in chunks), max(int(chunk.max()) for chunk in chunks)
 
 
-def _not_whole(where: str) -> UserError:
-    return UserError(f"{where}: .bin and .idx do not fit each other, or hold no document; write both again")
+def _incomplete(where: str) -> UserError:
+    return UserError(f"{where}: .bin and .idx do not match, or have no document; write both again")

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset without torch, for what the launcher looks at. Format: megatron-core's
+"""Reader of Megatron's indexed datasets without torch, for the launcher. Format: megatron-core's
 ``datasets/indexed_dataset.py``."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the ids' type, number of sequences, number of document bounds."""
+"""Fields: magic, version, code of the dtype, number of sequences, number of document bounds."""
 MAGIC = b"MMIDIDX\x00\x00"
 INTEGERS: dict[int, type[np.integer[Any]]] = {
     1: np.uint8,
@@ -24,13 +24,13 @@ INTEGERS: dict[int, type[np.integer[Any]]] = {
 
 
 def read_ids(prefix: str) -> npt.NDArray[Any]:
-    """Every id of the dataset, mapped from its file."""
+    """Return all ids of the dataset, memory-mapped."""
     _, _, code, _, _ = _header(prefix)
     return np.memmap(f"{prefix}.bin", dtype=INTEGERS[code], mode="r")
 
 
 def read_bounds(prefix: str) -> npt.NDArray[np.int64]:
-    """Where each document starts, in ids, and the end of the last."""
+    """Return the start of each document, in ids, and the end of the last."""
     _, _, _, sequences, documents = _header(prefix)
     index = Path(f"{prefix}.idx")
     lengths = np.fromfile(index, dtype=np.int32, count=sequences, offset=HEADER.size)

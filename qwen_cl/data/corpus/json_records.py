@@ -1,4 +1,4 @@
-"""Objects of JSON files: one a line, in one array, or one after the other however they are laid out. No torch."""
+"""Objects of JSON files: JSON Lines, one array, or concatenated objects in any layout. No torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qwen_cl.data.jsonl import DECODER, decode, decode_text, json_fault, parse_o
 BLANKS = re.compile(r"[ \t\r\n]*")
 FOLLOWED = "Something follows the array"
 WRAPPERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "records", "items", "samples")
-"""Names of the one field that an object has which only wraps the rows."""
+"""Names of the single field of an object that wraps the rows."""
 
 
 def read_json(file: InputFile, text_field: str | None) -> Iterator[Record]:
-    """JSON Lines are read line by line; anything else is one text, which is held in memory while it is read.
+    """Yield the objects of a file. JSON Lines are streamed; other layouts are held in memory.
 
     Raises:
-        UserError: names the line where the JSON ends to be JSON, or the row that is no object.
+        UserError: names the line of the syntax error, or the row that is not an object.
     """
     with open_text_input(file) as (stream, position):
         lines = enumerate(stream, start=1)
@@ -50,7 +50,7 @@ def _wanted(text_field: str | None) -> str:
 
 
 def _first_lines(lines: Iterable[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """Up to the second that is not blank."""
+    """Return the lines up to the second that is not blank."""
     head, found = [], 0
     for number, line in lines:
         head.append((number, line))
@@ -82,7 +82,7 @@ def _is_object(line: str) -> bool:
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """With the number of the line that each starts on."""
+    """Yield the rows, each with the number of its first line."""
     line, counted = 1, 0
     try:
         for start, value in _values(text):
@@ -92,14 +92,14 @@ def _rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         end = len(text.rstrip())
         place = min(error.pos, end)
         where = f"{path}:{line + text.count(chr(10), counted, place)}"
-        cut_off = text[_skip(text, 0)] == "[" and text[end - 1] != "]" and error.msg != FOLLOWED
-        more = "; the array is cut off before its ]" if cut_off else ""
+        unclosed = text[_skip(text, 0)] == "[" and text[end - 1] != "]" and error.msg != FOLLOWED
+        more = "; the array ends without its ]" if unclosed else ""
         column = place - text.rfind("\n", 0, place)
         raise UserError(f"{where}: not JSON ({error.msg.removesuffix(' at')} at column {column}){more}") from error
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
-    """The rows, each with where it starts. Raises JSONDecodeError."""
+    """Yield the rows, each with its start. Raises JSONDecodeError."""
     at = _skip(text, 0)
     if text[at] == "[":
         at = yield from _items(text, at)
@@ -119,7 +119,7 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _items(text: str, at: int) -> Generator[tuple[int, Any], None, int]:
-    """Those of the array that starts at ``at``; returns the place after it."""
+    """Yield the items of the array that starts at ``at``; return the position after it."""
     at = _skip(text, at + 1)
     if text[at : at + 1] == "]":
         return _skip(text, at + 1)

@@ -13,7 +13,7 @@ BATCH_ROWS = 1024
 
 
 def read_parquet(file: InputFile, text_field: str | None) -> Iterator[Record]:
-    """Only the column ``text_field`` where there is one of that name; whoever asks for another says what lacks."""
+    """Yield the rows of a file, with the column ``text_field`` only if it exists; else with all columns."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -32,12 +32,12 @@ def read_parquet(file: InputFile, text_field: str | None) -> Iterator[Record]:
     except (ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())  # what Arrow says of damage has lines
+        reason = error.strerror or " ".join(str(error).split())  # Arrow's message has several lines
         raise UserError(f"{file.path} cannot be read: {reason}") from error
 
 
 def without_nulls(value: Any) -> Any:
-    """Arrow gives every object of a list all fields that any of them has; a null stands for one that was not there."""
+    """Remove null fields, which Arrow adds to give all objects of a list the same fields."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value

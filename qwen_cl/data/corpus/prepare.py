@@ -1,4 +1,4 @@
-"""From the path of a text to a corpus: out of the cache, or built by a process of its own.
+"""Preparation of a corpus: read from the cache, or built by a separate process.
 
 Called by the launcher, which has no torch; the builder has Megatron.
 """
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 BUILDER = "qwen_cl.data.corpus.worker"
 STOP_GRACE = 30
-"""Seconds the builder has to clear up once it is asked to stop."""
+"""Seconds between SIGTERM and SIGKILL for the builder, so that it can clean up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusIdentity:
-    """What a source is at this moment."""
+    """The current content of a source."""
 
     content: str
     prefix: str | None
-    """Of a dataset that is indexed already, and only checked."""
+    """Prefix of a dataset that is already indexed, and only checked."""
     commit: str | None
-    """Of a dataset on the Hub."""
+    """Commit of a Hub dataset."""
     stamps: list[list[str | int]]
-    """Of files, from before they were hashed."""
+    """Stamps of the files, from before they were hashed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What the builder is told; plain values, as JSON on its standard input."""
+    """The request to the builder; plain values, as JSON on its standard input."""
 
     source: TextSource
     known: CorpusIdentity
@@ -61,7 +61,7 @@ class BuildRequest:
     """The text of tokenizer.json."""
     eos_id: int
     bos_id: int | None
-    """See ``Delimiters``; only an indexed dataset is looked through for it."""
+    """See ``Delimiters``; only checked in indexed datasets."""
     workers: int
 
     @classmethod
@@ -74,13 +74,13 @@ class BuildRequest:
 def prepare_corpus(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, workers: int | None, cache: str | None
 ) -> Corpus:
-    """Each document's tokens and the tokenizer's end-of-text. Shows its progress on standard error.
+    """Return the tokenized source, after building it if necessary. Shows progress on standard error.
 
-    ``vocab_size`` is the model's. Text is never taken for a special token, whatever it reads like. BOS is not kept but
-    put before each document when it is read.
+    ``vocab_size`` is the model's. Documents end with the tokenizer's end-of-text. Text is never encoded as a special
+    token. BOS is not stored, but added to each document on reading.
 
     Raises:
-        UserError: something in the source is not as it must be, or the cache cannot be written to.
+        UserError: the source is invalid, or the cache cannot be written to.
         RunFailed: the builder died.
     """
     request = make_build_request(source, tokenizer, workers=workers, cache=cache)
@@ -90,7 +90,9 @@ def prepare_corpus(
         _build(request)
         corpus = read_entry(entry, prefix)
     if corpus is None:
-        raise RunFailed(f"{source.key} ({source.path}): what was tokenized is gone from {entry}; run it again")
+        raise RunFailed(
+            f"{source.key} ({source.path}): the tokenized text was removed from {entry}; run the command again"
+        )
     if corpus.counts.largest_id >= vocab_size:
         raise UserError(
             f"{source.key} ({source.path}) has token id {corpus.counts.largest_id}, past the model's vocab_size "
@@ -100,12 +102,12 @@ def prepare_corpus(
 
 
 def source_content(source: TextSource, *, cache: str | None) -> str:
-    """``Corpus.content`` as it is now, without tokenizing."""
+    """Return the current ``Corpus.content`` of a source, without tokenizing."""
     return _identify(source, cache_directory(cache)).content
 
 
 def locate_document(source: TextSource, number: int) -> str:
-    """FILE:LINE of a document of the corpus, by its index there, as far as its source has such a thing. Reads the
+    """Return the FILE:LINE of a document of the corpus, by its index there, or its number in other sources. Reads the
     source again."""
     if indexed_prefix(source.path) is None and not is_hub_dataset(source.path):
         documents = read_files(find_files(source.path, source.key), source.text_field, source.separator)
@@ -118,7 +120,7 @@ def locate_document(source: TextSource, number: int) -> str:
 def make_build_request(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, *, workers: int | None, cache: str | None
 ) -> BuildRequest:
-    """Says what the source is now, and so which entry of the cache is its."""
+    """Identify the source, and return the request for its cache entry."""
     root = cache_directory(cache)
     known = _identify(source, root)
     rules, delimiters = _tokenizer_rules(tokenizer), document_delimiters(tokenizer)
@@ -139,7 +141,7 @@ def make_build_request(
 
 
 def has_text_files(path: str, key: str) -> bool:
-    """Raises UserError where nothing is there."""
+    """Return True if the path has text files. Raises UserError if it does not exist."""
     if indexed_prefix(path) is not None or is_hub_dataset(path):
         return False
     return any(file.format is Format.text for file in find_files(path, key))
@@ -163,7 +165,7 @@ def _identify(source: TextSource, root: Path) -> CorpusIdentity:
 
 
 def indexed_prefix(path: str) -> str | None:
-    """The absolute prefix where ``path`` means Megatron's pair of files, with or without one's suffix."""
+    """Return the absolute prefix if ``path`` is a pair of Megatron files, with or without suffix; else None."""
     stem = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     if stem.endswith((".bin", ".idx")):
         stem = stem[:-4]
@@ -171,7 +173,7 @@ def indexed_prefix(path: str) -> str | None:
 
 
 def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """tokenizer.json as it is used here: of what a caller may have set in passing, nothing."""
+    """Return the text of tokenizer.json, without truncation and padding that a caller may have set."""
     from tokenizers import Tokenizer
 
     if not tokenizer.is_fast:
@@ -187,16 +189,16 @@ def _hash(*values: object) -> str:
 
 
 def _build(request: BuildRequest) -> None:
-    """Its standard input stays open as long as this process lives: that is how the builder knows."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # it is the processes that are parallel
+    """Run the builder. Its standard input closes when this process ends, which stops it."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # the processes are parallel already
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    with _stopped_with_us(
+    with _terminated_on_exit(
         subprocess.Popen(
             [sys.executable, "-m", BUILDER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C comes to us, and we ask it to stop
+            start_new_session=True,  # Ctrl-C reaches this process, which stops the builder
             text=True,
             encoding="utf-8",
         )
@@ -206,19 +208,19 @@ def _build(request: BuildRequest) -> None:
             process.stdin.write(json.dumps(asdict(request)) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died; its return code says how
+            pass  # it died; see its return code
         answer = process.stdout.readline()
         process.wait()
     if process.returncode == UserError.exit_code:
         raise UserError(json.loads(answer))
     if process.returncode:
-        killed = f"killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "broken off"
-        reason = json.loads(answer) if answer else f"the process that tokenizes was {killed}"
+        killed = f"killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "interrupted"
+        reason = json.loads(answer) if answer else f"the tokenizing process was {killed}"
         raise RunFailed(f"{request.source.key} ({request.source.path}): {reason}")
 
 
 @contextmanager
-def _stopped_with_us(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+def _terminated_on_exit(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
@@ -231,5 +233,5 @@ def _stopped_with_us(process: subprocess.Popen[str]) -> Iterator[subprocess.Pope
                 process.wait()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # of what it never read
+            with suppress(BrokenPipeError):  # unread input
                 pipe.close()

@@ -1,4 +1,4 @@
-"""What every reader of files gives. No torch."""
+"""Records, the common output of all file readers. No torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Record:
+    """A row of a file or dataset."""
+
     fields: Mapping[str, Any]
     where: str
-    """For messages: ``FILE``, ``FILE:LINE`` or ``FILE: row N``."""
+    """Location for messages: ``FILE``, ``FILE:LINE`` or ``FILE: row N``."""
     progress: int
-    """Bytes of all files read up to its end, roughly; of a dataset on the Hub, rows."""
+    """Approximate bytes of all files read up to its end; for a Hub dataset, rows."""

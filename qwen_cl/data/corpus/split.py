@@ -1,4 +1,4 @@
-"""Which documents validate, or how much of the only one. No torch."""
+"""Split of a corpus into training and validation. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE = 8
-"""Tokens before a cut that tell what text the first after it stands for: some characters and spaces are in several."""
+"""Tokens of context to decode at a cut, as a character may span several tokens."""
 
 
 def split_documents(
     number_of_documents: int, *, share: float, seed: int, key: str = "data.path"
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices of the documents that train and of those that validate, both ascending.
+    """Return the indices of the training and of the validation documents, both ascending.
 
-    The rule: the documents' numbers are drawn in order, document i the i-th 64-bit number of PCG64 seeded with
-    ``seed``, a stream that numpy promises never to change. The ``round(share * number_of_documents)`` documents with
-    the smallest numbers validate, at least one. So the split depends on nothing but the three arguments, and adding
-    documents at the end changes no other document's number.
+    Document i gets the i-th 64-bit number of PCG64 seeded with ``seed``, a stream that numpy promises never to change.
+    The ``round(share * number_of_documents)`` documents with the smallest numbers validate, at least one. So the split
+    depends only on the three arguments, and appending documents does not change the other numbers.
 
     Raises:
-        UserError: none would be left to train on.
+        UserError: no document would be left to train on.
     """
     count = max(1, round(share * number_of_documents))
     if count >= number_of_documents:
@@ -42,10 +41,10 @@ def split_documents(
 
 
 def cut_document(ids: npt.NDArray[Any], tokenizer: PreTrainedTokenizerBase, share: float, key: str) -> tuple[int, int]:
-    """How many tokens of the only document train, and the UTF-8 bytes of the rest, which validates.
+    """Return the number of training tokens of the only document, and the UTF-8 bytes of the rest, which validates.
 
-    The rest is ``round(share * len(ids))`` tokens, at least one, or some fewer so that no character is cut in two. It
-    is measured like a document of its own: its first token sees none of those that train.
+    The rest is ``round(share * len(ids))`` tokens, at least one, or slightly fewer so that no character is split. It
+    is evaluated like a separate document: its first token does not attend to the training part.
 
     Raises:
         UserError: none would be left to train on.
@@ -56,14 +55,14 @@ def cut_document(ids: npt.NDArray[Any], tokenizer: PreTrainedTokenizerBase, shar
             f"{key} is one document of {len(ids)} token{'s' * (len(ids) != 1)}, and data.validation_fraction ({share}) "
             "leaves none to train on; lower it, or set data.validation_path"
         )
-    whole = cut
-    while whole < min(len(ids) - 1, cut + BEFORE) and _text(ids[whole : whole + BEFORE], tokenizer).startswith(
+    boundary = cut
+    while boundary < min(len(ids) - 1, cut + BEFORE) and _text(ids[boundary : boundary + BEFORE], tokenizer).startswith(
         "\ufffd"
     ):
-        whole += 1
-    start = max(0, whole - BEFORE)
-    num_bytes = [len(_text(part, tokenizer).encode()) for part in (ids[start:], ids[start:whole])]
-    return whole, num_bytes[0] - num_bytes[1]
+        boundary += 1
+    start = max(0, boundary - BEFORE)
+    num_bytes = [len(_text(part, tokenizer).encode()) for part in (ids[start:], ids[start:boundary])]
+    return boundary, num_bytes[0] - num_bytes[1]
 
 
 def _text(ids: npt.NDArray[Any], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,4 +1,4 @@
-"""What a corpus is, before anything is trained on it: the data report, of tokens rather than of rows. No torch."""
+"""Data report of a corpus, computed from its tokens. No torch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 2**21
-"""Tokens that characters are counted in, roughly: decoding them takes some seconds."""
+"""Approximate number of tokens decoded to count characters, which takes some seconds."""
 LONGER = 4
-"""A document of the sample is cut at so many times its share of it."""
+"""Sampled documents are truncated to this multiple of their equal share of the sample."""
 
 
 def describe_corpus(
@@ -42,7 +42,7 @@ def describe_corpus(
     overlap: Overlap,
     retention_overlap: Mapping[str, Overlap],
 ) -> DataReport:
-    """Everything is counted over all documents that train, except characters: of a large corpus over a sample."""
+    """Return the data report of the training documents. Characters of a large corpus are counted in a sample."""
     trained, _ = target.split()
     lengths = target.lengths(trained)
     tokens = int(lengths.sum())
@@ -79,7 +79,7 @@ def _duplicates(selection: Selection) -> int:
 def _characters(
     selection: Selection, tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, Counter[str]]:
-    """Of all documents, or of so many, spread evenly."""
+    """Count the characters of all documents, or of an evenly spaced sample; return its size, or None."""
     counts: Counter[str] = Counter()
     if tokens <= SAMPLE:
         for ids in selection.texts():
@@ -99,7 +99,7 @@ def _rendered(selection: Selection, bos_id: int | None, tokenizer: PreTrainedTok
 
 
 def _spread(selection: Selection, number: int) -> Selection:
-    """The first, the last, and those between at even distances."""
+    """Return an evenly spaced sample of the documents, with the first and the last."""
     documents = selection.documents
     places = np.linspace(0, len(documents) - 1, min(number, len(documents))).round().astype(np.int64)
     return replace(selection, documents=documents[places])

@@ -17,10 +17,10 @@ NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 def read_table(file: InputFile, text_field: str | None) -> Iterator[Record]:
-    """The first line names the columns. An empty cell is null, but of ``text_field`` an empty text.
+    """Yield the rows of a table with a header. An empty cell is null, but an empty text in ``text_field``.
 
     Raises:
-        UserError: the file has no such line, a row has more cells or fewer, a quote is not closed.
+        UserError: the header is missing, a row has another number of cells, or a quote is not closed.
     """
     separator = SEPARATORS[file.format]
     csv.field_size_limit(sys.maxsize)  # a cell may hold a book
@@ -55,7 +55,7 @@ def _lines(stream: Iterable[bytes], file: InputFile) -> Iterator[str]:
 
 
 def _rows(file: InputFile, lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """With the number of each one's first line; blank lines are none."""
+    """Yield the rows with the number of their first line, without blank lines."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     while True:
         first = reader.line_num + 1

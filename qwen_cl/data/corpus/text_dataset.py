@@ -1,4 +1,4 @@
-"""The raw text of a run: what of which corpus trains and validates, and how much of one is in the other. No torch."""
+"""Raw text of a run: its training and validation corpora, and their overlap. No torch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTarget:
+    """The corpora of a run, with their split; plain values by :meth:`plain`."""
+
     train: Corpus
     validation: Corpus | None
-    """None where it is held out of ``train``."""
+    """Validation corpus; None if it is held out of ``train``."""
     validation_share: float
     seed: int
     bos_id: int | None = None
-    """What every document begins with (``raw_text.Delimiters``)."""
+    """BOS id of every document (``raw_text.Delimiters``)."""
     cut: tuple[int, int] | None = None
-    """Of a text that is one document, of which the end validates: tokens that train, and bytes of the rest."""
+    """Training tokens of a single document, and bytes of its end, which validates."""
     moved: tuple[int, ...] = ()
-    """Documents that would be held out and train all the same, in rising order (held_apart.py)."""
+    """Held-out documents that were moved to training, ascending (leakage.py)."""
 
     def split(self) -> tuple[Selection, Selection]:
-        """What trains, and what validates."""
+        """Return the training and the validation selection."""
         if self.validation is not None:
             return _everything(self.train), _everything(self.validation)
         if self.cut is not None:
@@ -51,18 +53,18 @@ class TextTarget:
         return Selection(self.train, trained), Selection(self.train, measured)
 
     def with_moved(self, numbers: Sequence[int]) -> TextTarget:
-        """``numbers``: of those documents that validate, by their index among them."""
+        """Move validation documents to training; ``numbers`` are their indices among the validation documents."""
         _, measured = self.split()
         return replace(self, moved=tuple(measured.documents[list(numbers)].tolist()) if numbers else ())
 
     def _cut_in_two(self, tokens: int, rest_bytes: int) -> tuple[Selection, Selection]:
-        whole = _everything(self.train)
-        known = self.train.text_bytes(whole.documents)
-        rest = Part(tokens, int(whole.lengths()[0]), None if known is None else rest_bytes)
-        return replace(whole, part=Part(0, tokens, None)), replace(whole, part=rest)
+        document = _everything(self.train)
+        known = self.train.text_bytes(document.documents)
+        rest = Part(tokens, int(document.lengths()[0]), None if known is None else rest_bytes)
+        return replace(document, part=Part(0, tokens, None)), replace(document, part=rest)
 
     def lengths(self, selection: Selection) -> npt.NDArray[np.int64]:
-        """Tokens of each document, with its BOS and end-of-text."""
+        """Return the tokens of each document, with BOS and end-of-text."""
         return selection.lengths() + (self.bos_id is not None)
 
     @property
@@ -81,13 +83,12 @@ class TextTarget:
 
 
 def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextTarget:
-    """Tokenizes what is not in the cache yet.
+    """Prepare the corpora of a run; tokenizes what is not in the cache.
 
     Raises:
-        UserError: a text is not as it must be.
-        RunFailed: the process that tokenizes died.
+        UserError: a text is invalid.
+        RunFailed: the tokenizing process died.
     """
-
     corpora = [
         prepare_corpus(source, tokenizer, vocab_size, workers=data.workers, cache=data.cache)
         for source in _sources(data)
@@ -108,7 +109,7 @@ def prepare_target(data: TextDataConfig, seed: int, tokenizer: PreTrainedTokeniz
 
 
 def text_content(data: TextDataConfig) -> str:
-    """``TextTarget.content`` of what is there now, without tokenizing it."""
+    """Return the current ``TextTarget.content``, without tokenizing."""
     return "".join(source_content(source, cache=data.cache) for source in _sources(data))
 
 
@@ -117,7 +118,7 @@ def save_target(target: TextTarget, path: Path) -> None:
 
 
 def summarize_validation(target: TextTarget) -> tuple[str, str]:
-    """A line for the terminal."""
+    """Return a summary line for the terminal."""
     _, measured = target.split()
     lengths = target.lengths(measured)
     if measured.part is not None:
@@ -126,17 +127,17 @@ def summarize_validation(target: TextTarget) -> tuple[str, str]:
 
 
 def resolve_separator(data: TextDataConfig) -> TextDataConfig:
-    """With ``document_separator=file``, which has no effect, where no file is cut by it.
+    """Reset ``document_separator`` to ``file`` if no text file is split by it, so that it has no effect.
 
     Raises:
-        UserError: a file is not there.
+        UserError: a file does not exist.
     """
     used = any(has_text_files(source.path, source.key) for source in _sources(data))
     return data if used else replace(data, document_separator=DocumentSeparator.file)
 
 
 def _sources(data: TextDataConfig) -> list[TextSource]:
-    """What trains, and what validates where that is a text of its own."""
+    """Return the training source, and the validation source if there is one."""
     named = [("data.path", data.path, data.split)]
     if data.validation_path is not None:
         named.append(("data.validation_path", data.validation_path, data.validation_split))
@@ -161,7 +162,7 @@ def _source(data: TextDataConfig, key: str, path: str, split: str) -> TextSource
 def documents_to_compare(
     target: TextTarget, data: TextDataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ComparedTexts, ComparedTexts]:
-    """What trains, and what validates, to be compared."""
+    """Return the training and validation documents for the leakage check."""
     trained, measured = target.split()
     sources = _sources(data)
     is_held_out = target.validation is None

@@ -1,4 +1,4 @@
-"""The documents of a text file: cut at blank lines, at every line, or not at all. No torch."""
+"""Documents of text files: split at blank lines, at every line, or not at all. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qwen_cl.data.jsonl import decode, decode_text
 
 
 def read_text(file: InputFile, text_field: str, separator: DocumentSeparator) -> Iterator[Record]:
-    """Each document as a record with the one field ``text_field``, in memory one at a time. A file of blanks alone is
-    one empty document.
+    """Yield each document as a record with the single field ``text_field``. A file of only whitespace is one empty
+    document.
 
     Raises:
         UserError: names the line that is not UTF-8.
@@ -32,13 +32,13 @@ def read_text(file: InputFile, text_field: str, separator: DocumentSeparator) ->
 
 
 def _lines(stream: Iterable[bytes], file: InputFile) -> Iterator[str]:
-    """Without their ends, which may be those of Windows."""
+    """Yield the lines without line ends, also those of Windows."""
     for number, line in enumerate(stream, start=1):
         yield decode(line, f"{file.path}:{number}", mark=number == 1).rstrip("\r\n")
 
 
 def _documents(lines: Iterable[str], *, each_line: bool) -> Iterator[tuple[str, int]]:
-    """Texts with the number of their first line; a line of whitespace alone belongs to none."""
+    """Yield the documents with the number of their first line; whitespace-only lines belong to none."""
     document: list[str] = []
     first = 0
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Text to tokens in parallel processes, in order. No torch."""
+"""Tokenization in parallel processes, in order. No torch."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from qwen_cl.data.corpus.documents import Document
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**19, 1024
 PATIENCE = 2.0
-"""Seconds in which a pool that can notices that a worker was killed."""
+"""Seconds within which the pool normally notices that a worker was killed."""
 AHEAD = 3
-"""Batches under way for each process: enough that none waits, few enough to hold in memory."""
+"""Batches in flight per process: enough to keep it busy, few enough to hold in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
+    """The tokens of a batch of documents."""
+
     ids: npt.NDArray[np.int32]
-    """All documents' ids, each document's followed by the end-of-text id."""
+    """Ids of all documents, each followed by the end-of-text id."""
     lengths: npt.NDArray[np.int64]
     """Ids of each document, end-of-text included."""
     text_bytes: npt.NDArray[np.int64]
-    """Of each document."""
+    """UTF-8 bytes of each document."""
 
 
 class PoolStuck(BrokenProcessPool):
-    """A thread of the pool waits for ever, and Python at its end for that thread."""
+    """An error for a pool whose thread waits forever, so that Python could not exit."""
 
 
 def tokenize(
     documents: Iterable[Document], tokenizer: str, eos_id: int, workers: int
 ) -> Generator[tuple[TextBatch, list[Document]], None, None]:
-    """``tokenizer`` is the text of a tokenizer.json. Documents with no text must not be among them.
+    """Tokenize documents, none of which is blank; ``tokenizer`` is the text of a tokenizer.json.
 
     Raises:
         BrokenProcessPool: a worker was killed.
@@ -52,7 +54,7 @@ def tokenize(
         workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(tokenizer, eos_id)
     )
     under_way: deque[tuple[Future[TextBatch], list[Document]]] = deque()
-    processes = pool._processes  # the one place that knows also those which died at once
+    processes = pool._processes  # the only list that includes processes which died at once
     try:
         for batch in _batches(documents):
             under_way.append((pool.submit(_encode, [document.text for document in batch]), batch))
@@ -74,15 +76,15 @@ def tokenize(
 
 
 def _result(future: Future[TextBatch], processes: Mapping[int, BaseProcess]) -> TextBatch:
-    """A worker that is killed in the middle of its answer leaves half of it in the pipe, for whose rest the pool waits
-    for ever: then it is we who say so."""
+    """Return a result, and raise PoolStuck if a worker was killed while sending it: the pool itself would wait forever
+    for the rest."""
     while True:
         lost = any(not process.is_alive() for process in list(processes.values()))
         try:
             return future.result(timeout=PATIENCE)
         except TimeoutError:
             if lost and not future.done():
-                raise PoolStuck("a worker was killed in the middle of its answer") from None
+                raise PoolStuck("a worker was killed while sending its result") from None
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -99,7 +101,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _Worker:
-    """What one process keeps from its start on."""
+    """The state of a worker process."""
 
     tokenizer: Tokenizer
     eos_id: int
@@ -109,11 +111,11 @@ def _start(tokenizer: str, eos_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the builder ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _Worker.tokenizer, _Worker.eos_id = Tokenizer.from_str(tokenizer), eos_id
-    _Worker.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is thirteen characters of it
+    _Worker.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is encoded as text
 
 
 def _end_with_parent() -> None:
-    """A pool's worker does not notice that its parent was killed, and would wait for ever."""
+    """Exit when the parent process ends; a worker of a pool would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

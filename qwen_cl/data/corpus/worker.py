@@ -1,4 +1,4 @@
-"""The process that builds one corpus. ``python -m qwen_cl.data.corpus.worker``, started by ``data.corpus.prepare``.
+"""Process that builds one corpus: ``python -m qwen_cl.data.corpus.worker``, started by ``data.corpus.prepare``.
 
 Its workers import this module again, so at its top it imports little.
 """
@@ -22,7 +22,7 @@ from qwen_cl.data.corpus.tokenizer_pool import PoolStuck
 
 
 def main() -> int:
-    """Exit code 0: the entry is there. Otherwise one line of JSON says why it is not."""
+    """Build the requested entry. On failure, print one line of JSON with the reason."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     request = BuildRequest.parse(sys.stdin.readline())
@@ -34,7 +34,7 @@ def main() -> int:
         print(json.dumps(str(error)), flush=True)
         return UserError.exit_code
     except BrokenProcessPool as error:
-        print(json.dumps("a process that tokenizes was killed (out of memory?); lower data.workers"), flush=True)
+        print(json.dumps("a tokenizing process was killed (out of memory?); lower data.workers"), flush=True)
         if isinstance(error, PoolStuck):
             sys.stderr.flush()
             os._exit(RunFailed.exit_code)
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _import_megatron() -> None:
-    """Without what the libraries have to say of themselves: standard error is the user's."""
+    """Import Megatron without library logs on standard error."""
     from qwen_cl.patches.imports import import_megatron
 
     with redirect_stderr(io.StringIO()):
@@ -51,14 +51,14 @@ def _import_megatron() -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    """Once: what is unfinished is removed on the way out."""
+    """Exit on the first signal, so that unfinished files are removed, and ignore further ones."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(EXIT_INTERRUPTED)
 
 
 def _stop_with_parent() -> None:
-    """Standard input ends when the launcher does. Read below Python's buffer, which must not be locked at exit."""
+    """Stop when standard input closes, as the launcher ended. Reads unbuffered, as a lock would block exit."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

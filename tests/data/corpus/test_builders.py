@@ -68,7 +68,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def wait_until_tokenising(cache: Path, alive: Callable[[], bool]) -> None:
+def wait_until_tokenizing(cache: Path, alive: Callable[[], bool]) -> None:
     """Until the first tokens are on disk."""
     end = time.monotonic() + DEADLINE
     while not any(path.stat().st_size for path in cache.glob("*.unfinished/corpus.bin")):
@@ -97,7 +97,7 @@ def test_a_killed_builder_is_made_good_by_one_of_two_that_start_at_once(text: Pa
     request = make_build_request(source(text), tokenizer, workers=2, cache=str(cache))
     killed = FORK.Process(target=build_alone, args=(request, tmp_path / "killed"))
     killed.start()
-    wait_until_tokenising(cache, killed.is_alive)
+    wait_until_tokenizing(cache, killed.is_alive)
     family = psutil.Process(killed.pid).children(recursive=True)
     assert len(family) >= 2
     killed.kill()
@@ -115,7 +115,7 @@ def test_a_killed_builder_is_made_good_by_one_of_two_that_start_at_once(text: Pa
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     tokenized, waited = sorted((log.read_text(encoding="utf-8") for log in logs), key=len, reverse=True)
-    assert tokenized.startswith("Tokenising ")
+    assert tokenized.startswith("Tokenizing ")
     assert f"{DOCUMENTS:,} documents, " in tokenized
     assert waited in ("", "Another run is tokenizing this text; waiting for it\n")
     corpus = read_entry(Path(request.entry), None)
@@ -150,7 +150,7 @@ def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) ->
     families = {}
     for name in STOPPED:
         launcher = launchers[name]
-        wait_until_tokenising(caches[name], lambda launcher=launcher: launcher.poll() is None)  # type: ignore[misc]
+        wait_until_tokenizing(caches[name], lambda launcher=launcher: launcher.poll() is None)  # type: ignore[misc]
         families[name] = family = builder_of(launcher)
         workers = [process for process in family[1:] if "spawn_main" in " ".join(process.cmdline())]
         {
@@ -164,8 +164,8 @@ def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) ->
     assert codes == {"interrupted": EXIT_INTERRUPTED, "killed": -signal.SIGKILL, "builder": 1, "worker": 1}
     assert {name: gone(family) for name, family in families.items()} == dict.fromkeys(families, True)
     for name, reason in (
-        ("builder", "the process that tokenizes was killed by SIGKILL"),
-        ("worker", "a process that tokenizes was killed (out of memory?); lower data.workers"),
+        ("builder", "the tokenizing process was killed by SIGKILL"),
+        ("worker", "a tokenizing process was killed (out of memory?); lower data.workers"),
     ):
         assert outputs[name][1].splitlines()[-1] == f"data.path ({text}): {reason}"
     left = {name: [entry.partition(".")[2] for entry in entries(cache)] for name, cache in caches.items()}
@@ -188,6 +188,6 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_missed(text: Pat
         assert builder.stdin is not None and builder.stdout is not None
         builder.stdin.write(json.dumps(asdict(request)) + "\n")
         builder.stdin.flush()
-        assert "a process that tokenizes was killed" in builder.stdout.readline()
+        assert "a tokenizing process was killed" in builder.stdout.readline()
         assert builder.wait(timeout=DEADLINE) == 1
     assert entries(tmp_path / "cache") == []

@@ -101,7 +101,7 @@ def test_a_tokenizer_without_its_rules_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines([" ", ""]))
-    message = f"data.path ({tmp_path}/a.jsonl) holds no text; nothing can be learnt from it"
+    message = f"data.path ({tmp_path}/a.jsonl) has no text to train on; name another source"
     assert refusal(tmp_path / "a.jsonl", tmp_path / "cache") == message
 
 
