@@ -1,4 +1,4 @@
-"""Measures of transfer and forgetting over a sequence of stages.
+"""The measures of transfer and forgetting over a sequence of stages.
 
 All are computed from a matrix: row 0 is before any training, row k after stage k; a column is one evaluation set.
 

@@ -33,7 +33,7 @@ def report(config: RunConfig, task: ReportConfig, invocation: Invocation) -> Non
     Raises:
         UserError: there are no runs, or the page cannot be written.
     """
-    refuse_ignored(invocation.overrides, ("wandb", "dry_run"), "the report is of what the folder holds")
+    refuse_ignored(invocation.overrides, ("wandb", "dry_run"), "the report only reads the folder")
     if (task.sweep is None) == (task.run is None):
         raise UserError("set either task.sweep (a folder of runs) or task.run (the folder of one run)")
     directory, trials = _find(task)

@@ -95,7 +95,7 @@ class JobStarter:
     """True: jobs keep running when the sweep is interrupted, and the same command finds them again."""
 
     def __init__(self, directory: Path) -> None:
-        """``directory`` is the sweep's folder."""
+        """Start trials in the sweep's folder ``directory``."""
         self.directory, self.queue = directory, Queue()
 
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialJob]:

@@ -44,7 +44,7 @@ class Planner:
     """The planner of trials, which checks what they have in common only once."""
 
     def __init__(self, compose: Compose, directory: Path | None = None) -> None:
-        """``directory`` is the sweep's folder, which may hold earlier trials."""
+        """Plan trials in the sweep's folder ``directory``, which may hold earlier trials."""
         self.compose = compose
         self._made_on = previous_template_date(sorted(directory.glob("*/config.yaml"))) if directory else None
         self._memo = Memo()

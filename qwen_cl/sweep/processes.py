@@ -37,7 +37,7 @@ class ProcessStarter:
     """False: trials are stopped when the sweep is interrupted."""
 
     def __init__(self, hydra_arguments: Sequence[str]) -> None:
-        """``hydra_arguments`` are those of Hydra's own command line, for every trial."""
+        """Start every trial with ``hydra_arguments``, the arguments of Hydra's own command line."""
         self.hydra_arguments = list(hydra_arguments)
 
     def __call__(self, batch: Sequence[tuple[Trial, Slot]]) -> list[TrialProcess]:

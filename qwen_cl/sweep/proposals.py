@@ -27,7 +27,7 @@ class Proposals:
     """A source of trials (see scheduler.py) that asks Optuna for them."""
 
     def __init__(self, study: Any, space: Space, planner: Planner, options: OptunaConfig, directory: Path) -> None:
-        """``directory`` is the sweep's folder."""
+        """Propose trials in the sweep's folder ``directory``."""
         import optuna
 
         self.study, self.space, self.planner, self.options, self.directory = study, space, planner, options, directory

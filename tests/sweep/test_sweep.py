@@ -158,7 +158,7 @@ def test_ctrl_c_asks_every_trial_to_stop(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert stdout.count("Stopping: every trial saves a checkpoint first. Again to kill them.") == 1
+    assert stdout.count("Stopping: every trial saves a checkpoint first. Interrupt again to kill the trials.") == 1
     assert "PREEMPTED: 1 waiting, 2 PREEMPTED; the same command with hydra.sweep.dir=" in stderr
     assert "Traceback" not in stderr
     assert {folder.status().reason for folder in trial_folders(directory).values()} == {"stopped on request"}

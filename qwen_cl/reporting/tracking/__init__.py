@@ -1,1 +1,1 @@
-"""Weights & Biases."""
+"""The tracking of runs with Weights & Biases."""

@@ -36,7 +36,7 @@ class WandbLogger:
     """A W&B run that is called from a thread of its own, as W&B's service can hang, for example with its disk."""
 
     def __init__(self, run: Any, folder: RunFolder) -> None:
-        """``run`` is W&B's; failures are recorded in the status of ``folder``."""
+        """Log to W&B's ``run``; failures are recorded in the status of ``folder``."""
         self.folder = folder
         self._run = run
         self._defined: set[str] = set()
