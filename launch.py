@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen_cl.config.errors import EXIT_INTERRUPTED, RunFailed, RunPreempted, UserError, caused_by_interrupt
+from qwen_cl.config.help_text import read_help
 from qwen_cl.config.hydra_errors import explain, refuse_added_keys
 from qwen_cl.config.invocation import Invocation
 from qwen_cl.config.override_text import quote_arguments
@@ -28,7 +29,7 @@ from qwen_cl.config.store import register_schemas
 register_schemas()
 
 
-HELP = Path(__file__).parent / "conf" / "help.txt"
+CONF = Path(__file__).parent / "conf"
 failures: list[UserError | RunFailed] = []
 
 
@@ -74,7 +75,7 @@ def fail(error: UserError | RunFailed) -> None:
 def main() -> int:
     """Run the command line, and return the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own --help takes seconds to list the groups
-        print(HELP.read_text(encoding="utf-8"), end="")
+        print(read_help(CONF), end="")
         return 0
     previous = signal.getsignal(signal.SIGINT)
     try:

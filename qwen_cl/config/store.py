@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qwen_cl.config import cluster, data, model, peft, replay, resume, run, speed, sweep
+from qwen_cl.config import cluster, data, model, peft, replay, resume, run, speed, sweep, task
 from qwen_cl.config.config_files import read_renamed_keys
 from qwen_cl.config.paths import PACKAGE
-from qwen_cl.config.task import continual, export, inference, inspect, job, report, training
+from qwen_cl.config.task.training import TaskConfig
+
+
+def _task_schemas() -> dict[str, type]:
+    """Return the config class of each task in config/task, ``FinetuneConfig`` as ``finetune_schema``."""
+    modules = [import_module(f"{task.__name__}.{found.name}") for found in iter_modules(task.__path__)]
+    kinds = [kind for module in modules for kind in vars(module).values() if _is_task(kind)]
+    extended = {base for kind in kinds for base in kind.__bases__}
+    return {f"{kind.__name__.removesuffix('Config').lower()}_schema": kind for kind in kinds if kind not in extended}
+
+
+def _is_task(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, TaskConfig)
+
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"model_schema": model.ModelConfig},
-    "task": {
-        "finetune_schema": training.FinetuneConfig,
-        "pretrain_schema": training.PretrainConfig,
-        "inspect_schema": inspect.InspectConfig,
-        "export_schema": export.ExportConfig,
-        "continual_schema": continual.ContinualConfig,
-        "evaluate_schema": inference.EvaluateConfig,
-        "generate_schema": inference.GenerateConfig,
-        "report_schema": report.ReportConfig,
-        "job_schema": job.JobConfig,
-    },
+    "task": _task_schemas(),
     "peft": {"full_schema": peft.PeftConfig, "lora_schema": peft.LoraConfig, "dora_schema": peft.DoraConfig},
     "data": {
         "demo_schema": data.DemoDataConfig,

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
+from qwen_cl.config.help_text import read_help
 from qwen_cl.config.run import RunConfig
 from qwen_cl.config.saved import load_config, save_config
 from qwen_cl.config.store import GROUPS, register_schemas
@@ -180,7 +181,7 @@ def test_a_qwen_choice_is_the_model_it_is_named_after(path: Path) -> None:
 
 
 def help_text() -> str:
-    return (CONF / "help.txt").read_text(encoding="utf-8")
+    return read_help(CONF)
 
 
 def test_help_lists_exactly_the_choices_there_are() -> None:
