@@ -1,1 +1,1 @@
-"""The embedded model and data: a first run that needs no network and no GPU."""
+"""The bundled demo model and data, for a first run without network or GPU."""

@@ -1,9 +1,11 @@
-"""The embedded model before its training: ``python -m qwen_cl.demo.build_model TEXTS OUTPUT``. Same bytes every time.
+"""Build the bundled demo model, untrained, with the same bytes every time.
+
+Usage: ``python -m qwen_cl.demo.build_model TEXTS OUTPUT``.
 
 Qwen2.5's architecture (tied embeddings, biased q, k and v, grouped queries) at a laptop's size, with random weights to
-train from scratch, and a byte-level BPE of its own with Qwen2.5's special tokens and ChatML template. TEXTS is what
-``python -m benchmarks.texts`` wrote; the tokens are learned from a sample of both its languages. README.md beside this
-file says how the model was trained.
+train from scratch, and its own byte-level BPE with Qwen2.5's special tokens and ChatML template. TEXTS is the output
+of ``python -m benchmarks.texts``; the vocabulary is learned from a sample of both languages. README.md in this folder
+describes the training.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from qwen_cl.config.errors import UserError
 
 VOCABULARY = 4096
-# Bytes of text that the tokens are learned from. A quarter is Japanese, so that a text has few tokens in either.
+# Bytes of text that the vocabulary is learned from. A quarter is Japanese, so that both languages take few tokens.
 SAMPLE = {"english": 15_000_000, "japanese": 5_000_000}
 
 # In the order of Qwen2.5's ids; the first three matter for training.
@@ -53,7 +55,7 @@ ADDED_TOKENS = [
     "<|file_sep|>",
 ]
 
-# Qwen2's own pre-tokenisation (transformers, Qwen2Tokenizer).
+# Qwen2's own pre-tokenization (transformers, Qwen2Tokenizer).
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -100,7 +102,7 @@ def build_tokenizer(texts: Path) -> PreTrainedTokenizerFast:
 
 
 def _sample(texts: Path) -> Iterator[str]:
-    """Whole documents, evenly over each file, so that every package has its share."""
+    """Yield complete documents, evenly spaced over each file, so that every source package is represented."""
     for language, size in SAMPLE.items():
         path = texts / f"{language}.train.jsonl"
         due = 0.0

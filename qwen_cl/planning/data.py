@@ -1,4 +1,4 @@
-"""The data of a run, read and checked before anything heavy starts: rows, replayed and retained sets, raw text."""
+"""Reading and checking of a run's data before it starts: rows, replay and retention sets, raw text."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ReadData:
-    """What reading the rows and sets of a run has told."""
+    """The result of reading the rows and sets of a run."""
 
     report: DataReport | None = None
-    """None where there are no rows but raw text, which ``with_text`` reads."""
+    """Data report; None for raw text, which ``with_text`` reads."""
     moved: tuple[int, ...] = ()
     """See ``RowFiles``."""
     bos_token: str | None = None
@@ -50,7 +50,7 @@ class ReadData:
 
 
 def read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> ReadData:
-    """Raises UserError where it is not as it must be."""
+    """Read and check the rows and sets of a run. Raises UserError."""
     directory = tokenizer_directory(model.directory)
     tokenizer = load_chat_tokenizer(config, directory)
     task = config.training
@@ -62,79 +62,81 @@ def read_data(config: RunConfig, model: ModelFiles, files: RowFiles | None) -> R
             print(missing_stop_token_warning(str(directory)), file=sys.stderr)
     check_tokenizer(tokenizer, model.config, directory)
     layout = row_layout(config)
-    replay, kept = _other_sets(config, tokenizer, directory, layout)
-    bos_token = _bos_token(config, [*replay, *kept], tokenizer)
-    of_texts = row_fingerprinter(tokenizer)
+    replay, retention = _other_sets(config, tokenizer, directory, layout)
+    bos_token = _bos_token(config, [*replay, *retention], tokenizer)
+    fingerprinter = row_fingerprinter(tokenizer)
     if files is None:
-        check_leakage(config.data, replayed(replay, of_texts), retained(kept, of_texts))
+        check_leakage(config.data, replayed(replay, fingerprinter), retained(retention, fingerprinter))
         return ReadData(bos_token=bos_token)
     train, validation = read_rows(files)
     check_labels(train, tokenizer, layout.sequence_length, layout.loss_on, files.train)  # describe() renders every row
     check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.validation or files.train)
     leakage = check_leakage(
         config.data,
-        [training_rows(train, files, of_texts), *replayed(replay, of_texts)],
-        [validation_rows(validation, files, of_texts), *retained(kept, of_texts)],
+        [training_rows(train, files, fingerprinter), *replayed(replay, fingerprinter)],
+        [validation_rows(validation, files, fingerprinter), *retained(retention, fingerprinter)],
     )
     if leakage.moved:
         files = replace(files, moved=tuple(number * files.validation_every for number in leakage.moved))
         train, validation = read_rows(files)
         check_examples(validation, tokenizer, layout.sequence_length, layout.loss_on, files.train)
-    overlap, *of_kept = leakage.overlaps
+    overlap, *retention_overlaps = leakage.overlaps
     unused = {
         "the training set": count_unused_fields(train, tokenizer),
         "the validation set": count_unused_fields(validation, tokenizer),
-        **unused_in_sets(replay, kept, tokenizer),
+        **unused_in_sets(replay, retention, tokenizer),
     }
-    of_sets = {named.name: each for named, each in zip(kept, of_kept)}
-    report = replace(describe(train, tokenizer, layout, overlap, of_sets, unused), near_duplicates=leakage.near)
+    overlap_by_set = {named.name: each for named, each in zip(retention, retention_overlaps)}
+    report = replace(describe(train, tokenizer, layout, overlap, overlap_by_set, unused), near_duplicates=leakage.near)
     return ReadData(report, files.moved, bos_token)
 
 
 def data_hash(target: str, config: RunConfig) -> str:
-    """``target`` is the hash of what the task's own data holds; the sets that are replayed and retained come in too.
-    Not text that the model writes itself, which follows from model, seed and config."""
+    """Return the hash of the run's data: ``target``, the hash of the task's own data, with replay and retention sets.
+    Self-generated replay is not included, as it follows from model, seed and config."""
     sets = {"replay.datasets": _replay_sets(config), "retention.eval_sets": config.retention.eval_sets}
     return with_set_hashes(target, sets, chat_settings(config.data).non_defaults())
 
 
 def resolve_run_template_date(config: RunConfig, model: ModelFiles, run_date: str | None) -> str | None:
-    """The day that conversations of the run are rendered with; None where there are none, or none has a date."""
+    """Return the date that the run's conversations are rendered with; None if none is rendered."""
     if not isinstance(config.task, FinetuneConfig) and not _replay_sets(config) and not config.retention.eval_sets:
         return None
     return resolve_template_date(config.data, load_data_tokenizer(str(tokenizer_directory(model.directory))), run_date)
 
 
 def with_local_sets(config: RunConfig) -> RunConfig:
-    """The worker runs elsewhere, and without a network."""
+    """Replace the paths of sets with local ones, as workers may run on other nodes without a network."""
     replay = config.replay
     if isinstance(replay, FileReplayConfig):
         replay = replace(replay, datasets=local_sets(replay.datasets, "replay.datasets"))
-    kept = local_sets(config.retention.eval_sets, "retention.eval_sets")
-    return replace(config, replay=replay, retention=replace(config.retention, eval_sets=kept))
+    retention = local_sets(config.retention.eval_sets, "retention.eval_sets")
+    return replace(config, replay=replay, retention=replace(config.retention, eval_sets=retention))
 
 
 def check_text_leakage(
     text: TextTarget, data: TextDataConfig, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LeakageReport, dict[str, Overlap]]:
-    """What validates, and each retention set, beside what is trained on. Raises UserError where it must not be."""
+    """Check the validation text and each retention set against the training data. Raises UserError."""
     train, validation = documents_to_compare(text, data, tokenizer)
-    as_corpus = corpus_fingerprinter(tokenizer)
-    replay, kept = read_other_sets(config)
-    leakage = check_leakage(data, [train, *replayed(replay, as_corpus)], [validation, *retained(kept, as_corpus)])
+    fingerprinter = corpus_fingerprinter(tokenizer)
+    replay, retention = read_other_sets(config)
+    leakage = check_leakage(
+        data, [train, *replayed(replay, fingerprinter)], [validation, *retained(retention, fingerprinter)]
+    )
     return leakage, dict(zip(config.retention.eval_sets, leakage.overlaps[1:]))
 
 
 def load_chat_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, with what ``data`` says of how conversations are rendered."""
+    """Load the model's tokenizer, with the chat settings of ``data``."""
     return use_chat_settings(load_data_tokenizer(str(directory)), chat_settings(config.data))
 
 
 def unused_in_sets(
-    replay: list[NamedSet], kept: list[NamedSet], tokenizer: PreTrainedTokenizerBase
+    replay: list[NamedSet], retention: list[NamedSet], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, int]]:
-    """Count the fields of each set that cannot change what it is rendered as, by the set's key."""
-    keys = {"replay.datasets": replay, "retention.eval_sets": kept}
+    """Count the fields of each set that are not rendered, by the set's key."""
+    keys = {"replay.datasets": replay, "retention.eval_sets": retention}
     found = {
         f"{key}.{named.name}": count_unused_fields(named.rows, tokenizer)
         for key, sets in keys.items()
@@ -144,7 +146,7 @@ def unused_in_sets(
 
 
 def row_layout(config: RunConfig) -> SequenceLayout:
-    """Say how the run makes micro batches of its rows."""
+    """Return the settings by which the run's rows become micro batches."""
     task = config.training
     return SequenceLayout(
         sequence_length=task.sequence_length,
@@ -159,17 +161,17 @@ def row_layout(config: RunConfig) -> SequenceLayout:
 def _other_sets(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, layout: SequenceLayout
 ) -> tuple[list[NamedSet], list[NamedSet]]:
-    """What is replayed, and what is retained, checked."""
-    replay, kept = read_other_sets(config)
-    for named in [*replay, *kept]:
+    """Read and check the replay and the retention sets."""
+    replay, retention = read_other_sets(config)
+    for named in [*replay, *retention]:
         if not named.is_text:
             check_chat_template(tokenizer, str(directory))
         check_examples(named.rows, tokenizer, layout.sequence_length, layout.loss_on, named.path)
-    return replay, kept
+    return replay, retention
 
 
 def read_other_sets(config: RunConfig) -> tuple[list[NamedSet], list[NamedSet]]:
-    """Read what is replayed, and what is retained. Raises UserError."""
+    """Read the replay and the retention sets. Raises UserError."""
     return read_sets(_replay_sets(config), "replay.datasets"), read_sets(
         config.retention.eval_sets, "retention.eval_sets"
     )
@@ -188,7 +190,7 @@ def _bos_token(config: RunConfig, sets: list[NamedSet], tokenizer: PreTrainedTok
 
 
 def reuse_datasets(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """A run that resumes reads the commits it began with where the command names none."""
+    """Return the config with the dataset commits of the resumed run, where the command names none."""
     if not isinstance(config.data, FileDataConfig) or not folder.config.exists():
         return config
     before = read_run_config(folder.config).data

@@ -1,4 +1,4 @@
-"""Which devices this machine has, asked of the driver: torch would take seconds and memory of each GPU."""
+"""Devices of this machine, as reported by the driver: torch would take seconds and memory of each GPU."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from qwen_cl.config.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """A GPU of this machine."""
+
     name: str
     memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What every rank of a run computes on."""
+    """The device of every rank of a run."""
 
     kind: Accelerator
-    """gpu or cpu; never auto."""
+    """Resolved: gpu or cpu."""
     precision: Precision
-    """fp32 or bf16; never auto."""
+    """Resolved: fp32 or bf16."""
     name: str
     memory_bytes: int | None
-    """Of one GPU, or of the machine for a CPU; None where it is another machine's."""
+    """Bytes of one GPU, or of the machine for a CPU; None if it is another machine."""
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs a process started here would see, in CUDA_VISIBLE_DEVICES' order."""
+    """Return the GPUs visible to a process started here, in the order of CUDA_VISIBLE_DEVICES."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # a deprecated package of the same name may come first
         import pynvml
@@ -54,10 +56,10 @@ def visible_gpus() -> list[Gpu]:
 
 
 def pick_device(cluster: ClusterConfig) -> Device:
-    """Settle ``auto`` and refuse what the machine cannot give.
+    """Resolve ``auto``, and refuse devices that the machine does not have.
 
     Raises:
-        UserError: no GPU where one is asked for, or fewer devices than asked for.
+        UserError: fewer devices are available than requested.
     """
     if not isinstance(cluster, LocalConfig) and cluster.accelerator is Accelerator.cpu:
         return Device(Accelerator.cpu, _precision(cluster, Precision.fp32), "CPU of the cluster", None)
@@ -68,21 +70,21 @@ def pick_device(cluster: ClusterConfig) -> Device:
         return _cpu(cluster)
     if cluster.devices > len(gpus):
         raise UserError(
-            f"cluster.devices ({cluster.devices}) is more than the GPUs there are ({len(gpus)}); lower it"
+            f"cluster.devices ({cluster.devices}) is more than the available GPUs ({len(gpus)}); lower it"
             + ("" if gpus else ", or set cluster.accelerator=cpu")
         )
     return Device(Accelerator.gpu, _precision(cluster, Precision.bf16), gpus[0].name, gpus[0].memory_bytes)
 
 
 def single_process(cluster: ClusterConfig) -> ClusterConfig:
-    """One process of it, which has the whole model."""
+    """Return the cluster with a single process, which holds the complete model."""
     return replace(
         cluster, devices=1, tensor_parallel=1, pipeline_parallel=1, context_parallel=1, sequence_parallel=False
     )
 
 
 def cpu_cores() -> int:
-    """Those this process may use."""
+    """Return the number of cores available to this process."""
     import psutil
 
     return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
@@ -94,7 +96,7 @@ def _cpu(cluster: ClusterConfig) -> Device:
     cores = cpu_cores()
     if cluster.accelerator is Accelerator.auto and cluster.devices > cores:
         raise UserError(
-            f"cluster.devices ({cluster.devices}) is more than the devices there are: no GPU, {cores} CPU cores; "
+            f"cluster.devices ({cluster.devices}) is more than the available devices: no GPU, {cores} CPU cores; "
             "lower it, or set cluster.accelerator=cpu to let processes share cores"
         )
     return Device(Accelerator.cpu, _precision(cluster, Precision.fp32), "CPU", psutil.virtual_memory().total)

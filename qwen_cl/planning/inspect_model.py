@@ -1,4 +1,4 @@
-"""``task=inspect``: what a model is, and what this machine can do with it. Fetches no weights, writes nothing."""
+"""``task=inspect``: facts of a model, and its memory use on this machine. Fetches no weights, writes nothing."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ from qwen_cl.reporting.console import adapter_facts, print_facts
 
 GIB = 2**30
 SIZES = (1, 2, 4, 8)
-"""Parallel sizes worth showing: what hosts of GPUs come in."""
+"""Parallel sizes shown: common GPU counts of a host."""
 
 
 def inspect(config: RunConfig, task: InspectConfig, invocation: Invocation) -> None:
-    """Print the facts of a model, and what memory it takes here; raises UserError where it cannot be found, read or
-    trained."""
+    """Print the facts of a model and its memory use here.
+
+    Raises:
+        UserError: the model cannot be found, read or trained.
+    """
     device = pick_device(config.cluster)
     model = resolve(config.model.source, HubSettings.of(config.model), weights=False)
     architecture = read_architecture(model.config, model.directory)
@@ -64,7 +67,7 @@ def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[st
     embedding = architecture.vocab_size * architecture.hidden_size
     return [
         ("model", model.source),
-        ("commit", model.commit or "none: a directory of your own"),
+        ("commit", model.commit or "none: a local directory"),
         ("architecture", f"{architecture.model_type} ({architecture.family.title})"),
         ("parameters", f"{count_parameters(shapes):,}, of them {embedding:,} in the embedding{_tied(architecture)}"),
         ("layers", f"{architecture.num_layers} of {architecture.hidden_size}, MLP of {architecture.ffn_hidden_size}"),
@@ -85,17 +88,17 @@ def _file_facts(model: ModelFiles, settings: ModelConfig) -> list[tuple[str, str
     return [
         ("weights", f"{decimal(size, precision=2)}, {dtypes}" if size else dtypes),
         ("tokenizer", f"{len(tokenizer):,} tokens, {'with' if tokenizer.chat_template else 'without'} a chat template"),
-        ("licence", licence or "not said; look at the model's page or ask who gave you the files"),
+        ("licence", licence or "not stated; see the model's page or its provider"),
     ]
 
 
 def _weights(model: ModelFiles) -> tuple[int, str]:
-    """Bytes (0 where nobody says), and the type of their values."""
+    """Return the bytes of the weights (0 if unknown) and their dtypes."""
     if model.commit is not None:
         files = model.manifest.files if model.manifest else {}
         names = [SINGLE] if SINGLE in files else [name for name in files if SHARD.fullmatch(name)]
         size = sum(files[name].size or 0 for name in names)
-        return size, f"{model.config.get('dtype') or model.config.get('torch_dtype') or 'of a type config.json omits'}"
+        return size, f"{model.config.get('dtype') or model.config.get('torch_dtype') or 'dtype not in config.json'}"
     if is_nemo_checkpoint(model.directory):
         metadata = DistributedMetadata(model.directory / WEIGHTS)
         types = Counter(metadata.tensor(key).dtype for key in metadata.keys)
@@ -110,7 +113,7 @@ def _most(types: Counter[str]) -> str:
 
 
 def _tied(architecture: Architecture) -> str:
-    return ", which is the output layer too" if architecture.tied_embeddings else " and as many in the output layer"
+    return ", which is also the output layer" if architecture.tied_embeddings else " and as many in the output layer"
 
 
 def _device_facts(device: Device, architecture: Architecture) -> list[tuple[str, str]]:
@@ -123,12 +126,12 @@ def _device_facts(device: Device, architecture: Architecture) -> list[tuple[str,
 
 
 def _layout_table(config: RunConfig, batch: BatchShape, device: Device, architecture: Architecture) -> Table:
-    """GiB per device of each layout, adapter and full; what does not fit this machine's device is said."""
+    """Return the table of GiB per device for each layout, adapter and full; it marks what does not fit."""
     table = Table(
-        title=f"GiB per device, {batch.micro_batch_size} x {batch.sequence_length} tokens a pass",
+        title=f"GiB per device, {batch.micro_batch_size} x {batch.sequence_length} tokens per micro batch",
         title_justify="left",
     )
-    for column in ("tensor_parallel", "pipeline_parallel", "devices", _name(config.peft), "every weight"):
+    for column in ("tensor_parallel", "pipeline_parallel", "devices", _name(config.peft), "full fine-tuning"):
         table.add_column(column, justify="right")
     for tensor_parallel in (size for size in SIZES if size in tensor_parallel_sizes(architecture)):
         for pipeline_parallel in (size for size in SIZES if size in pipeline_parallel_sizes(architecture)):

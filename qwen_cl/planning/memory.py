@@ -1,9 +1,9 @@
-"""How much memory a run will want, from its shapes alone.
+"""Memory estimate of a run, from its shapes alone.
 
 Model state follows Megatron's distributed optimizer: bf16 weights, fp32 gradients, and fp32 masters with Adam's two
-moments divided over data parallel ranks. Activations count what autograd keeps of one layer without recomputation,
-in the terms of arXiv 2205.05198 but for a gated MLP and a flash attention kernel. Caching allocators add to it. With
-the levers of ``speed=fast`` an H200 took 10 % (LoRA) to 20 % (every weight) less than this says (benchmarks/results).
+moments divided over data parallel ranks. Activations are what autograd saves of one layer without recomputation, as in
+arXiv 2205.05198 but for a gated MLP and flash attention. Caching allocators add to it. With the speed optimizations of
+``speed=fast`` an H200 used 10 % (LoRA) to 20 % (full fine-tuning) less than estimated (benchmarks/results).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from qwen_cl.models.weight_mapping import count_parameters, expected_shapes, lay
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank."""
+    """The bytes on the rank that needs most memory."""
 
     weights: int
     gradients_and_optimizer: int
     activations: int
     trainable_parameters: int
-    """Of the whole model, over all ranks."""
+    """Trainable parameters of the model, over all ranks."""
 
     @property
     def total(self) -> int:
@@ -36,7 +36,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What one rank computes on in a step."""
+    """The input of one rank in a step."""
 
     sequence_length: int
     micro_batch_size: int
@@ -57,7 +57,7 @@ def estimate_memory(
     precision: Precision,
     speed: SpeedConfig | None = None,
 ) -> MemoryEstimate:
-    """``speed`` is settled; None for a run without levers."""
+    """Estimate the memory of a run. ``speed`` is resolved; None for no speed optimizations."""
     value_bytes = 2 if precision is Precision.bf16 else 4
     layers = architecture.num_layers / cluster.pipeline_parallel
     # The first stage holds the embedding, the last one the head: the same size where they are not tied.
@@ -83,19 +83,19 @@ def _activations(
 ) -> float:
     tokens = batch.micro_batch_size * batch.sequence_length / cluster.context_parallel
     qkv = architecture.query_size + 2 * architecture.key_value_size
-    # Kept per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
-    # embedding, and the gated MLP (gate and up, their halves, silu, its product; compiled, gate, up and the product).
-    of_mlp = 3 if speed is not None and speed.compile is When.always else 7
+    # Saved per token of one layer: norms, residuals and projections (8 hidden), q, k, v before and after the rotary
+    # embedding, and the gated MLP (gate and up, their halves, silu, the product; compiled, gate, up and the product).
+    mlp_tensors = 3 if speed is not None and speed.compile is When.always else 7
     per_token = 8 * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
-    per_token += (2 * qkv + of_mlp * architecture.ffn_hidden_size) / cluster.tensor_parallel
+    per_token += (2 * qkv + mlp_tensors * architecture.ffn_hidden_size) / cluster.tensor_parallel
     in_flight = min(cluster.pipeline_parallel, batch.micro_batches)
     layers = architecture.num_layers / cluster.pipeline_parallel * in_flight
-    # Logits in the compute type, and their softmax in fp32, kept for the backward pass; or of a chunk of the tokens.
+    # Logits in the compute dtype, and their softmax in fp32, saved for the backward pass; or those of one chunk.
     logits = tokens * architecture.vocab_size / cluster.tensor_parallel
     if speed is not None and speed.fused_linear_cross_entropy is When.always:
         logits = min(logits, LOSS_CHUNK_BYTES / value_bytes)
-    kept = layers * per_token
+    saved = layers * per_token
     if speed is not None and speed.activation_recompute is When.always:  # each layer's input, and one layer at a time
-        kept = layers * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
-        kept += per_token
-    return tokens * kept * value_bytes + logits * (value_bytes + 4)
+        saved = layers * architecture.hidden_size / (cluster.tensor_parallel if cluster.sequence_parallel else 1)
+        saved += per_token
+    return tokens * saved * value_bytes + logits * (value_bytes + 4)

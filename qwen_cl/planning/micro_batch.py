@@ -1,4 +1,4 @@
-"""``task.micro_batch_size=auto``: as many rows in a pass as gain something and fit, and fewer once they did not."""
+"""``task.micro_batch_size=auto``: the largest useful micro batch that fits, and a smaller one after out of memory."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from qwen_cl.runs.failure import FailureKind
 from qwen_cl.runs.folder import RunFolder
 
 TARGET_TOKENS = {Accelerator.gpu: 16_384, Accelerator.cpu: 2_048}
-"""Of a pass. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); a CPU's is a choice, not a measurement."""
+"""Tokens per micro batch. From 8,192 to 16,384 an H200 gains 6 % (benchmarks/results); the CPU's is a choice."""
 USABLE_FRACTION = 0.85
-"""Part of a device's memory that the estimate may fill: allocators, and what it leaves out, take theirs."""
+"""Fraction of device memory that the estimate may fill; the rest is for allocators and what it does not cover."""
 SHARE = "QWEN_CL_DEVICE_SHARE"
-"""Environment variable: the part of its devices that is a trial's, where trials share them."""
+"""Environment variable: a trial's fraction of the device, where trials share devices."""
 
 
 def resolve_for_device(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
-    """With levers and micro batch settled. What is computed again where ``speed.activation_recompute`` is auto is what
-    no longer fits, by an estimate that says 10 to 20 % too much.
+    """Resolve speed optimizations and micro batch. ``speed.activation_recompute=auto`` enables recomputation if the
+    run does not fit otherwise, by an estimate that is 10 to 20 % too high.
 
     Raises:
-        UserError: of settle_speed, or of settle_micro_batch.
+        UserError: see resolve_speed and resolve_micro_batch.
     """
-    settled = resolve_micro_batch(_with_levers(config, device), architecture, device)
+    resolved = resolve_micro_batch(_with_resolved_speed(config, device), architecture, device)
     known = device.memory_bytes is not None and config.speed.activation_recompute is When.auto
-    if not known or _fits(settled, architecture, device, usable=1.0):
-        return settled
+    if not known or _fits(resolved, architecture, device, usable=1.0):
+        return resolved
     again = replace(config, speed=replace(config.speed, activation_recompute=When.always))
     try:
-        return resolve_micro_batch(_with_levers(again, device), architecture, device)
-    except UserError:  # a lever is asked for that does not go with it
-        return settled
+        return resolve_micro_batch(_with_resolved_speed(again, device), architecture, device)
+    except UserError:  # a requested optimization excludes it
+        return resolved
 
 
-def _with_levers(config: RunConfig, device: Device) -> RunConfig:
+def _with_resolved_speed(config: RunConfig, device: Device) -> RunConfig:
     return replace(config, speed=resolve_speed(config, device.kind))
 
 
 def resolve_micro_batch(config: RunConfig, architecture: Architecture, device: Device) -> RunConfig:
-    """With a number for ``auto``. ``config.speed`` is settled.
+    """Replace ``task.micro_batch_size=auto`` with a number. ``config.speed`` is resolved.
 
     Raises:
-        UserError: it is auto, and the run is another machine's.
+        UserError: it is auto, and the run is for another machine.
     """
     if not is_automatic(config):
         return config
     if device.memory_bytes is None:
         raise UserError(
-            "task.micro_batch_size=auto looks at the memory of this machine's devices, and the run is another's; "
+            "task.micro_batch_size=auto uses the memory of this machine's devices, and the run is for another machine; "
             "write a number"
         )
     tokens = TARGET_TOKENS[device.kind]
@@ -78,7 +78,7 @@ def is_automatic(config: RunConfig) -> bool:
 
 
 def reuse_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """A run that goes on has what fitted before, if its layout still has such passes."""
+    """Return the config with the micro batch of the resumed run, if its layout still allows it."""
     if not is_automatic(config) or not folder.config.exists():
         return config
     before = read_run_config(folder.config).task
@@ -88,10 +88,10 @@ def reuse_micro_batch(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunConfig], None]) -> None:
-    """``attempt`` once, and with fewer rows in a pass each time that the devices' memory was full.
+    """Call ``attempt``, again with a smaller micro batch after each out-of-memory failure.
 
     Raises:
-        RunFailed: of the last attempt.
+        RunFailed: the last attempt failed.
     """
     while True:
         try:
@@ -105,7 +105,7 @@ def retry_on_oom(config: RunConfig, folder: RunFolder, attempt: Callable[[RunCon
 
 
 def _sizes(config: RunConfig) -> list[int]:
-    """Those that divide what one rank computes in a step, the smallest first."""
+    """Return the sizes that divide the sequences of one rank per step, ascending."""
     rows = config.training.global_batch_size // config.cluster.data_parallel
     return [size for size in range(1, rows + 1) if rows % size == 0]
 

@@ -1,4 +1,4 @@
-"""Which sizes a model can be split into, and which layouts a number of processes has."""
+"""Parallel sizes that a model allows, and layouts of a number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 12
 
 
 def check_layout(cluster: ClusterConfig, peft: PeftConfig, architecture: Architecture) -> None:
-    """Raises UserError where the model cannot be split so, with the sizes and layouts that it can be split into."""
+    """Refuse a layout that the model does not allow. Raises UserError with the allowed sizes and layouts."""
     tensor_parallel, pipeline_parallel = cluster.tensor_parallel, cluster.pipeline_parallel
     for what, count in _split_by_rank(architecture).items():
         if count % tensor_parallel:
@@ -48,26 +48,26 @@ def pipeline_parallel_sizes(architecture: Architecture) -> list[int]:
 
 
 def _check_rows(cluster: ClusterConfig) -> None:
-    """Every micro batch is as wide as a multiple of PADDING_MULTIPLE, whatever task.sequence_length is."""
-    # A context parallel rank has one piece from each half of a row, so that all have as much to attend to.
+    """Check that parallel ranks divide a row, which is always padded to a multiple of PADDING_MULTIPLE."""
+    # A context parallel rank has one chunk from each half of a row, which balances attention.
     if PADDING_MULTIPLE % (2 * cluster.context_parallel) and cluster.context_parallel > 1:
         sizes = [size for size in range(1, PADDING_MULTIPLE // 2 + 1) if PADDING_MULTIPLE % (2 * size) == 0]
         raise UserError(
-            f"cluster.context_parallel ({cluster.context_parallel}) must divide half of {PADDING_MULTIPLE}, a multiple "
-            f"of which every row is padded to; it may be {_joined(sizes)}"
+            f"cluster.context_parallel ({cluster.context_parallel}) must divide half of {PADDING_MULTIPLE}, the "
+            f"multiple that every row is padded to; it may be {_joined(sizes)}"
         )
     pieces = cluster.tensor_parallel * cluster.context_parallel
     if cluster.sequence_parallel and PADDING_MULTIPLE % pieces:
         raise UserError(
             f"cluster.sequence_parallel splits a row over cluster.tensor_parallel ({cluster.tensor_parallel}) x "
             f"cluster.context_parallel ({cluster.context_parallel}) = {pieces} ranks, which must divide "
-            f"{PADDING_MULTIPLE}, a multiple of which every row is padded to; write cluster.sequence_parallel=false, "
+            f"{PADDING_MULTIPLE}, the multiple that every row is padded to; write cluster.sequence_parallel=false, "
             "or change the sizes"
         )
 
 
 def _layouts(cluster: ClusterConfig, architecture: Architecture) -> str:
-    """The tensor and pipeline parallel sizes that fit the processes there are, context parallelism as it is."""
+    """Describe the tensor and pipeline parallel sizes that fit the processes and context parallelism."""
     ranks = cluster.world_size // cluster.context_parallel
     fitting = [
         f"{tensor} x {pipeline}"
@@ -88,7 +88,7 @@ def _joined(sizes: list[int]) -> str:
 
 
 def _split_by_rank(architecture: Architecture) -> dict[str, int]:
-    """What tensor parallelism deals out evenly. (The vocabulary it pads.)"""
+    """Return the dimensions that tensor parallelism must split evenly. (It pads the vocabulary.)"""
     return {
         "attention heads": architecture.num_attention_heads,
         "KV groups": architecture.num_query_groups,

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known and refused before anything heavy starts."""
+"""The plan of a run: everything that can be resolved and checked before it starts."""
 
 from __future__ import annotations
 
@@ -48,46 +48,48 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """A resolved and checked run."""
+
     config: RunConfig
-    """With model.source and datasets pinned, model.cache absolute, and accelerator, precision, micro batch and speed
-    settled."""
+    """Config with model.source and datasets pinned, model.cache absolute, and accelerator, precision, micro batch and
+    speed resolved."""
     model: ModelFiles
     architecture: Architecture
     device: Device
     files: RowFiles | None
     text: TextTarget | None
-    """Raw text once it is tokenized."""
+    """Raw text; None until it is tokenized."""
     data_hash: str | None
-    """sha256 of all that is trained on and measured; None for random tokens, and before raw text is tokenized."""
+    """sha256 of the training and evaluation data; None for random tokens, and before raw text is tokenized."""
     data_report: DataReport | None
-    """None for random tokens, and before raw text is tokenized."""
+    """Data report; None for random tokens, and before raw text is tokenized."""
     tokenizer_hash: str | None
     adapter: BaseAdapter | None
-    """Merged into the frozen base."""
+    """Adapter merged into the frozen base model, or None."""
     bos_token: str | None
-    """What documents of raw text begin with; None where the tokenizer adds none, or where there are none."""
+    """BOS token of raw text documents; None if the tokenizer adds none, or there are none."""
     automatic_micro_batch: bool
-    """It was settled here, by this machine's memory."""
+    """The micro batch was resolved from this machine's memory."""
 
     @property
     def tokens_per_step(self) -> int:
-        """At most: padding and short rows make it less."""
+        """The maximum number of tokens per step; padding and short rows reduce it."""
         return self.config.training.global_batch_size * self.config.training.sequence_length
 
     def content(self) -> str | None:
-        """Hash of the data as it is now, also of raw text that is not tokenized yet."""
+        """Return the hash of the current data, also of raw text that is not tokenized yet."""
         data = self.config.data
         return data_hash(text_content(data), self.config) if isinstance(data, TextDataConfig) else self.data_hash
 
 
 class Memo:
-    """What several plans have in common, each made once: reading data and asking the Hub take long."""
+    """A cache of intermediate results shared by several plans, as reading data and Hub requests are slow."""
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
 
     def __call__(self, make: Callable[[], T], *on: Any) -> T:
-        """``on`` is all that what is made depends on, with a ``repr`` that says it."""
+        """Return the cached result of ``make``; ``on`` are all values that it depends on, identified by their repr."""
         key = repr(on)
         if key not in self._made:
             self._made[key] = make()
@@ -95,44 +97,43 @@ class Memo:
         return made
 
 
-def make_plan(config: RunConfig, once: Memo | None = None, run_date: str | None = None) -> Plan:
-    """Settle what is open in the config and check the rest, cheapest first.
+def make_plan(config: RunConfig, memo: Memo | None = None, run_date: str | None = None) -> Plan:
+    """Resolve the open values of the config and check the others, cheapest first.
 
-    Fetches the model's small files, not its weights. ``run_date`` is the day that the run was made on, if it is not
-    today.
+    Fetches the model's small files, not its weights. ``run_date`` is the date of the original run, if not today.
 
     Raises:
-        UserError: the run could not work, with what to change.
+        UserError: the run cannot work; says what to change.
     """
-    once = once or Memo()
-    said = config
-    device = once(lambda: pick_device(said.cluster), "device", said.cluster)
-    if isinstance(said.cluster, LocalConfig):  # another machine has its own packages, which its ranks check
+    memo = memo or Memo()
+    requested = config
+    device = memo(lambda: pick_device(requested.cluster), "device", requested.cluster)
+    if isinstance(requested.cluster, LocalConfig):  # another machine has its own packages, which its ranks check
         _check_upstream(device)
     settings = HubSettings.of(config.model)
-    model = once(lambda: resolve(said.model.source, settings, weights=False), "model", said.model)
+    model = memo(lambda: resolve(requested.model.source, settings, weights=False), "model", requested.model)
     architecture = read_architecture(model.config, model.directory)
-    adapter = once(lambda: _adapter(said, model, architecture), "adapter", said.model, said.peft)
+    adapter = memo(lambda: _adapter(requested, model, architecture), "adapter", requested.model, requested.peft)
     check_layout(config.cluster, config.peft, architecture)
     _check_sequence_length(config, architecture)
     if model.commit is None:
-        once(lambda: check_weights(model, architecture), "weights", said.model)
-    sets = once(lambda: with_local_sets(said), "sets", said.replay, said.retention)
-    data = once(lambda: pin_rows(said.data), "rows", said.data)
+        memo(lambda: check_weights(model, architecture), "weights", requested.model)
+    sets = memo(lambda: with_local_sets(requested), "sets", requested.replay, requested.retention)
+    data = memo(lambda: pin_rows(requested.data), "rows", requested.data)
     config = replace(config, data=data, replay=sets.replay, retention=sets.retention)
     config = resolve_for_device(config, architecture, device)
     if isinstance(config.data, TextDataConfig):
         config = replace(config, data=resolve_separator(config.data))
-    on_day = (said.model, said.data, said.replay, said.retention, type(said.task), run_date)
-    day = once(lambda: resolve_run_template_date(said, model, run_date), "template date", on_day)
+    on_day = (requested.model, requested.data, requested.replay, requested.retention, type(requested.task), run_date)
+    day = memo(lambda: resolve_run_template_date(requested, model, run_date), "template date", on_day)
     config = replace(config, data=with_template_date(config.data, day))
     files = row_files(config.data, config.training)
     read = config
-    on = (said.model, config.data, config.replay, config.retention, row_layout(config), type(config.task))
+    on = (requested.model, config.data, config.replay, config.retention, row_layout(config), type(config.task))
     found = ReadData()
     if not isinstance(config.data, MockDataConfig):
-        found = once(lambda: read_data(read, model, files), "data", on)
-    settled = replace(
+        found = memo(lambda: read_data(read, model, files), "data", on)
+    resolved = replace(
         config,
         model=replace(
             config.model,
@@ -143,34 +144,34 @@ def make_plan(config: RunConfig, once: Memo | None = None, run_date: str | None 
         cluster=replace(config.cluster, accelerator=device.kind, precision=device.precision),
     )
     return Plan(
-        config=settled,
+        config=resolved,
         model=model,
         architecture=architecture,
         device=device,
         files=None if files is None else replace(files, moved=found.moved),
         text=None,
-        data_hash=once(lambda: data_hash(content_hash(files), read), "hash", files, on) if files else None,
+        data_hash=memo(lambda: data_hash(content_hash(files), read), "hash", files, on) if files else None,
         data_report=found.report,
         tokenizer_hash=tokenizer_hash(tokenizer_directory(model.directory)),
         adapter=adapter,
         bos_token=found.bos_token,
-        automatic_micro_batch=is_automatic(said),
+        automatic_micro_batch=is_automatic(requested),
     )
 
 
 def with_text(plan: Plan, data: TextDataConfig) -> Plan:
-    """Tokenizes the raw text, which may take a while: not for a dry run.
+    """Add the tokenized raw text to the plan. May be slow, so not for a dry run.
 
     Raises:
         UserError: the text cannot be trained on.
     """
     tokenizer = load_chat_tokenizer(plan.config, tokenizer_directory(plan.model.directory))
     text = prepare_target(data, plan.config.seed, tokenizer, plan.architecture.vocab_size)
-    leakage, kept = check_text_leakage(text, data, plan.config, tokenizer)
+    leakage, retention_overlaps = check_text_leakage(text, data, plan.config, tokenizer)
     text = text.with_moved(leakage.moved)
     replay, retention = read_other_sets(plan.config)
     report = replace(
-        describe_corpus(text, tokenizer, row_layout(plan.config), leakage.overlaps[0], kept),
+        describe_corpus(text, tokenizer, row_layout(plan.config), leakage.overlaps[0], retention_overlaps),
         near_duplicates=leakage.near,
         unused_fields=unused_in_sets(replay, retention, tokenizer),
     )
@@ -178,7 +179,7 @@ def with_text(plan: Plan, data: TextDataConfig) -> Plan:
 
 
 def fetch_weights(plan: Plan) -> Plan:
-    """Make the weights present and check them; whether the output layer is the embedding, they alone can say."""
+    """Fetch and check the weights; only they tell if the output layer is tied to the embedding."""
     model = resolve(plan.model.source, HubSettings.of(plan.config.model))
     architecture = read_architecture(model.config, model.directory)
     check_weights(model, architecture)
@@ -198,16 +199,16 @@ def _adapter(config: RunConfig, model: ModelFiles, architecture: Architecture) -
         )
     if other := other_base(adapter, model.source):
         print(
-            f"note: model.adapter ({adapter.directory}) says that it was trained on {other}, and is merged into "
-            f"{model.source}, which it fits by its shapes",
+            f"note: model.adapter ({adapter.directory}) was trained on {other}, and is merged into "
+            f"{model.source}, as its shapes match",
             file=sys.stderr,
         )
     return adapter
 
 
 def check_weights(model: ModelFiles, architecture: Architecture) -> None:
-    """Raises UserError where the files' own lists of tensors are not this architecture's."""
-    if (model.directory / MANIFEST).is_file():  # a checkpoint of a run of ours
+    """Check that the tensors in the files are those of the architecture. Raises UserError."""
+    if (model.directory / MANIFEST).is_file():  # a checkpoint of qwen_cl
         try:
             verify(model.directory)
         except DamagedCheckpointError as error:

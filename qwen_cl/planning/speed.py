@@ -1,4 +1,4 @@
-"""Which levers of the group ``speed`` a run uses: settles ``auto`` and refuses what cannot work."""
+"""Speed optimizations of a run: resolves ``auto``, and refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ FASTER_ON_CPU = ("fused_lora",)
 """Measured with the demo model (benchmarks/speed_optimizations.py); compiled layers gain less than compiling takes."""
 COMPILED = ("compile", "fused_linear_cross_entropy", "fused_grad_accumulation")
 UNTESTED_WITH_TRANSFORMER_ENGINE = ("compile", "cuda_graphs", "fused_grad_accumulation")
-"""What nobody has tried with Transformer Engine's."""
-NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or what CC and CXX name)"
-SETTLED = (*COMPILED, "fused_lora", "cuda_graphs")
+"""Optimizations that are untested with Transformer Engine."""
+NO_COMPILER = "there is no C compiler on {} (gcc or clang, and g++ for a CPU; or as set by CC and CXX)"
+RESOLVED = (*COMPILED, "fused_lora", "cuda_graphs")
 
 
 def resolve_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
-    """``kind`` is the run's device. Afterwards nothing is auto.
+    """Resolve every ``auto`` of the group ``speed`` for a run on devices of this ``kind``.
 
     Raises:
-        UserError: a lever is asked for that this run cannot use.
+        UserError: an optimization is requested that this run cannot use.
     """
     speed = config.speed
     chosen: dict[str, Any] = {}
-    for name in SETTLED:
-        wanted = getattr(speed, name)
+    for name in RESOLVED:
+        requested = getattr(speed, name)
         obstacle = _obstacle(name, config, kind)
-        if wanted is When.always and obstacle:
+        if requested is When.always and obstacle:
             raise UserError(f"speed.{name}=always: {obstacle}; set speed.{name}=auto or never")
-        taken = wanted is When.auto and not obstacle and _gains(name, config, kind)
-        chosen[name] = When.always if wanted is When.always or taken else When.never
+        enabled = requested is When.auto and not obstacle and _gains(name, config, kind)
+        chosen[name] = When.always if requested is When.always or enabled else When.never
     if speed.activation_recompute is When.auto:
         chosen["activation_recompute"] = (
             When.never
@@ -47,41 +47,44 @@ def resolve_speed(config: RunConfig, kind: Accelerator) -> SpeedConfig:
 
 
 def _obstacle(name: str, config: RunConfig, kind: Accelerator) -> str | None:
-    """Why this run cannot use the lever; None where it can."""
+    """Return the reason why this run cannot use an optimization; None if it can."""
     cluster, adapter = config.cluster, adapter_of(config.peft)
     dropout = 0.0 if adapter is None else adapter.dropout
     if name == "fused_lora" and (adapter is None or not adapter.entry.fused):
         return "there is no LoRA in this run (peft=lora)"
     if name == "fused_lora" and dropout > 0:
         return f"with peft.dropout ({dropout}) adapter and layer have different inputs"
-    if isinstance(cluster, LocalConfig) and _wants_compiler(name, kind) and not _has_compiler(kind):
+    if isinstance(cluster, LocalConfig) and _needs_compiler(name, kind) and not _has_compiler(kind):
         return NO_COMPILER.format("this machine")
     if name == "compile" and (obstacle := _compile_obstacle(config, kind)):
         return obstacle
     if name == "cuda_graphs" and kind is not Accelerator.gpu:
         return "there is no GPU"
     if name == "cuda_graphs" and config.speed.activation_recompute is When.always:
-        return "recorded passes cannot be computed again in parts, and speed.activation_recompute is always"
+        return "captured CUDA graphs cannot recompute activations, and speed.activation_recompute is always"
     if name == "cuda_graphs" and cluster.tensor_parallel * cluster.pipeline_parallel * cluster.context_parallel > 1:
-        return "it records passes through the whole model, of which each process has a part in this layout of cluster"
+        return "a CUDA graph captures the complete model, and in this cluster layout each process has a part of it"
     if name in ("compile", "cuda_graphs") and config.training.is_packed and cluster.precision is Precision.fp32:
-        return "attention of packed rows has a kernel in bf16 alone, and cluster.precision is fp32"
+        return "attention of packed sequences only has a bf16 kernel, and cluster.precision is fp32"
     if name == "cuda_graphs" and dropout > 0:
-        return f"recorded passes do not draw from the run's seed, and peft.dropout is {dropout}"
+        return f"captured CUDA graphs do not use the run's seed, and peft.dropout is {dropout}"
     return None
 
 
 def _compile_obstacle(config: RunConfig, kind: Accelerator) -> str | None:
     if config.cluster.context_parallel > 1:
-        return f"attention talks to other ranks, and cluster.context_parallel is {config.cluster.context_parallel}"
+        return (
+            "attention communicates with other ranks, and cluster.context_parallel is "
+            f"{config.cluster.context_parallel}"
+        )
     if kind is not Accelerator.gpu and config.training.is_packed:
-        return "attention of packed rows has no kernel on a CPU, and task.packing is true"
+        return "attention of packed sequences has no CPU kernel, and task.packing is true"
     return None
 
 
 def has_static_shapes(config: RunConfig) -> bool:
-    """Whether packed rows are all as long as task.sequence_length and a batch has as many segments: what is compiled or
-    recorded is so for one shape. ``config.speed`` is settled."""
+    """Return True if all packed batches have one shape, as compiled layers and captured CUDA graphs need.
+    ``config.speed`` is resolved."""
     return config.training.is_packed and When.always in (config.speed.compile, config.speed.cuda_graphs)
 
 
@@ -100,34 +103,34 @@ def _gains(name: str, config: RunConfig, kind: Accelerator) -> bool:
         isinstance(cluster, SlurmConfig) and cluster.container_image is None
     )
     if same_packages and name in COMPILED and not _has_compiler(kind):
-        return False  # a node mostly has what the machine has from which jobs are submitted
+        return False  # nodes mostly have the compilers of the login node
     return name not in UNTESTED_WITH_TRANSFORMER_ENGINE or (same_packages and find_spec("transformer_engine") is None)
 
 
 def require_compiler(config: RunConfig) -> None:
-    """On the node where the run runs, which may not be the machine that settled its levers.
+    """Check the node of the run, which may not be the machine that planned it.
 
     Raises:
-        UserError: a lever needs a C compiler, and there is none.
+        UserError: an optimization needs a C compiler, and there is none.
     """
     kind = config.cluster.accelerator
-    wanting = [
+    affected = [
         name
-        for name in SETTLED
-        if getattr(config.speed, name) is When.always and _wants_compiler(name, kind) and not _has_compiler(kind)
+        for name in RESOLVED
+        if getattr(config.speed, name) is When.always and _needs_compiler(name, kind) and not _has_compiler(kind)
     ]
-    if wanting:
+    if affected:
         raise UserError(
-            f"speed.{wanting[0]}=always: {NO_COMPILER.format(platform.node())}; load one in cluster.setup, or set "
-            + " ".join(f"speed.{name}=never" for name in wanting)
+            f"speed.{affected[0]}=always: {NO_COMPILER.format(platform.node())}; load one in cluster.setup, or set "
+            + " ".join(f"speed.{name}=never" for name in affected)
         )
 
 
-def _wants_compiler(name: str, kind: Accelerator) -> bool:
+def _needs_compiler(name: str, kind: Accelerator) -> bool:
     return name in COMPILED and (name != "fused_linear_cross_entropy" or kind is Accelerator.gpu)
 
 
 def _has_compiler(kind: Accelerator) -> bool:
-    """The one that torch and Triton would call."""
+    """Return True if the compiler that torch and Triton would call exists."""
     variable, usual = ("CC", ["gcc", "clang"]) if kind is Accelerator.gpu else ("CXX", ["g++"])
     return any(shutil.which(name) for name in ([os.environ[variable]] if os.environ.get(variable) else usual))

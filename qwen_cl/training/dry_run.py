@@ -71,7 +71,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         data = f"{named} (data_hash {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
-        ("commit", plan.model.commit or "none: a directory of your own"),
+        ("commit", plan.model.commit or "none: a local directory"),
         *adapter_facts(plan.adapter),
         ("architecture", f"{parameters:,} parameters, {shape.num_layers} layers of {shape.hidden_size}"),
         ("data", data),

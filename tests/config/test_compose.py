@@ -310,7 +310,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UserError, match=r"devices \(1\) is more than the GPUs there are \(0\).*accelerator=cpu$"):
+    with pytest.raises(UserError, match=r"devices \(1\) is more than the available GPUs \(0\).*accelerator=cpu$"):
         make_plan(compose_run("cluster.accelerator=gpu"))
 
 

@@ -49,7 +49,7 @@ def test_a_model_of_the_hub_without_fetching_its_weights(tmp_path: Path) -> None
     found = facts(done)
     assert found["model"] == f"hf://org/tiny@{commit}"
     assert found["commit"] == commit
-    assert found["parameters"] == "2,362,304, of them 786,432 in the embedding, which is the output layer too"
+    assert found["parameters"] == "2,362,304, of them 786,432 in the embedding, which is also the output layer"
     assert found["licence"] == "mit"
     assert found["weights"] == "4.73 MB, bfloat16"
     assert "DoRA r32" in done.stdout

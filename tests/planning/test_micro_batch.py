@@ -65,7 +65,7 @@ def test_it_is_what_gains_and_fits(name: str, said: list[str], on: Device, chose
 
 def test_what_cannot_be_is_refused() -> None:
     config = compose_run("task.micro_batch_size=auto", "cluster=slurm")
-    with pytest.raises(UserError, match=r"task\.micro_batch_size=auto looks at the memory of this machine's devices"):
+    with pytest.raises(UserError, match=r"task\.micro_batch_size=auto uses the memory of this machine's devices"):
         resolve_micro_batch(config, shape("tiny"), device(Accelerator.gpu, None))
     with pytest.raises(UserError, match=r"task\.micro_batch_size \(most\) must be a number of sequences, or auto"):
         compose_run("task.micro_batch_size=most")

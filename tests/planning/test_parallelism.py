@@ -40,7 +40,7 @@ EIGHT = ("cluster.accelerator=cpu", "cluster.devices=8", "task.global_batch_size
         ),
         (
             ["cluster.devices=3", "cluster.context_parallel=3", "task.global_batch_size=2"],
-            "cluster.context_parallel (3) must divide half of 16, a multiple of which every row is padded to; it may "
+            "cluster.context_parallel (3) must divide half of 16, the multiple that every row is padded to; it may "
             "be 1, 2, 4, 8",
         ),
         (
@@ -50,7 +50,7 @@ EIGHT = ("cluster.accelerator=cpu", "cluster.devices=8", "task.global_batch_size
         ),
         (
             ["cluster.devices=32", "cluster.tensor_parallel=2", "cluster.context_parallel=16"],
-            "cluster.context_parallel (16) must divide half of 16, a multiple of which every row is padded to; it may "
+            "cluster.context_parallel (16) must divide half of 16, the multiple that every row is padded to; it may "
             "be 1, 2, 4, 8",
         ),
     ],
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_dealt_out_so() -> None:
         check_layout(cluster, plan.config.peft, wider)
     assert str(refused.value) == (
         "cluster.sequence_parallel splits a row over cluster.tensor_parallel (4) x cluster.context_parallel (8) = 32 "
-        "ranks, which must divide 16, a multiple of which every row is padded to; write "
+        "ranks, which must divide 16, the multiple that every row is padded to; write "
         "cluster.sequence_parallel=false, or change the sizes"
     )
     check_layout(replace(cluster, sequence_parallel=False), plan.config.peft, wider)

@@ -174,11 +174,11 @@ def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
 
 def taken(config: RunConfig, kind: Accelerator = Accelerator.gpu) -> set[str]:
     speed = settled(config, kind)
-    return {name for name in planned_speed.SETTLED if getattr(speed, name) is When.always}
+    return {name for name in planned_speed.RESOLVED if getattr(speed, name) is When.always}
 
 
 def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
-    assert taken(default_config) == set(planned_speed.SETTLED)
+    assert taken(default_config) == set(planned_speed.RESOLVED)
     packed = replace(default_config, speed=settled(default_config, Accelerator.gpu))
     assert planned_speed.has_static_shapes(packed)
     task = default_config.task
@@ -188,17 +188,17 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
     assert not planned_speed.has_static_shapes(unpacked)
     assert "padded to its longest" in preview._padding(unpacked)
     in_fp32 = replace(default_config, cluster=replace(default_config.cluster, precision=Precision.fp32))
-    assert taken(in_fp32) == set(planned_speed.SETTLED) - {"compile", "cuda_graphs"}
+    assert taken(in_fp32) == set(planned_speed.RESOLVED) - {"compile", "cuda_graphs"}
     assert not planned_speed.has_static_shapes(replace(in_fp32, speed=settled(in_fp32, Accelerator.gpu)))
     assert taken(default_config, Accelerator.cpu) == {"fused_lora"}
     for layout, missing in {
         "data": set(),
         "pipeline": {"cuda_graphs"},
         "context": {"cuda_graphs", "compile"},
-        "tensor": set(planned_speed.SETTLED),
+        "tensor": set(planned_speed.RESOLVED),
     }.items():
         said = [] if layout == "data" else [f"cluster.{layout}_parallel=2"]
-        assert taken(composed("cluster.devices=2", *said)) == set(planned_speed.SETTLED) - missing, layout
+        assert taken(composed("cluster.devices=2", *said)) == set(planned_speed.RESOLVED) - missing, layout
 
 
 def test_auto_takes_what_the_packages_that_are_there_are_known_for(
@@ -209,7 +209,7 @@ def test_auto_takes_what_the_packages_that_are_there_are_known_for(
 
     without_compiler = {"fused_lora", "cuda_graphs"}
     not_ours = {"fused_linear_cross_entropy", "fused_lora"}
-    assert on("cluster=slurm") == set(planned_speed.SETTLED)
+    assert on("cluster=slurm") == set(planned_speed.RESOLVED)
     assert on("cluster=slurm", "cluster.container_image=nemo") == on("cluster=docker", "cluster.image=nemo") == not_ours
     (tmp_path / "transformer_engine.py").touch()
     with monkeypatch.context() as patch:
@@ -224,7 +224,7 @@ def test_auto_takes_what_the_packages_that_are_there_are_known_for(
     ("name", "kind", "rule"),
     [
         ("cuda_graphs", Accelerator.cpu, "there is no GPU"),
-        ("compile", Accelerator.cpu, "attention of packed rows has no kernel on a CPU"),
+        ("compile", Accelerator.cpu, "attention of packed sequences has no CPU kernel"),
     ],
 )
 def test_a_lever_that_cannot_work_is_refused(
