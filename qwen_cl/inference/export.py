@@ -23,7 +23,7 @@ from qwen_cl.data.rows import row_files
 from qwen_cl.files.atomic_folder import require_room
 from qwen_cl.inference.trained_run import Run, find_base, find_run, open_trained, with_hub_settings
 from qwen_cl.models.adapter_methods import adapter_of, describe_method
-from qwen_cl.models.export.model_card import CardFacts, licence_of, model_card
+from qwen_cl.models.export.model_card import CardFacts, base_license, model_card
 from qwen_cl.models.hub.upload import Target, find_target, upload
 from qwen_cl.reporting.console import print_facts
 from qwen_cl.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def _write(task: ExportConfig, run: Run, base: Path | None, output: Path) -> Non
 
     tokenizer = load_data_tokenizer(str(run.folder.tokenizer))
     stops = end_of_turn_tokens(tokenizer) if run.step > 0 and trains_on_conversations(run.config) else []
-    card = model_card(_card_facts(task, run), licence_of(run.config.model))
+    card = model_card(_card_facts(task, run), base_license(run.config.model))
     if task.format is ExportFormat.adapter:
         export_adapter(trained, output, card, stops)
         write_run_template(run.config.data, run.folder.tokenizer, output)

@@ -18,8 +18,8 @@ from qwen_cl.models.formats.nemo_layout import (
     SCHEME,
     is_nemo_checkpoint,
     nemo_directory,
-    refuse_half,
     refuse_other_kinds,
+    refuse_partial_checkpoint,
 )
 from qwen_cl.models.formats.tensor_files import ADAPTER_CONFIG, GGUF, no_weights, weights_entry
 from qwen_cl.models.hub.client import cached_directory, fetch_snapshot
@@ -93,7 +93,7 @@ def local_directory(source: str) -> Path:
 
 def read_model_config(directory: Path) -> dict[str, Any]:
     refuse_other_kinds(directory)
-    refuse_half(directory)
+    refuse_partial_checkpoint(directory)
     if is_nemo_checkpoint(directory):
         return read_nemo_config(directory)
     path = directory / "config.json"

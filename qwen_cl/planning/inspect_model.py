@@ -18,7 +18,7 @@ from qwen_cl.config.task.inspect import InspectConfig
 from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.models.adapter_methods import adapter_of
 from qwen_cl.models.architecture import Architecture, read_architecture
-from qwen_cl.models.export.model_card import licence_of
+from qwen_cl.models.export.model_card import base_license
 from qwen_cl.models.formats.nemo_layout import WEIGHTS, is_nemo_checkpoint, tokenizer_directory
 from qwen_cl.models.formats.safetensors import Checkpoint
 from qwen_cl.models.formats.tensor_files import DTYPES, SHARD, SINGLE, weight_files
@@ -84,7 +84,7 @@ def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[st
 def _file_facts(model: ModelFiles, settings: ModelConfig) -> list[tuple[str, str]]:
     size, dtypes = _weights(model)
     tokenizer = load_data_tokenizer(str(tokenizer_directory(model.directory)))
-    licence = model.manifest.license if model.manifest else licence_of(settings).get("license")
+    licence = model.manifest.license if model.manifest else base_license(settings).get("license")
     return [
         ("weights", f"{decimal(size, precision=2)}, {dtypes}" if size else dtypes),
         ("tokenizer", f"{len(tokenizer):,} tokens, {'with' if tokenizer.chat_template else 'without'} a chat template"),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.models.export.model_card import licence_of
+from qwen_cl.models.export.model_card import base_license
 from qwen_cl.models.fingerprint import fingerprint
 from tests.conftest import ROOT, Launched, launch
 from tests.support.exporting import composed, run_export, seal
@@ -83,14 +83,14 @@ def test_the_card_says_what_it_is(trained: Launched, run: Path, tmp_path: Path) 
         assert str(tmp_path) not in card.content
 
 
-def test_a_base_without_a_card_has_no_licence_made_up(tmp_path: Path) -> None:
+def test_a_base_without_a_card_has_no_invented_license(tmp_path: Path) -> None:
     model = composed("model=local", f"model.source={tmp_path}").model
-    assert licence_of(model) == {}
+    assert base_license(model) == {}
     for content in ("no front matter", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\n- list\n---\n"):
         (tmp_path / "README.md").write_text(content)
-        assert licence_of(model) == {}
+        assert base_license(model) == {}
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert licence_of(model) == {"license": "apache-2.0"}
+    assert base_license(model) == {"license": "apache-2.0"}
 
 
 def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
@@ -157,16 +157,16 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         ["task.format=adapter"],
         "this run used full fine-tuning and has no adapter",
     ),
-    "adapter taken for a model": (_full, [], "lacks embedding.word_embeddings.weight; it is no checkpoint of"),
+    "adapter taken for a model": (_full, [], "lacks embedding.word_embeddings.weight; it is not a checkpoint of"),
     "another rank": (
         lambda run: _edit_config(run, lambda config: config["peft"].update(rank=16)),
         [],
-        r"linear_in\.weight has shape \(4, 32, 192\) where the run's config calls for \(4, 16, 192\)",
+        r"linear_in\.weight has shape \(4, 32, 192\) where the run's config requires \(4, 16, 192\)",
     ),
     "fewer modules": (
         lambda run: _edit_config(run, lambda config: config["peft"].update(target_modules=["linear_qkv"])),
         [],
-        r"holds .*adapter.*, which the run's config\.yaml has not",
+        r"holds .*adapter.*, which is not in the run's config\.yaml",
     ),
     "output exists": (
         lambda run: (run / "export-merged").mkdir(),
@@ -208,7 +208,7 @@ CORRUPTED_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no metadata": (
         lambda weights: (weights / ".metadata").unlink(),
         r"step=40 is corrupted: weights/\.metadata is missing; restore the file",
-        r"\.metadata cannot be read: no distributed checkpoint is there",
+        r"\.metadata cannot be read: there is no distributed checkpoint",
     ),
     "metadata of zeros": (
         lambda weights: (weights / ".metadata").write_bytes(bytes(100)),
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_refused(name: str, sealed: b
     [
         (["task.push_to=org/name"], r"task\.push_to \(org/name\) must read hf://ORG/NAME"),
         (["task.push_to=hf://org/name@main"], "must read hf://ORG/NAME"),
-        (["task.push_to=hf://org/a--b"], "is no name the Hub takes: Cannot have --"),
+        (["task.push_to=hf://org/a--b"], "is not a valid repository name: Cannot have --"),
         (["task.max_shard_size=0GB"], "must read like 5GB or 500MB"),
         (["task.format=adapter", "task.dtype=bf16"], r"task\.dtype \(bf16\) is for task\.format=merged"),
         (["task.output=''"], r"task\.output is empty"),

@@ -1,1 +1,1 @@
-"""Adapters and merged models written for transformers and PEFT."""
+"""The export of adapters and merged models for transformers and PEFT."""

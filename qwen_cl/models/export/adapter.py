@@ -1,4 +1,4 @@
-"""A trained LoRA or DoRA in PEFT's own format, whatever layout it was trained in."""
+"""A trained LoRA or DoRA in PEFT's format, from any parallel layout."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def save_adapter(
     stops: Sequence[int],
     base_adapter: str | None = None,
 ) -> None:
-    """Gather the adapter on rank 0 and write it there, joined with the one that was merged into the base; every rank
-    calls. The folder appears whole or not at all. ``small_files`` and ``stops`` are those of write_adapter."""
+    """Gather the adapter on rank 0 and write it, combined with the one merged into the base; called by every rank.
+
+    The folder appears complete or not at all. ``small_files`` and ``stops`` are those of write_adapter.
+    """
     shards = [
         (shard.key, layer_of(shard), shard.prepend_axis_num, shard.global_shape, shard.global_offset, shard.data.cpu())
         for shard in local_shards(model.sharded_state_dict())
@@ -74,8 +76,11 @@ def peft_tensors(
     architecture: Architecture,
     tensor_parallel: int,
 ) -> dict[str, torch.Tensor]:
-    """One of the tensors of a fused layer's adapter as PEFT's: its modules share what has no rows of the layer, and
-    split the rest by rows. ``tensor_parallel`` is that of the run (see ``AdapterTensor.by_rank``)."""
+    """Return one adapter tensor of a fused layer as PEFT's tensors for its modules.
+
+    A tensor with the layer's rows is split by rows; any other is shared. ``tensor_parallel`` is the run's (see
+    ``AdapterTensor.by_rank``).
+    """
     rule = rule_for(f"{module}.weight", architecture)
     names = [name.removesuffix(".weight") for name in tensor_shapes(rule, layer, architecture)]
     pieces: tuple[torch.Tensor, ...] = (full,) * len(names)
@@ -87,14 +92,14 @@ def peft_tensors(
 def joined(
     tensors: dict[str, torch.Tensor], adapter: Adapter, first: BaseAdapter | None
 ) -> tuple[dict[str, torch.Tensor], Adapter]:
-    """One adapter of the plain base that does what ``first``, merged into it, and ``tensors`` do together.
+    """Return one adapter of the unmodified base, equivalent to ``first``, merged into it, and ``tensors`` together.
 
-    The ranks of the two lie beside each other, the scales are in B, and a module that only one of them changes is
-    filled up with zeros to the same rank.
+    Their ranks are concatenated, the scales are folded into B, and a module that only one of them changes is padded
+    with zeros to the same rank.
     """
     if first is None:
         return tensors, adapter
-    assert adapter.entry.not_on_adapter is None  # refused
+    assert adapter.entry.not_on_adapter is None  # refused before the run
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, factors in first.factors.items():
         down, up = read_factors(factors)
@@ -123,8 +128,10 @@ def write_adapter(
     stops: Sequence[int],
     card: str | None = None,
 ) -> None:
-    """``small_files`` are the base's, ``stops`` what the run has taught it to end answers with. PEFT takes no
-    generation settings from an adapter: the file beside it is for ``GenerationConfig.from_pretrained``."""
+    """Write an adapter with the base's ``small_files`` and the stop tokens that the run trained (``stops``).
+
+    PEFT reads no generation settings from an adapter; the file beside it is for ``GenerationConfig.from_pretrained``.
+    """
     from peft import LoraConfig
 
     match = HUB_REFERENCE.fullmatch(source)
@@ -146,7 +153,7 @@ def write_adapter(
 
 
 def _sort_modules(path: Path) -> None:
-    """PEFT keeps them in a set: without this the same adapter is another file each time."""
+    """Sort the modules, which PEFT keeps in a set, so that the same adapter gives the same file."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The model a run trained, tensor by tensor under the names its base gives them."""
+"""The model that a run trained, tensor by tensor by Hugging Face name."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ VOCABULARIES = {key for key, rule in (TOP_LEVEL | OUTPUT_LAYER).items() if isins
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """What a run left, and what it needs from its base."""
+    """The weights that a run trained, and the base they belong to."""
 
     weights: DistributedWeights
     source: str
-    """The base as the run named it: pinned, or a directory."""
+    """The base as in the run's config: pinned, or a directory."""
     base: Path | None
-    """Its directory in Hugging Face layout; None where no weight of it is needed."""
+    """The base's directory, or None if no weight of it is needed."""
     small_files: Path
-    """Config, tokenizer and chat template, as their author wrote them."""
+    """Folder of config, tokenizer and chat template as their author wrote them."""
     architecture: Architecture
     adapter: Adapter | None
     base_adapter: BaseAdapter | None
-    """Merged into the base before the run began; None too where no weight of the base is in the result."""
+    """The adapter merged into the base before the run; also None if no weight of the base is in the result."""
     tensor_parallel: int
-    """Of the run: see ``AdapterTensor.by_rank``."""
+    """Tensor parallel ranks of the run (see ``AdapterTensor.by_rank``)."""
 
 
 class TrainedAdapter:
-    """The adapter in a checkpoint, a layer at a time.
+    """The adapter in a checkpoint, read one layer at a time.
 
     Raises:
-        UserError: the checkpoint holds another adapter than the run's config says, or none.
+        UserError: The checkpoint does not hold the adapter that the run's config describes.
     """
 
     def __init__(self, trained: TrainedModel) -> None:
@@ -66,7 +66,7 @@ class TrainedAdapter:
         self._check()
 
     def layer(self, module: str, layer: int) -> dict[str, torch.Tensor]:
-        """One of Megatron's linear layers (:attr:`modules`), by PEFT's names of its parts."""
+        """Return the adapter tensors of one Megatron linear layer (:attr:`modules`), by PEFT name."""
         trained, tensors = self._trained, dict[str, torch.Tensor]()
         for tensor in self._adapter.entry.tensors:
             full = trained.weights.read(self._keys[f"{module}{ADAPTER}{tensor.nemo}"], layer)
@@ -74,10 +74,10 @@ class TrainedAdapter:
         return tensors
 
     def merge(self, weight: torch.Tensor, name: str, layer: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weight of that name, in fp32, with what ``layer`` has for it (see :meth:`layer`)."""
+        """Return the weight ``name`` (fp32) with the adapter tensors in ``layer`` merged in (see :meth:`layer`)."""
         entry, module = self._adapter.entry, f"{PREFIX}{name.removesuffix('.weight')}"
-        own = {tensor.peft: layer[f"{module}.{tensor.peft}"] for tensor in entry.tensors}
-        return entry.merge(weight, own, self._adapter.scale)
+        adapter = {tensor.peft: layer[f"{module}.{tensor.peft}"] for tensor in entry.tensors}
+        return entry.merge(weight, adapter, self._adapter.scale)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         layers = range(self._trained.architecture.num_layers)
@@ -95,16 +95,16 @@ class TrainedAdapter:
         _check_stored(self._trained.weights, expected, self._keys)
         held = {key for key in self._keys if key.startswith(LAYER_PREFIX) and ADAPTER in key}
         if more := sorted(held - expected.keys()):
-            raise UserError(f"{self._trained.weights.directory} holds {more[0]}, which the run's config.yaml has not")
+            raise UserError(f"{self._trained.weights.directory} holds {more[0]}, which is not in the run's config.yaml")
 
 
 class MergedModel:
-    """The tensors of the whole model by Hugging Face name, read and computed one at a time.
+    """The tensors of the complete model by Hugging Face name, read and computed one at a time.
 
-    ``dtype`` None keeps the base's, tensor by tensor.
+    ``dtype`` None keeps the base's dtype of each tensor.
 
     Raises:
-        UserError: a tensor of the model is not in the checkpoint, or of another shape there.
+        UserError: The checkpoint lacks a tensor of the model, or has it in another shape.
     """
 
     def __init__(self, trained: TrainedModel, dtype: torch.dtype | None) -> None:
@@ -122,11 +122,11 @@ class MergedModel:
         self.tensors = {
             name: torch.empty(shape, dtype=self._dtype_of(name), device="meta") for name, shape in shapes.items()
         }
-        """Without content: shapes and dtypes."""
+        """Meta tensors with the shapes and dtypes."""
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def read(self, name: str) -> torch.Tensor:
@@ -169,12 +169,12 @@ class MergedModel:
 
 
 def _stored_keys(weights: DistributedWeights) -> dict[str, str]:
-    """Sharded key without NeMo's wrapper -> as it is stored."""
+    """Return the stored keys by sharded key without NeMo's wrapper prefix."""
     return {key.removeprefix(WRAPPER_PREFIX): key for key in weights.keys}
 
 
 def _full_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every sharded key of a whole model; those of layers stack them along a first axis."""
+    """Return the shapes of a complete model by sharded key, with layers stacked along the first axis."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, rule in top_level_rules(architecture).items():
         shapes[key] = fused_shape(rule, None, architecture)
@@ -186,8 +186,8 @@ def _full_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 def _check_stored(weights: DistributedWeights, expected: dict[str, tuple[int, ...]], stored: dict[str, str]) -> None:
     for key, shape in expected.items():
         if key not in stored:
-            raise UserError(f"{weights.directory} lacks {key}; it is no checkpoint of this run's model")
+            raise UserError(f"{weights.directory} lacks {key}; it is not a checkpoint of this run's model")
         found = weights.shape(stored[key])
         padded = key in VOCABULARIES and len(found) == len(shape) and found[0] > shape[0]
         if found != (found[0], *shape[1:]) if padded else found != shape:
-            raise UserError(f"{weights.directory}: {key} has shape {found} where the run's config calls for {shape}")
+            raise UserError(f"{weights.directory}: {key} has shape {found} where the run's config requires {shape}")

@@ -1,4 +1,4 @@
-"""The model card of an export: what a reader must know before using the weights. No torch."""
+"""The model card of an export. No torch."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
+    """The facts in a model card."""
+
     source: str
-    """The base as the run named it: pinned, or a directory."""
+    """The base as in the run's config: pinned, or a directory."""
     fingerprint: str | None
-    """Of a directory (see fingerprint.py)."""
+    """The fingerprint of a local base (see fingerprint.py), or None."""
     method: str
-    """LoRA, DoRA or full fine-tuning, with its numbers."""
+    """LoRA, DoRA or full fine-tuning, with its settings."""
     data: str
     data_hash: str | None
     learning_rate: float
     steps: int
     code: str | None
-    """Commit of this repository."""
+    """Commit of this repository, or None."""
     is_adapter: bool
     base_adapter: str | None = None
-    """Directory of the adapter that the run merged into its base."""
+    """Directory of the adapter that was merged into the base, or None."""
     base_adapter_sha256: str | None = None
 
 
-def model_card(facts: CardFacts, licence: dict[str, str]) -> str:
-    """Markdown with the front matter that the Hub indexes; ``licence`` is what :func:`licence_of` found."""
+def model_card(facts: CardFacts, license: dict[str, str]) -> str:
+    """Return the card in Markdown, with front matter for the Hub; ``license`` is the result of :func:`base_license`."""
     from huggingface_hub import ModelCardData
 
     match = HUB_REFERENCE.fullmatch(facts.source)
-    # A path of the user's own is nobody else's business.
+    # A local path is private, so only its last part is published.
     base = match["repo"] if match else Path(facts.source).name
     front_matter = ModelCardData(
         base_model=match["repo"] if match else None,
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["qwen_cl", facts.method.split(",")[0].lower().replace(" ", "-")],
-        **licence,
+        **license,
     )
     where = {"commit of the base": match["revision"]} if match else {"base's fingerprint": facts.fingerprint}
     rows = {
         "base model": base if match else f"{base}, a local directory",
         **where,
         **_merged_rows(facts),
-        "licence": _licence_cell(licence),
+        "license": _license_cell(license),
         "method": facts.method,
         "learning rate": f"{facts.learning_rate:g}",
         "optimizer steps": str(facts.steps),
@@ -73,8 +75,8 @@ def _merged_rows(facts: CardFacts) -> dict[str, str | None]:
     return {"earlier adapter": f"{name}, {what}", "earlier adapter, sha256": facts.base_adapter_sha256}
 
 
-def licence_of(model: ModelConfig) -> dict[str, str]:
-    """The licence fields of the base's own card; none where it has no card, or the Hub cannot be asked for it."""
+def base_license(model: ModelConfig) -> dict[str, str]:
+    """Return the license fields of the base's card; empty if it has no card, or the Hub cannot be asked for it."""
     import yaml
     from huggingface_hub import hf_hub_download, metadata_load
 
@@ -93,24 +95,24 @@ def licence_of(model: ModelConfig) -> dict[str, str]:
                 )
             )
         fields: Any = metadata_load(card)
-    # huggingface_hub's own errors are one or the other: absent, gated, offline, not in the cache.
+    # These include huggingface_hub's errors: absent, gated, offline, not in the cache.
     except request_errors(OSError, ValueError, yaml.YAMLError):
         return {}
     if not isinstance(fields, dict):
         return {}
     found = {name: fields[name] for name in LICENSE_FIELDS if isinstance(fields.get(name), str)}
-    if "://" not in found.get("license_link", "://"):  # beside the base's card, where ours is not
+    if "://" not in found.get("license_link", "://"):  # relative to the base's card
         link = found.pop("license_link")
         if match:
             found["license_link"] = f"{HUB}/{match['repo']}/blob/{match['revision']}/{link}"
     return found if "license" in found else {}
 
 
-def _licence_cell(licence: dict[str, str]) -> str:
-    if not licence:
+def _license_cell(license: dict[str, str]) -> str:
+    if not license:
         return "see the base model's card"
-    name = licence["license"] if licence["license"] != "other" else licence.get("license_name", "other")
-    link = licence.get("license_link")
+    name = license["license"] if license["license"] != "other" else license.get("license_name", "other")
+    link = license.get("license_link")
     return f"{name}, as the base model's" + (f" ({link})" if link else "")
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoint as Hugging Face would have it: a PEFT adapter, or the whole model with the adapter merged in."""
+"""The export of a run's checkpoint as a PEFT adapter, or as the complete model with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from qwen_cl.models.formats.tensor_files import INDEX
 from qwen_cl.models.generation_config import write_generation_config
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-"""What the models of families.py take of a tokenizer."""
+"""The tokenizer outputs that the models of families.py accept."""
 INPUTS_OF_CLASS = {"PreTrainedTokenizerFast": ("input_ids", "token_type_ids", "attention_mask")}
-"""What transformers 4 takes a tokenizer to give whose file does not say it; 5 has no token_type_ids."""
+"""The outputs that transformers 4 assumes for a tokenizer whose file names none; 5 has no token_type_ids."""
 
 
 def export_adapter(trained: TrainedModel, directory: Path, card: str, stops: Sequence[int]) -> None:
-    """PEFT's format. Raises UserError where the checkpoint holds another adapter than the run's config says."""
+    """Write the adapter in PEFT's format.
+
+    Raises:
+        UserError: The checkpoint does not hold the adapter that the run's config describes, or the disk is too full.
+    """
     assert trained.adapter is not None
     tensors, shape = joined(TrainedAdapter(trained).tensors(), trained.adapter, trained.base_adapter)
     require_room("task.output", directory, sum(tensor.nbytes for tensor in tensors.values()))
@@ -41,12 +45,13 @@ def export_merged(
     stops: Sequence[int],
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """The whole model in Hugging Face layout, in memory one file of ``max_shard_size`` at a time. ``stops`` are what
-    it was taught to end answers with.
+    """Write the complete model in Hugging Face layout, with one file of ``max_shard_size`` in memory at a time.
+
+    ``stops`` are the stop tokens that the run trained.
 
     Raises:
-        UserError: the disk is too small, or the checkpoint cannot be read.
-        RunFailed: the disk filled up after all.
+        UserError: The disk is too full, or the checkpoint cannot be read.
+        RunFailed: The disk filled up while writing.
     """
     small_files = sum(path.stat().st_size for path in model.trained.small_files.rglob("*") if path.is_file())
     require_room("task.output", directory, model.size + small_files)
@@ -81,7 +86,7 @@ def _write_small_files(model: MergedModel, directory: Path, stops: Sequence[int]
 
 
 def _leave_out_other_inputs(path: Path, say: Callable[[str], None]) -> None:
-    """``model.generate(**tokenizer(text))`` fails where a tokenizer gives what the model does not take."""
+    """Remove outputs from the tokenizer's config with which ``model.generate(**tokenizer(text))`` would fail."""
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     of_class = INPUTS_OF_CLASS.get(config.get("tokenizer_class", ""), ())
     named: Sequence[str] = config.get("model_input_names") or of_class
@@ -90,4 +95,4 @@ def _leave_out_other_inputs(path: Path, say: Callable[[str], None]) -> None:
         return
     config["model_input_names"] = [name for name in named if name in MODEL_INPUTS]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"tokenizer_config.json: model_input_names is without {', '.join(others)}, which the model does not take")
+    say(f"tokenizer_config.json: model_input_names is without {', '.join(others)}, which the model does not accept")

@@ -1,1 +1,1 @@
-"""File formats of weights: safetensors, and NeMo 2.0 checkpoints."""
+"""The file formats of weights: safetensors, and NeMo 2.0 checkpoints."""

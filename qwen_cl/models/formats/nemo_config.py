@@ -1,4 +1,4 @@
-"""The model in a NeMo 2.0 checkpoint as the config.json that Hugging Face would have for it. No torch, no NeMo."""
+"""The conversion of a NeMo 2.0 checkpoint's model config to a Hugging Face config.json. No torch, no NeMo."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qwen_cl.models.formats.torch_dist_metadata import DistributedMetadata
 
 EMBEDDING = "module.embedding.word_embeddings.weight"
 
-_ALWAYS = {
+_REQUIRED_VALUES = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "add_bias_linear": False,
     "position_embedding_type": "rope",
     "rotary_percent": 1,
 }
-_NEVER = (
+_UNSUPPORTED = (
     "num_moe_experts",
     "multi_latent_attention",
     "mtp_num_layers",
@@ -41,14 +41,14 @@ _NEVER = (
     "fp8_param",
     "fp4_param",
 )
-"""Fields of Megatron's TransformerConfig that change what the model computes, and that are not built here."""
+"""Fields of Megatron's TransformerConfig that change what the model computes, and are not supported."""
 
 
 def read_nemo_config(directory: Path) -> dict[str, Any]:
-    """The model as the config.json that Hugging Face would have for it.
+    """Return the Hugging Face config.json of the model in a NeMo checkpoint.
 
     Raises:
-        UserError: a model class or a feature that is not built here, or a field is missing or wrong.
+        UserError: The model class or a feature is not supported, or a field is missing or wrong.
     """
     settings, path = _read_model(directory)
     family = _family(settings)
@@ -56,16 +56,16 @@ def read_nemo_config(directory: Path) -> dict[str, Any]:
         supported = ", ".join(value.title for value in FAMILIES.values())
         name = short(settings.get("_target_"))
         raise UserError(f"{path}: model class {name} is not supported; supported: {supported}")
-    _refuse_unbuilt(settings, family, path)
+    _refuse_unsupported(settings, family, path)
     config = _hugging_face_config(settings, family, path)
     published = _published_config(directory, config)
     config["vocab_size"] = _vocab_size(settings, published, directory, path)
     config["max_position_embeddings"] = published.get("max_position_embeddings", config["max_position_embeddings"])
-    return {**{name: published[name] for name in _TAKEN if name in published}, **config}
+    return {**{name: published[name] for name in _COPIED if name in published}, **config}
 
 
 def supported_class(directory: Path) -> bool:
-    """Whether the checkpoint is of a model class that is read here."""
+    """Return whether the checkpoint's model class is supported."""
     try:
         return _family(_read_model(directory)[0]) is not None
     except UserError:
@@ -73,7 +73,7 @@ def supported_class(directory: Path) -> bool:
 
 
 def _read_model(directory: Path) -> tuple[dict[str, Any], Path]:
-    """The fields of the model's config, with NeMo's class for it as ``_target_``."""
+    """Return the fields of the model's config, with its NeMo class as ``_target_``, and the file's path."""
     model, path = read_model_yaml(directory)
     settings = model.get("config")
     if not isinstance(settings, dict):
@@ -86,13 +86,13 @@ def _family(settings: dict[str, Any]) -> Family | None:
     return next((family for family in FAMILIES.values() if family.is_nemo_config(target)), None)
 
 
-def _refuse_unbuilt(settings: dict[str, Any], family: Family, path: Path) -> None:
-    """Features that would change the result silently if they were ignored."""
-    always = {**_ALWAYS, "add_qkv_bias": family.qkv_bias, "qk_layernorm": family.qk_norm}
+def _refuse_unsupported(settings: dict[str, Any], family: Family, path: Path) -> None:
+    """Refuse features that would silently change the result if they were ignored."""
+    always = {**_REQUIRED_VALUES, "add_qkv_bias": family.qkv_bias, "qk_layernorm": family.qk_norm}
     for name, value in always.items():
         if settings.get(name) != value:
             raise UserError(f"{path}: {name} ({short(settings.get(name))}) is not supported; it must be {value}")
-    for name in _NEVER:
+    for name in _UNSUPPORTED:
         if settings.get(name) and (name, settings[name]) != ("softmax_type", "vanilla"):
             raise UserError(f"{path}: {name} ({short(settings[name])}) is not supported; use a model without it")
     activation = settings.get("activation_func")
@@ -139,7 +139,7 @@ def _hugging_face_config(settings: dict[str, Any], family: Family, path: Path) -
 
 
 def _window(settings: dict[str, Any], path: Path) -> int | None:
-    """NeMo has [tokens behind, tokens ahead]."""
+    """Return the sliding window from NeMo's [tokens behind, tokens ahead]."""
     window = settings.get("window_size")
     if window is None:
         return None
@@ -174,14 +174,14 @@ _SHAPE = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-_TAKEN = ("sliding_window", "use_sliding_window", "bos_token_id", "eos_token_id")
+_COPIED = ("sliding_window", "use_sliding_window", "bos_token_id", "eos_token_id")
 
 
 def _published_config(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json beside the tokenizer, if it is this model's: NeMo copies what the tokenizer's directory held.
+    """Return the config.json beside the tokenizer, which NeMo copies with it, if it is of this model.
 
-    It alone knows the vocabulary before padding and how long a text the model was made for: NeMo's seq_length is that
-    of its last training. ``{}`` if there is none, or another model's, whose tokenizer was borrowed.
+    Only it has the vocabulary size before padding and the model's maximum length (NeMo's seq_length is that of its last
+    training). It is empty if there is none, or if the tokenizer is from another model.
     """
     try:
         published = json.loads((tokenizer_directory(directory) / "config.json").read_text(encoding="utf-8"))
@@ -192,8 +192,7 @@ def _published_config(directory: Path, config: dict[str, Any]) -> dict[str, Any]
 
 
 def _vocab_size(settings: dict[str, Any], published: dict[str, Any], directory: Path, path: Path) -> int:
-    """Rows of the embedding that stand for tokens; NeMo's vocab_size may count its padding, or be left to its
-    tokenizer."""
+    """Return the rows of the embedding without padding, which NeMo's vocab_size may include; it may also be null."""
     given = settings.get("vocab_size")
     size = _Fields(settings, path).integer("vocab_size") if given is not None else None
     candidate = published.get("vocab_size")
@@ -209,7 +208,7 @@ def _vocab_size(settings: dict[str, Any], published: dict[str, Any], directory: 
     multiple = _Fields(settings, path).integer("make_vocab_size_divisible_by")
     if not any(rows == -(-size // (multiple * ranks)) * multiple * ranks for ranks in range(1, 129)):
         raise UserError(
-            f"{directory}: its tokenizer has {size} tokens, which no padding makes the {rows} rows of its embedding; "
-            "tokenizer and weights are not of the same model"
+            f"{directory}: its tokenizer has {size} tokens, which do not match the {rows} rows of its embedding with "
+            "any padding; tokenizer and weights are not from the same model"
         )
     return size

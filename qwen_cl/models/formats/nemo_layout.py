@@ -1,7 +1,7 @@
-"""The layout of a NeMo 2.0 checkpoint, and what its context says as plain data. No torch, no NeMo.
+"""The layout of a NeMo 2.0 checkpoint, and its context as plain data. No torch, no NeMo.
 
-NeMo writes ``context/io.json``, a fiddle graph that it builds again by importing and calling what it names, and
-``context/model.yaml``, the same values with every default spelled out. Only the second is read here.
+NeMo writes ``context/io.json``, a fiddle graph that it rebuilds by importing and calling what it names, and
+``context/model.yaml``, the same values including defaults. Only the second is read here.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ SCHEME = "nemo://"
 CONTEXT, WEIGHTS, MODEL = "context", "weights", "model.yaml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OWN_TOKENIZER = "tokenizer"
-"""Folder of context/ where a user may put the files of a tokenizer that NeMo recorded by name alone."""
+"""Folder of context/ where a user may put the files of a tokenizer of which NeMo recorded only the name."""
 
 
 def is_nemo_checkpoint(directory: Path) -> bool:
-    """By its layout; whether it can be read is for the other functions to say."""
+    """Return whether a directory has the layout of a NeMo checkpoint; its content is not checked."""
     layout = (directory / CONTEXT).is_dir() and (directory / WEIGHTS).is_dir()
     return layout and not (directory / "config.json").exists()
 
 
 def nemo_directory(source: str) -> Path:
-    """The directory behind ``nemo://PATH``; a relative one lies in NeMo's cache, as NeMo has it.
+    """Return the directory of ``nemo://PATH``; a relative path is in NeMo's cache, as in NeMo.
 
     Raises:
-        UserError: no NeMo 2.0 checkpoint is there.
+        UserError: It is not a NeMo 2.0 checkpoint.
     """
     home = Path(os.environ.get("NEMO_HOME") or Path.home() / ".cache/nemo")
     cache = Path(os.environ.get("NEMO_MODELS_CACHE") or home / "models")
@@ -46,23 +46,23 @@ def nemo_directory(source: str) -> Path:
     return directory
 
 
-def refuse_half(directory: Path) -> None:
-    """What looks like a part of a checkpoint, so that the message is not about Hugging Face's layout."""
+def refuse_partial_checkpoint(directory: Path) -> None:
+    """Refuse a part of a checkpoint, with a message that is not about Hugging Face's layout."""
     if (directory / "config.json").exists():
         return
     if (directory / METADATA).exists() or (directory / MODEL).exists():
         raise UserError(f"model.source ({directory}) is a part of a NeMo 2.0 checkpoint; name the directory above it")
     if (directory / WEIGHTS / METADATA).exists() and not (directory / CONTEXT).is_dir():
         raise UserError(
-            f"model.source ({directory}) has {WEIGHTS}/ and no {CONTEXT}/, which says what they are; copy the whole "
-            "checkpoint"
+            f"model.source ({directory}) has {WEIGHTS}/ but not {CONTEXT}/, which describes the model; copy the "
+            "complete checkpoint"
         )
 
 
 def refuse_other_kinds(directory: Path) -> None:
-    """Adapters and quantized models.
+    """Refuse adapters and quantized models.
 
-    Of a directory in Hugging Face layout too: NeMo unpickles ModelOpt's file in whatever directory weights come from.
+    Directories in Hugging Face layout are checked too, as NeMo unpickles ModelOpt's file in any directory with weights.
     """
     for folder in (directory, directory / WEIGHTS):
         if (folder / "modelopt_state").exists():
@@ -82,11 +82,11 @@ def read_model_yaml(directory: Path) -> tuple[dict[str, Any], Path]:
 
     path = directory / CONTEXT / MODEL
     try:
-        # The safe loader knows no tag that names Python: anything but plain data ends here.
+        # The safe loader refuses tags that name Python objects, so only plain data is accepted.
         model = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is missing, so nothing says what the weights are; copy the whole checkpoint, {CONTEXT}/ and all"
+            f"{path} is missing, which describes the model; copy the complete checkpoint with {CONTEXT}/"
         ) from error
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -97,10 +97,10 @@ def read_model_yaml(directory: Path) -> tuple[dict[str, Any], Path]:
 
 
 def tokenizer_directory(directory: Path) -> Path:
-    """Where the files of a model's tokenizer are; in Hugging Face layout, beside its weights.
+    """Return the folder of a model's tokenizer files; in Hugging Face layout, that of its weights.
 
     Raises:
-        UserError: NeMo recorded its name and not its files, or it is not one of Hugging Face's.
+        UserError: NeMo recorded only its name, or it is not a Hugging Face tokenizer.
     """
     if not is_nemo_checkpoint(directory):
         return directory
@@ -112,16 +112,16 @@ def tokenizer_directory(directory: Path) -> Path:
     for folder in [*folders, context / OWN_TOKENIZER]:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
-    own = context / OWN_TOKENIZER
+    local = context / OWN_TOKENIZER
     name = recorded.get("attr") if isinstance(recorded, dict) else None
     if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"{path}: the tokenizer is recorded by its name, {name}, without its files; fetch them once: "
-            f"hf download {name} --include 'tokenizer*' '*.jinja' config.json --local-dir {own}"
+            f"hf download {name} --include 'tokenizer*' '*.jinja' config.json --local-dir {local}"
         )
     raise UserError(
         f"{path}: the checkpoint holds no files of a Hugging Face tokenizer (tokenizer: {short(tokenizer)}); put the "
-        f"model's tokenizer.json and tokenizer_config.json into {own}"
+        f"model's tokenizer.json and tokenizer_config.json into {local}"
     )
 
 
@@ -130,17 +130,17 @@ def _inside(context: Path, name: str) -> bool:
 
 
 def tokenizer_size(directory: Path) -> int:
-    """Tokens, with those that were added."""
+    """Return the number of tokens, including added ones."""
     from tokenizers import Tokenizer
 
     path = tokenizer_directory(directory) / "tokenizer.json"
     try:
         return int(Tokenizer.from_file(str(path)).get_vocab_size())
-    except Exception as error:  # tokenizers raises nothing more exact
+    except Exception as error:  # tokenizers raises no narrower class
         raise UserError(f"{path} cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}") from error
 
 
 def short(value: Any) -> str:
-    """For a message: one line, and bounded, whatever YAML's aliases make of it."""
+    """Return a value as one short line for a message, even if YAML aliases make it huge."""
     text = " ".join((value if isinstance(value, str) else reprlib.repr(value)).split())
     return text if len(text) <= 80 else text[:77] + "…"

@@ -1,4 +1,4 @@
-"""The weights of a NeMo 2.0 checkpoint by sharded key, whatever parallel layout saved them. No torch."""
+"""The check of a NeMo 2.0 checkpoint's tensors, saved by any parallel layout. No torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_nemo_tensors(directory: Path, architecture: Architecture) -> None:
-    """Compare what ``.metadata`` lists with what the architecture needs, before anything heavy starts.
+    """Compare the tensors in ``.metadata`` with those of the architecture, before anything heavy starts.
 
     Raises:
-        UserError: a tensor is missing, of another shape, not whole, or there though nothing would use it.
+        UserError: A tensor is missing, of another shape, incomplete or unused.
     """
     weights = directory / WEIGHTS
     metadata = DistributedMetadata(weights)
@@ -37,7 +37,7 @@ def check_nemo_tensors(directory: Path, architecture: Architecture) -> None:
         )
     expected = dict(_expected(architecture, found))
     if missing := sorted(expected.keys() - found):
-        raise UserError(f"{weights} lacks {_some(missing)}, which context/model.yaml calls for")
+        raise UserError(f"{weights} lacks {_some(missing)}, which context/model.yaml requires")
     if unknown := sorted(found - expected.keys()):
         raise UserError(f"{weights} holds {_some(unknown)}, which no layer of this model uses")
     for key, (rule, shape) in expected.items():
@@ -45,19 +45,19 @@ def check_nemo_tensors(directory: Path, architecture: Architecture) -> None:
         padded = isinstance(rule, Vocabulary) and stored.shape[1:] == shape[1:] and stored.shape[0] > shape[0]
         if stored.shape != shape and not padded:
             raise UserError(
-                f"{weights}: tensor {key} has shape {stored.shape} where context/model.yaml calls for {shape}"
+                f"{weights}: tensor {key} has shape {stored.shape} where context/model.yaml requires {shape}"
             )
         if stored.dtype not in DTYPES:
             raise UserError(f"{weights}: tensor {key} is {stored.dtype}; supported: {', '.join(DTYPES)}")
 
 
 def key_of_layer(key: str, layer: int) -> str:
-    """Megatron stacks the layers of a key; for some models and in some versions each has such a key of its own."""
+    """Return the key of a single layer, as some models and versions have it; otherwise Megatron stacks the layers."""
     return key.replace(LAYER_PREFIX, f"{LAYER_PREFIX}{layer}.", 1)
 
 
 def _expected(architecture: Architecture, found: set[str]) -> Iterator[tuple[str, tuple[Rule, tuple[int, ...]]]]:
-    """Sharded keys with their rules and shapes, by layer where the checkpoint has them so."""
+    """Yield sharded keys with their rules and shapes, one per layer if the checkpoint does not stack layers."""
     for key, rule in top_level_rules(architecture).items():
         yield WRAPPER_PREFIX + key, (rule, fused_shape(rule, None, architecture))
     layers = range(architecture.num_layers)
@@ -70,7 +70,7 @@ def _expected(architecture: Architecture, found: set[str]) -> Iterator[tuple[str
 
 
 def _not_of_the_model(key: str) -> bool:
-    """Optimizer state, and what Transformer Engine keeps for fp8."""
+    """Return whether a key is optimizer state or Transformer Engine's fp8 state."""
     return "optimizer." in key or "._extra_state" in key
 
 

@@ -1,4 +1,4 @@
-"""A directory of safetensors as one mapping of names to slices. Torch only when a slice is read."""
+"""The tensors of a directory of safetensors by name. Torch is imported only to read a slice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face directory, by name; counts the bytes of them that are read.
+    """The tensors of a Hugging Face directory by name, with a count of the bytes read.
 
     Raises:
-        UserError: no safetensors, or the files and their index disagree.
+        UserError: There are no safetensors, or the files and their index disagree.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,7 +39,7 @@ class Checkpoint:
         return self._slice(name)[:0].dtype
 
     def read(self, name: str, *slices: slice) -> torch.Tensor:
-        """Only the slice's bytes are read, mapped from the file; a whole model is what ``reading`` is for."""
+        """Read the slice's bytes, mapped from the file; to read a complete model, loading/readers.py is faster."""
         tensor: torch.Tensor = self._slice(name)[slices if len(slices) > 1 else slices[0]]
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
@@ -53,10 +53,10 @@ class Checkpoint:
 
 
 def check_tensors(directory: Path, architecture: Architecture) -> None:
-    """Compare the headers with what the architecture needs, before anything heavy starts.
+    """Compare the headers with the tensors of the architecture, before anything heavy starts.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or there though nothing would use it.
+        UserError: A tensor is missing, of another shape, or unused.
     """
     checkpoint = Checkpoint(directory)
     found, expected = checkpoint.names, expected_shapes(architecture)
@@ -64,19 +64,19 @@ def check_tensors(directory: Path, architecture: Architecture) -> None:
     missing = sorted(expected.keys() - found)
     if missing == [HEAD]:
         raise UserError(
-            f"{directory}: its safetensors lack {HEAD}, which config.json calls for: tie_word_embeddings is not true; "
+            f"{directory}: its safetensors lack {HEAD}, which config.json requires: tie_word_embeddings is not true; "
             "transformers would make a random one. Save the model with its output layer (AutoModelForCausalLM), or set "
             "tie_word_embeddings to true if that is the embedding"
         )
     if missing:
-        raise UserError(f"{directory}: its safetensors lack {_some(missing)}, which config.json calls for")
+        raise UserError(f"{directory}: its safetensors lack {_some(missing)}, which config.json requires")
     unknown = sorted(name for name in found - expected.keys() if not deliberately_unused(name, architecture))
     if unknown:
         raise UserError(f"{directory}: its safetensors hold {_some(unknown)}, which no layer of this model uses")
-    # A slice of a larger tensor can be read, so nothing later would notice.
+    # Later, a slice of a tensor that is too large would be read without an error.
     for name, shape in expected.items():
         if (actual := checkpoint.shape(name)) != shape:
-            raise UserError(f"{directory}: tensor {name} has shape {actual} where config.json calls for {shape}")
+            raise UserError(f"{directory}: tensor {name} has shape {actual} where config.json requires {shape}")
         if (dtype := checkpoint.location(name).dtype) not in DTYPES:
             raise UserError(
                 f"{directory}: tensor {name} is {dtype}; weights must be {', '.join(DTYPES)}: use the model that "
@@ -85,7 +85,7 @@ def check_tensors(directory: Path, architecture: Architecture) -> None:
 
 
 QUANTIZED = (".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
-"""Ends of the names that GPTQ, AWQ, fp8, compressed-tensors and bitsandbytes give what belongs to a weight."""
+"""The name suffixes of the tensors that GPTQ, AWQ, fp8, compressed-tensors and bitsandbytes store for a weight."""
 
 
 def _refuse_quantized(directory: Path, names: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The safetensors of a model's directory: which files they are, which tensors they hold and where. No torch."""
+"""The safetensors files of a model's directory, their tensors and where each lies. No torch."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from qwen_cl.config.errors import UserError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-"""What save_pretrained calls the files that an index names."""
+"""The pattern of save_pretrained's names for the files that an index lists."""
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-"""Those whose values are the weights. A quantized type would need its scales, which nothing here reads."""
+"""The supported dtypes. Quantized ones would need their scales, which are not read here."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "model."
-"""Of every tensor but the output layer's; a model saved without its output layer (AutoModel) leaves it out."""
+"""The prefix of all tensors but the output layer's; models saved without that layer (AutoModel) omit it."""
 ADAPTER_FIX = "give its base, and the adapter beside it: model.source=BASE model.adapter=DIRECTORY"
 GGUF = "GGUF is a format for inference, mostly quantized, and is not read"
 CHUNK = 4 * 2**20
-"""Bytes compared at a time."""
+"""The number of bytes compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a tensor's values lie, row by row."""
+    """The location of a tensor's values, stored row by row."""
 
     path: Path
     offset: int
-    """Of the first byte, in the file."""
+    """Offset of the first byte in the file."""
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: BF16, F32."""
+    """The dtype's name in safetensors, such as BF16."""
     name: str
-    """In the file."""
+    """The tensor's name in the file."""
     size: int
     """Bytes."""
 
 
 def weights_entry(names: Collection[str]) -> str | None:
-    """The file that leads to the weights, chosen as transformers does: the single file before the index, by name.
+    """Return the single weights file or the index among the names of a directory or commit, as transformers does.
 
-    ``names`` are those of a directory or of a commit; whatever else of safetensors is among them is not the model.
+    Other safetensors files are not part of the model.
     """
     return next((name for name in (SINGLE, INDEX) if name in names), None)
 
 
 def no_weights(names: Collection[str]) -> str:
-    """Why none of ``names`` leads to weights, for a message that begins with where they are."""
+    """Return the reason why there are no weights among ``names``, for a message that begins with the directory."""
     if ADAPTER_CONFIG in names:
         return f"is an adapter ({ADAPTER_CONFIG}) and not a model; {ADAPTER_FIX}"
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf")))
@@ -71,7 +71,7 @@ def no_weights(names: Collection[str]) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The single file, or those that the index names."""
+    """Return the single weights file, or the files that the index lists."""
     entry = weights_entry(names := _names(directory))
     if entry is None:
         raise UserError(f"{directory} {no_weights(names)}")
@@ -80,7 +80,7 @@ def weight_files(directory: Path) -> list[Path]:
     named = indexed_files(directory / INDEX)
     for name in named:
         if not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing; {INDEX} names it, so the download is not whole")
+            raise UserError(f"{directory / name} is missing; {INDEX} names it, so the download is incomplete")
     return [directory / name for name in named]
 
 
@@ -89,10 +89,10 @@ def _names(directory: Path) -> set[str]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor -> name of its file.
+    """Return the file names by tensor.
 
     Raises:
-        UserError: it is no index, or names a file of another directory or another kind.
+        UserError: The file is not an index, or names a file in another directory or of another kind.
     """
     try:
         named: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
@@ -107,15 +107,15 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The names of the files an index lists."""
+    """Return the names of the files that an index lists."""
     return sorted(set(read_index(index).values()))
 
 
 def locate_tensors(directory: Path) -> dict[str, Location]:
-    """Every tensor, by the name that transformers' model with its output layer gives it.
+    """Return the locations of all tensors, by their name in transformers' model with its output layer.
 
     Raises:
-        UserError: no safetensors, a file that is none, or files that disagree with each other or their index.
+        UserError: There are no safetensors, a file is invalid, or the files disagree with each other or their index.
     """
     found: dict[str, Location] = {}
     files = weight_files(directory)
@@ -132,22 +132,22 @@ def locate_tensors(directory: Path) -> dict[str, Location]:
 
 
 def _check_index(directory: Path, found: dict[str, Location]) -> None:
-    """A name without its tensor would be filled with random numbers by transformers, and says that files were mixed."""
+    """Refuse an index that disagrees with its files; transformers would initialize missing tensors randomly."""
     for name, file in read_index(directory / INDEX).items():
         if name not in found:
             raise UserError(
-                f"{directory / INDEX} says that {name} is in {file}, which lacks it; files and index are not of the "
+                f"{directory / INDEX} says that {name} is in {file}, which lacks it; files and index are not from the "
                 "same model: fetch or save them again"
             )
         if found[name].path.name != file:
             raise UserError(
                 f"{directory / INDEX} says that {name} is in {file}, and it is in {found[name].path.name}; files and "
-                "index are not of the same model: fetch or save them again"
+                "index are not from the same model: fetch or save them again"
             )
 
 
 def read_header(path: Path) -> dict[str, Location]:
-    """safetensors checks the header and that the file is as long as it says; it does not tell where tensors lie."""
+    """Read the tensors' locations from a file's header; safetensors validates it, but does not expose offsets."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -165,10 +165,10 @@ def _location(path: Path, start: int, name: str, field: dict[str, Any]) -> Locat
 
 
 def has_own_head(directory: Path) -> bool:
-    """Whether the weights are here and hold an output layer that is not the embedding, whatever config.json says.
+    """Return whether the weights hold an output layer that differs from the embedding, regardless of config.json.
 
-    transformers 5 compares the two, and leaves them apart where they differ; it reads all of both only where they are
-    the same. Weights that cannot be read are for others to refuse.
+    transformers 5 compares the two as well, and does not tie them if they differ. Weights that are missing or cannot be
+    read are refused elsewhere.
     """
     try:
         tensors = locate_tensors(directory)
@@ -185,7 +185,7 @@ def has_own_head(directory: Path) -> bool:
 
 @cache
 def _same_bytes(one: Location, other: Location, stamps: tuple[int, ...]) -> bool:
-    """Once a process for files that nobody has written to since ``stamps``."""
+    """Compare two tensors' bytes, once per process while the files' modification times (``stamps``) stay."""
     with one.path.open("rb") as first, other.path.open("rb") as second:
         first.seek(one.offset)
         second.seek(other.offset)

@@ -1,7 +1,7 @@
-"""What a distributed checkpoint's ``.metadata`` says: which tensors, in which pieces, in which files. No torch.
+"""The ``.metadata`` of a distributed checkpoint: its tensors, their chunks and files. No torch.
 
-torch reads this file with plain pickle, which runs what the file names. Here every class it may name becomes an inert
-record, so nothing is imported, let alone called.
+torch reads this file with plain pickle, which runs code that the file names. Here every class it may name becomes an
+inert record, so nothing is imported or called.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _DTYPE = re.compile(r"(bfloat|float|u?int|bool|complex)\w*")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPiece:
-    """One rank's part of a tensor: a file of its own (torch.save's) inside a larger one."""
+class StoredChunk:
+    """A chunk of a tensor, saved by one rank: the content of torch.save inside a larger file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -34,17 +34,19 @@ class StoredPiece:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
+    """A tensor in the checkpoint."""
+
     dtype: str
-    """torch's name for it, such as bfloat16."""
+    """The dtype's name in torch, such as bfloat16."""
     shape: tuple[int, ...]
-    pieces: tuple[StoredPiece, ...]
+    chunks: tuple[StoredChunk, ...]
 
 
 class DistributedMetadata:
-    """The tensors of a ``torch_dist`` checkpoint, by sharded key.
+    """The metadata of a ``torch_dist`` checkpoint's tensors, by sharded key.
 
     Raises:
-        UserError: there is none, it would run code, or it is damaged.
+        UserError: There is no metadata, it would run code, or it is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -57,14 +59,14 @@ class DistributedMetadata:
                 key: record for key, record in metadata.state_dict_metadata.items() if hasattr(record, "chunks")
             }
             if strange := [key for key in self._records if not (isinstance(key, str) and key.isprintable())]:
-                raise ValueError(f"{strange[0]!r} is no key")
+                raise ValueError(f"{strange[0]!r} is not a key")
             self._storage = {
                 (index.fqn, tuple(index.offset)): info
                 for index, info in metadata.storage_data.items()
-                if hasattr(index, "offset")  # else it is no tensor
+                if hasattr(index, "offset")  # only tensors have offsets
             }
         except OSError as error:
-            raise UserError(f"{path} cannot be read: no distributed checkpoint is there") from error
+            raise UserError(f"{path} cannot be read: there is no distributed checkpoint") from error
         except Exception as error:  # pickle may raise anything on a damaged file
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not the metadata of a checkpoint: {reason}") from error
@@ -78,7 +80,11 @@ class DistributedMetadata:
         return self.tensor(key).shape
 
     def tensor(self, key: str) -> StoredTensor:
-        """Raises UserError if the pieces do not make up the tensor, or are not in their files."""
+        """Return a tensor's metadata.
+
+        Raises:
+            UserError: The chunks do not make up the tensor, or are not in their files.
+        """
         if key not in self._records:
             raise UserError(f"{self.directory}: {key} is not in the checkpoint")
         if key not in self._tensors:
@@ -91,16 +97,16 @@ class DistributedMetadata:
     def _read(self, key: str) -> StoredTensor:
         record = self._records[key]
         shape = _sizes(record.size)
-        pieces = tuple(self._piece(key, _sizes(chunk.offsets), _sizes(chunk.sizes), shape) for chunk in record.chunks)
-        if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(shape):
-            raise UserError(f"{self.directory}: {key} is not whole: its pieces are not its shape, {shape}")
-        return StoredTensor(_dtype(record.properties), shape, pieces)
+        chunks = tuple(self._chunk(key, _sizes(chunk.offsets), _sizes(chunk.sizes), shape) for chunk in record.chunks)
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+            raise UserError(f"{self.directory}: {key} is incomplete: its chunks do not make up its shape, {shape}")
+        return StoredTensor(_dtype(record.properties), shape, chunks)
 
-    def _piece(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> StoredPiece:
+    def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> StoredChunk:
         if not len(offsets) == len(sizes) == len(shape):
-            raise ValueError(f"piece {offsets} has another number of axes")
+            raise ValueError(f"chunk {offsets} has another number of axes")
         if any(offset + size > whole for offset, size, whole in zip(offsets, sizes, shape)):
-            raise ValueError(f"piece {offsets} of {sizes} leaves the shape, {shape}")
+            raise ValueError(f"chunk {offsets} of {sizes} leaves the shape, {shape}")
         info = self._storage[key, offsets]
         name, (start, length) = info.relative_path, _sizes((info.offset, info.length))
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".distcp"):
@@ -109,24 +115,24 @@ class DistributedMetadata:
             raise ValueError("compressed checkpoints are not supported")
         path = self.directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; {METADATA} names it, so the checkpoint is not whole")
+            raise UserError(f"{path} is missing; {METADATA} names it, so the checkpoint is incomplete")
         if start + length > path.stat().st_size:
-            raise UserError(f"{path} is shorter than {METADATA} says; the checkpoint is not whole")
-        return StoredPiece(offsets, sizes, name, start, length)
+            raise UserError(f"{path} is shorter than {METADATA} says; the checkpoint is incomplete")
+        return StoredChunk(offsets, sizes, name, start, length)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < 2**62 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
+        raise ValueError(f"{values!r} are not sizes")
     return values
 
 
 def _dtype(properties: Any) -> str:
-    """torch writes TensorProperties as a tuple with the dtype first; before 2.0, as a dict."""
+    """Return the dtype of torch's TensorProperties, saved as a tuple with the dtype first; before 2.0, as a dict."""
     state = properties.state
     dtype = state["dtype"] if isinstance(state, dict) else state[0]
     if not isinstance(dtype, _Dtype):
-        raise ValueError(f"{dtype!r} is no dtype")
+        raise ValueError(f"{dtype!r} is not a dtype")
     return str(dtype)
 
 
@@ -135,7 +141,7 @@ class _Dtype(str):
 
 
 class _Record:
-    """Stands for any class of a checkpoint's metadata: keeps what it is given and does nothing."""
+    """The inert stand-in for any class of a checkpoint's metadata, which only stores its arguments."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.state: Any = arguments

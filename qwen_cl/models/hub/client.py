@@ -1,8 +1,7 @@
-"""A reference to a model on the Hub, or a mirror of it, pinned to a commit whose files are here and are its own.
+"""The pinning of a model on the Hub, or a mirror of it, to a commit, and the download and verification of its files.
 
-Three ways, the cheapest first: a commit whose files were all verified before asks nothing; what may not or cannot be
-asked for is taken from the cache if it is whole there; else one request says what the commit holds, and what is
-missing is fetched.
+A commit whose files were all verified before needs no request. If the Hub may not or cannot be asked, the cache is used
+if it is complete. Otherwise one request lists the files of the commit, and missing ones are downloaded.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from qwen_cl.models.hub.settings import HubSettings
 from qwen_cl.models.hub.snapshot import Snapshot, damaged_files, is_verified, needed_files, remove
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MAY_PASS = (None, 429, 500, 502, 503, 504)
-"""HTTP status of trouble worth a second request; None where there was no answer at all."""
-ELSEWHERE = "or copy the model to a directory and write model=local model.source=DIRECTORY"
+RETRIABLE = (None, 429, 500, 502, 503, 504)
+"""HTTP status codes worth a second request; None stands for no response."""
+USE_LOCAL = "or copy the model to a directory and write model=local model.source=DIRECTORY"
 
 
 @dataclass(eq=False)
 class HubUnavailable(Exception):
-    """Why the Hub has no say, and what the user can do about that."""
+    """The reason why the Hub is not asked or does not answer, and the fix."""
 
     why: str
     fix: str
@@ -48,34 +47,38 @@ def no_answer(how: str) -> HubUnavailable:
 
 
 def fetch_snapshot(repo: str, revision: str | None, settings: HubSettings, *, weights: bool) -> Snapshot:
-    """Raises UserError: refused, out of reach, incomplete or damaged, with what to do."""
+    """Return the snapshot of a repository in the cache, downloaded and verified.
+
+    Raises:
+        UserError: The Hub refuses or cannot be reached, or the files are incomplete or damaged.
+    """
     reference = f"hf://{repo}" + (f"@{revision}" if revision else "")
     cached = _from_cache(reference, repo, revision, settings.cache_directory)
     if settings.may_not_ask:
-        return _as_it_is(cached, reference, settings, OFFLINE, weights=weights)
+        return _use_cached(cached, reference, settings, OFFLINE, weights=weights)
     if cached and cached.commit == revision and cached.manifest and _is_ready(cached, weights=weights):
         return cached
     try:
         manifest = _ask(reference, repo, revision, settings.url)
-    except HubUnavailable as unasked:
-        snapshot = _as_it_is(cached, reference, settings, unasked, weights=weights)
-        print(f"{reference} is commit {snapshot.commit} of the cache: {unasked.why}", file=sys.stderr)
+    except HubUnavailable as unavailable:
+        snapshot = _use_cached(cached, reference, settings, unavailable, weights=weights)
+        print(f"{reference} is commit {snapshot.commit} of the cache: {unavailable.why}", file=sys.stderr)
         return snapshot
     snapshot = Snapshot(reference, repo, manifest.commit, settings.cache_directory, manifest)
     write_model_manifest(snapshot.repository, manifest)
     if not _is_ready(snapshot, weights=weights):
-        with _quiet(), _alone(snapshot):
+        with _quiet(), _repository_lock(snapshot):
             _complete(snapshot, lambda names: _obtain(snapshot, names, settings.url), weights=weights)
-    if revision != snapshot.commit:  # for a day without a Hub, where huggingface_hub itself looks
+    if revision != snapshot.commit:  # for offline use, in the place where huggingface_hub looks
         write_if_possible(snapshot.repository / "refs" / (revision or "main"), snapshot.commit)
     return snapshot
 
 
 def cached_directory(repo: str, revision: str | None) -> Path:
-    """Return where huggingface_hub keeps the snapshot; nothing is checked and nothing asked.
+    """Return the directory of the snapshot in huggingface_hub's cache, without checks or requests.
 
     Raises:
-        FileNotFoundError: the cache has none.
+        FileNotFoundError: The snapshot is not in the cache.
     """
     cache = HubSettings().cache_directory
     commit = _commit_in_cache(cache, repo, revision)
@@ -100,9 +103,9 @@ def _from_cache(reference: str, repo: str, revision: str | None, cache: Path) ->
 
 
 def _commit_in_cache(cache: Path, repo: str, revision: str | None) -> str | None:
-    """Return what the revision meant when it was last asked for, if that commit's folder is there.
+    """Return the commit to which the revision last resolved, if its folder is in the cache.
 
-    Not by snapshot_download: since 1.33 it takes a snapshot without every file of the repository for none.
+    snapshot_download is no alternative: since 1.33 it ignores a snapshot that lacks any file of the repository.
     """
     repository = Snapshot("", repo, "", cache, None).repository
     commit = revision or "main"
@@ -114,35 +117,35 @@ def _commit_in_cache(cache: Path, repo: str, revision: str | None) -> str | None
     return commit if COMMIT.fullmatch(commit) and (repository / "snapshots" / commit).is_dir() else None
 
 
-def _as_it_is(
-    cached: Snapshot | None, reference: str, settings: HubSettings, unasked: HubUnavailable, *, weights: bool
+def _use_cached(
+    cached: Snapshot | None, reference: str, settings: HubSettings, unavailable: HubUnavailable, *, weights: bool
 ) -> Snapshot:
-    """The snapshot of the cache, where that is whole and undamaged."""
+    """Return the cached snapshot if it is complete and undamaged."""
     if cached is None:
         raise UserError(
-            f"model.source ({reference}) is not in the cache ({settings.cache_directory}), and {unasked.why}; "
-            f"{unasked.fix}, {ELSEWHERE}"
+            f"model.source ({reference}) is not in the cache ({settings.cache_directory}), and {unavailable.why}; "
+            f"{unavailable.fix}, {USE_LOCAL}"
         )
-    _complete(cached, lambda names: _require_sound(cached, names, unasked), weights=weights)
+    _complete(cached, lambda names: _require_sound(cached, names, unavailable), weights=weights)
     return cached
 
 
-def _require_sound(cached: Snapshot, names: list[str], unasked: HubUnavailable) -> None:
+def _require_sound(cached: Snapshot, names: list[str], unavailable: HubUnavailable) -> None:
     for name in names:
         if not (cached.directory / name).exists():
             raise UserError(
                 f"model.source ({cached.reference}): the cache ({cached.cache}) lacks {name} of commit "
-                f"{cached.commit[:12]}, and {unasked.why}; {unasked.fix}, {ELSEWHERE}"
+                f"{cached.commit[:12]}, and {unavailable.why}; {unavailable.fix}, {USE_LOCAL}"
             )
     for name in damaged_files(cached, names):
         raise UserError(
-            f"model.source ({cached.reference}): {name} in the cache is damaged, and {unasked.why}; remove "
-            f"{cached.blob(name)} and {unasked.fix}"
+            f"model.source ({cached.reference}): {name} in the cache is damaged, and {unavailable.why}; remove "
+            f"{cached.blob(name)} and {unavailable.fix}"
         )
 
 
 def _complete(snapshot: Snapshot, obtain: Callable[[list[str]], None], *, weights: bool) -> None:
-    """In rounds: which weights there are stands in the index, which has to be obtained first."""
+    """Obtain all needed files in rounds, as the index that lists the weight files must be obtained first."""
     done: set[str] = set()
     while todo := [
         name for name in needed_files(snapshot, weights=weights, trusted=done.__contains__) if name not in done
@@ -172,23 +175,23 @@ def _obtain(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None:
         for name in still:
             remove(snapshot, name)
         raise UserError(
-            f"model.source ({snapshot.reference}): {still[0]} came damaged from the Hub, twice: its content is not "
-            f"what commit {snapshot.commit[:12]} holds; try later, or another model.endpoint"
+            f"model.source ({snapshot.reference}): {still[0]} was damaged in both downloads from the Hub: its content "
+            f"is not that of commit {snapshot.commit[:12]}; try later, or another model.endpoint"
         )
 
 
 def _ask(reference: str, repo: str, revision: str | None, endpoint: str | None) -> ModelManifest:
-    """What the reference stands for now, in one request; a second one where the first met trouble that may pass."""
+    """Return the manifest of the reference's current commit, in one request; retry once on a temporary error."""
     for last in (False, True):
         try:
             manifest = from_hub(_model_info(repo, revision, endpoint))
             break
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or none of a Hub's
-            raise refusal(error, reference) or no_answer("what answers there is no Hub") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the response is not JSON, or not a Hub's
+            raise refusal(error, reference) or no_answer("the response is not that of a Hub") from error
         except request_errors() as error:
             if refused := refusal(error, reference):
                 raise refused from error
-            if last or status_of(error) not in MAY_PASS:
+            if last or status_of(error) not in RETRIABLE:
                 raise no_answer(reason_of(error)) from error
             time.sleep(RETRY_AFTER)
     pinned = COMMIT.fullmatch(revision or "")
@@ -207,10 +210,10 @@ def _model_info(repo: str, revision: str | None, endpoint: str | None) -> Any:
 
 
 @contextmanager
-def _alone(snapshot: Snapshot) -> Iterator[None]:
-    """One process at a time fetches and verifies a repository; the others wait and find it done.
+def _repository_lock(snapshot: Snapshot) -> Iterator[None]:
+    """Lock a repository, so that one process downloads and verifies it while the others wait.
 
-    In a cache that cannot be written to there is nothing to guard.
+    A read-only cache needs no lock.
     """
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
@@ -231,7 +234,7 @@ def _alone(snapshot: Snapshot) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """huggingface_hub's warnings hold URLs, which can be signed; what matters of them is in our own messages."""
+    """Silence huggingface_hub's warnings, whose URLs may be signed; our own messages say what matters in them."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

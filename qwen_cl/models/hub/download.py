@@ -1,4 +1,4 @@
-"""Missing files of a commit into the Hub's cache, laid out and locked as huggingface_hub does it."""
+"""The download of a commit's missing files to the Hub's cache, laid out and locked as in huggingface_hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from qwen_cl.models.hub.snapshot import Snapshot
 
 
 def download(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None:
-    """Raises UserError: no room, or the Hub refused or interrupted it twice. What arrived stays and is resumed."""
+    """Download files of a commit; partial files stay in the cache and are resumed.
+
+    Raises:
+        UserError: The disk is too full, the Hub refuses, or the connection was interrupted twice.
+    """
     wanted = _bytes_to_fetch(snapshot, names)
     _require_space(snapshot, wanted)
-    if not sys.stderr.isatty():  # where it is, huggingface_hub draws bars
+    if not sys.stderr.isatty():  # on a terminal, huggingface_hub draws progress bars
         files = f"{len(names)} file" + ("s" if len(names) > 1 else "")
         print(f"Fetching {files} ({decimal(wanted)}) of {snapshot.reference}", file=sys.stderr, flush=True)
     for_each(lambda name: _fetch(snapshot, name, endpoint), names)
@@ -31,26 +35,26 @@ def _fetch(snapshot: Snapshot, name: str, endpoint: str | None) -> None:
     from huggingface_hub import errors
 
     try:
-        _fetch_unexplained(snapshot, name, endpoint)
+        _fetch_file(snapshot, name, endpoint)
     except Interrupted as error:
-        raise _gave_up(snapshot, name, str(error)) from error
+        raise _download_error(snapshot, name, str(error)) from error
     except request_errors(errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
         no_hub = isinstance(cause, errors.FileMetadataError)
-        reason = "what answers there is no Hub" if no_hub else reason_of(cause)
-        raise refusal(cause, snapshot.reference) or _gave_up(snapshot, name, reason) from error
+        reason = "the response is not that of a Hub" if no_hub else reason_of(cause)
+        raise refusal(cause, snapshot.reference) or _download_error(snapshot, name, reason) from error
     except OSError as error:
-        if error.errno is None:  # "Consistency check failed": fewer bytes came than were announced
-            raise _gave_up(snapshot, name, "the connection was interrupted") from error
+        if error.errno is None:  # "Consistency check failed": fewer bytes arrived than announced
+            raise _download_error(snapshot, name, "the connection was interrupted") from error
         raise UserError(
             f"model.cache ({snapshot.cache}): {name} cannot be written: {error.strerror}; free space there, or name "
             "another directory"
         ) from error
     except (ValueError, RuntimeError) as error:  # what hf_transfer and hf_xet raise
-        raise _gave_up(snapshot, name, str(error).split("\n", 1)[0].rstrip(".")) from error
+        raise _download_error(snapshot, name, str(error).split("\n", 1)[0].rstrip(".")) from error
 
 
-def _fetch_unexplained(snapshot: Snapshot, name: str, endpoint: str | None) -> None:
+def _fetch_file(snapshot: Snapshot, name: str, endpoint: str | None) -> None:
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.file_download import is_xet_available
     from huggingface_hub.utils import WeakFileLock
@@ -58,7 +62,7 @@ def _fetch_unexplained(snapshot: Snapshot, name: str, endpoint: str | None) -> N
     url = hf_hub_url(snapshot.repo, name, revision=snapshot.commit, endpoint=endpoint)
     file = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, endpoint=endpoint)
     if (file.xet_file_data and is_xet_available()) or getattr(constants, "HF_HUB_ENABLE_HF_TRANSFER", False):
-        # In chunks of its own, many at once.
+        # These download many chunks of a file at once.
         hf_hub_download(snapshot.repo, name, revision=snapshot.commit, cache_dir=str(snapshot.cache), endpoint=endpoint)
         return
     if file.commit_hash is None or file.etag is None or Path(file.etag).name != file.etag:
@@ -67,7 +71,7 @@ def _fetch_unexplained(snapshot: Snapshot, name: str, endpoint: str | None) -> N
     lock = snapshot.cache / ".locks" / snapshot.repository.name / f"{file.etag}.lock"
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):  # huggingface_hub's own, for whoever else fetches this file
+    with WeakFileLock(lock):  # huggingface_hub's lock, for any other process that downloads this file
         if not blob.exists():
             receive(url, _partial(blob), file.size, name=name)
             _partial(blob).replace(blob)
@@ -75,7 +79,7 @@ def _fetch_unexplained(snapshot: Snapshot, name: str, endpoint: str | None) -> N
 
 
 def _link(path: Path, blob: Path) -> None:
-    """Make the snapshot's entry, as huggingface_hub does: the file itself where links cannot be."""
+    """Make the snapshot's entry as huggingface_hub does: a link, or the file itself where links are not possible."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     try:
@@ -90,15 +94,15 @@ def _partial(blob: Path) -> Path:
     return blob.with_name(f"{blob.name}.incomplete")
 
 
-def _gave_up(snapshot: Snapshot, name: str, reason: str) -> UserError:
+def _download_error(snapshot: Snapshot, name: str, reason: str) -> UserError:
     return UserError(
-        f"model.source ({snapshot.reference}): {name} could not be fetched: {reason}; what arrived is kept in "
-        f"{snapshot.cache}, and the same command goes on from there"
+        f"model.source ({snapshot.reference}): {name} could not be fetched: {reason}; downloaded data is kept in "
+        f"{snapshot.cache}, and the same command resumes the download"
     )
 
 
 def _bytes_to_fetch(snapshot: Snapshot, names: list[str]) -> int:
-    """Less what is there already, whole under another commit or in part."""
+    """Return the bytes to download, without files of other commits in the cache and partial downloads."""
     total = 0
     for name in names:
         blob = snapshot.repository / "blobs" / (snapshot.digest(name) or "-")

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in the user's terms."""
+"""The errors of huggingface_hub in the user's terms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from qwen_cl.models.hub.http_errors import status_of
 
 
 def refusal(error: BaseException, reference: str) -> UserError | None:
-    """The Hub's definite no; None for trouble on the way to it, which may pass."""
+    """Return the error for a definite refusal by the Hub; None for other errors, which may be temporary."""
     from huggingface_hub import errors
 
     name = f"model.source ({reference})"

@@ -23,9 +23,9 @@ COMMON_NAMES = {
 
 
 def request_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """Return what to catch around a request of huggingface_hub's, its own HTTP errors included, and the others.
+    """Return the exceptions of a huggingface_hub request, its own HTTP errors included, and the others.
 
-    A library that was not imported cannot have raised anything.
+    Only libraries that are imported are included, as no other can have raised anything.
     """
     families = [(sys.modules[library], names) for library, names in FAMILIES.items() if library in sys.modules]
     bases: list[type[Exception]] = [getattr(module, name) for module, names in families for name in names]
@@ -33,13 +33,13 @@ def request_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status of the answer; None where there was no answer."""
+    """Return the HTTP status of the response; None if there was none."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     return status
 
 
 def reason_of(error: BaseException) -> str:
-    """Return one or two words: the text of these errors holds URLs, which can be signed."""
+    """Return the kind of an error in one or two words, as its text may hold signed URLs."""
     status = status_of(error)
     name = type(error).__name__
     return COMMON_NAMES.get(name, name) if status is None else f"HTTP {status}"

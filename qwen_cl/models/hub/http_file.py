@@ -1,7 +1,7 @@
-"""One file of the Hub over plain HTTP, appended to what arrived before.
+"""The download of one file of the Hub over plain HTTP, resuming a partial file.
 
-huggingface_hub 1.33 and 2.x delete a part that a stopped process leaves, and lose up to 10 MiB of it at every
-interruption within a process; 0.36 resumes. What it does have is used: its session, its waiting for a busy server.
+huggingface_hub 1.33 and 2.x delete the partial file of a stopped process, and lose up to 10 MiB at each interruption
+within a process; 0.36 resumes. Its session and its backoff for a busy server are used.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 from qwen_cl.models.hub.http_errors import request_errors, status_of
 
 RETRY_AFTER = 1.0
-"""Seconds."""
+"""Seconds before a retry."""
 BLOCK = 10 * 2**20
 """Bytes kept in memory before they are written, as huggingface_hub does."""
 PIECE = 64 * 2**10
 BUSY = (429, 500, 502, 503, 504)
 INTERRUPTIONS = 2
-"""Of connections that ended while content came."""
+"""Most connections that end during a transfer."""
 SILENCES = 5
-"""In a row, of servers from which nothing came."""
+"""Most attempts in a row without any data."""
 
 
 class Interrupted(Exception):
-    """The connection ended while content came, or nothing came, too often."""
+    """The error of a download that was interrupted, or received no data, too often."""
 
 
 def receive(url: str, path: Path, size: int | None, *, name: str) -> None:
-    """Append to ``path`` until it has ``size`` bytes, in as many requests as that takes.
+    """Append to ``path`` until it has ``size`` bytes, in as many requests as needed.
 
     Raises:
-        Interrupted: it did not get there; what arrived stays.
-        OSError: the file cannot be written, or the server refused (huggingface_hub's HTTP errors).
+        Interrupted: The download is incomplete; the partial file stays.
+        OSError: The file cannot be written, or the server refused (huggingface_hub's HTTP errors).
     """
     from huggingface_hub.utils import tqdm
 
@@ -53,16 +53,16 @@ def receive(url: str, path: Path, size: int | None, *, name: str) -> None:
                 silences = 0 if progressed else silences + 1
                 interruptions += progressed and not _timed_out(error)
                 if interruptions == INTERRUPTIONS:
-                    raise Interrupted("the connection broke off twice") from error
+                    raise Interrupted("the connection was interrupted twice") from error
                 if silences == SILENCES:
-                    raise Interrupted(f"nothing came in {SILENCES} attempts") from error
+                    raise Interrupted(f"no data arrived in {SILENCES} attempts") from error
             time.sleep(RETRY_AFTER)
 
 
 def _receive_rest(url: str, path: Path, size: int | None, bar: Any) -> None:
     from huggingface_hub.utils import build_hf_headers
 
-    if size is not None and arrived_bytes(path) > size:  # of no file that this is the beginning of
+    if size is not None and arrived_bytes(path) > size:  # not a part of this file
         path.unlink()
     start = arrived_bytes(path)
     if start == size:
@@ -72,16 +72,16 @@ def _receive_rest(url: str, path: Path, size: int | None, bar: Any) -> None:
     if start:
         headers["Range"] = f"bytes={start}-"
     with _answer(url, headers) as (status, pieces), path.open("ab") as stream:
-        if status != 206:  # the whole file, whatever was asked for
+        if status != 206:  # the server ignored the range and sends the complete file
             stream.truncate(0)
             bar.update(-start)
         _write(pieces, stream, bar)
     if size is not None and arrived_bytes(path) != size:
-        raise Interrupted(f"{arrived_bytes(path)} of {size} bytes came")
+        raise Interrupted(f"{arrived_bytes(path)} of {size} bytes arrived")
 
 
 def _write(pieces: Iterator[bytes], stream: Any, bar: Any) -> None:
-    """In blocks; what is left at an interruption is written too."""
+    """Write the content in blocks, and the rest even at an interruption."""
     waiting = bytearray()
     try:
         for piece in pieces:
@@ -97,22 +97,22 @@ def _write(pieces: Iterator[bytes], stream: Any, bar: Any) -> None:
 
 @contextmanager
 def _answer(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Yield the status and the content as it comes; the two libraries differ in nothing else."""
+    """Yield the status and the content as it arrives, from either HTTP library."""
     from huggingface_hub import constants, utils
 
     stream: Any = getattr(utils, "http_stream_backoff", None)
-    how = {
+    options = {
         "headers": headers,
         "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
         "retry_on_exceptions": (),
         "retry_on_status_codes": BUSY,
     }
     if stream is not None:  # since 1.0
-        with stream("GET", url, follow_redirects=True, **how) as response:
+        with stream("GET", url, follow_redirects=True, **options) as response:
             utils.hf_raise_for_status(response)
             yield response.status_code, response.iter_bytes()
         return
-    with closing(utils.http_backoff("GET", url, stream=True, **how)) as response:
+    with closing(utils.http_backoff("GET", url, stream=True, **options)) as response:
         utils.hf_raise_for_status(response)
         yield response.status_code, response.iter_content(PIECE)
 
@@ -125,5 +125,5 @@ def arrived_bytes(path: Path) -> int:
 
 
 def _timed_out(error: BaseException) -> bool:
-    """Tell silence from an end: requests wraps a read that timed out in a ConnectionError."""
+    """Return whether an error is a timeout, which requests wraps in a ConnectionError while reading."""
     return any("Timeout" in type(each).__name__ for each in (error, *error.args))

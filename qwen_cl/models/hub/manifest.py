@@ -1,6 +1,6 @@
-"""What one commit of a repository holds, kept beside it in the Hub's cache.
+"""The list of a commit's files with their hashes, stored beside it in the Hub's cache.
 
-Without it nobody can say later, offline, whether a cached snapshot is whole, or what a file's content should be.
+It is needed offline to tell whether a cached snapshot is complete and its files undamaged.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from qwen_cl.files.atomic import write_text
 
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 OURS = ".qwen_cl"
-"""Our folder in a repository's folder of the cache; huggingface_hub leaves it alone."""
+"""Our folder in a repository's folder of the cache, which huggingface_hub ignores."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFile:
     size: int | None
-    """Bytes; None where the endpoint does not say."""
+    """Bytes, or None if the endpoint does not give it."""
     digest: str | None
-    """sha256 of the content (64 hex) of a file in LFS, git's blob id (40 hex) of any other, None if not said."""
+    """The sha256 (64 hex) of a file in LFS, git's blob id (40 hex) of any other, or None if it is not given."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelManifest:
     commit: str
     license: str | None
-    """As the model's card says it."""
+    """The license according to the model card, or None."""
     files: dict[str, RepositoryFile]
-    """Every file of the commit by its path in the repository."""
+    """All files of the commit, by path in the repository."""
 
 
 def from_hub(info: Any) -> ModelManifest:
-    """``info`` is huggingface_hub's ModelInfo, asked for with ``files_metadata``."""
+    """Return the manifest from huggingface_hub's ModelInfo, requested with ``files_metadata``."""
     files = {}
     for file in info.siblings or []:
         digest = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
@@ -48,7 +48,7 @@ def from_hub(info: Any) -> ModelManifest:
 
 
 def read_manifest(repository: Path, commit: str) -> ModelManifest | None:
-    """None where there is none that can be read: the Hub is asked again, or the snapshot judged by its files."""
+    """Return a commit's manifest; None if it is missing or unreadable, so that the Hub is asked again."""
     try:
         saved = json.loads(_path(repository, commit).read_text(encoding="utf-8"))
         files = {name: RepositoryFile(**file) for name, file in saved["files"].items()}
@@ -62,7 +62,7 @@ def write_model_manifest(repository: Path, manifest: ModelManifest) -> None:
 
 
 def write_if_possible(path: Path, text: str) -> None:
-    """Write a file of the cache, and pass over a cache that is read-only: what is kept here only saves work later."""
+    """Write a file of the cache, ignoring a read-only cache, as these files only save work later."""
     with suppress(OSError):
         write_text(path, text)
 

@@ -1,4 +1,4 @@
-"""What ``model`` says of the Hub beside the source."""
+"""The settings for the Hub in the config group ``model``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen_cl.config.model import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
-    """The defaults leave everything to huggingface_hub and its environment variables."""
+    """The endpoint, the cache and offline mode; the defaults are huggingface_hub's, with its environment variables."""
 
     endpoint: str | None = None
     offline: bool = False
@@ -34,7 +34,7 @@ class HubSettings:
 
     @property
     def cache_directory(self) -> Path:
-        """Absolute: the processes of a run need not start where the launcher did."""
+        """Return the absolute path of the cache, as the ranks may start in another directory than the launcher."""
         from huggingface_hub import constants
 
         directory = os.path.expanduser(self.cache or constants.HF_HUB_CACHE)  # noqa: PTH111 - Path's raises

@@ -1,4 +1,4 @@
-"""One commit of one repository in the Hub's cache: which files training needs, and whether their content is theirs."""
+"""One commit of a repository in the Hub's cache: the files that training needs, and their verification."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-"""What training reads beside the weights. Nothing here is code, whatever the repository holds."""
+"""The files that training reads besides the weights; code of the repository is never among them."""
 TOKENIZERS: tuple[set[str], ...] = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
 LONG = 2**30
-"""Bytes whose hashing takes long enough to be announced where no bar can be drawn."""
+"""Bytes from which hashing is announced if no progress bar can be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     reference: str
-    """What the user wrote, for messages: ``hf://ORG/NAME[@REVISION]``."""
+    """The reference that the user gave, for messages: ``hf://ORG/NAME[@REVISION]``."""
     repo: str
     commit: str
     cache: Path
     manifest: ModelManifest | None
-    """None where other tools filled the cache and the Hub was not asked."""
+    """The files of the commit; None if other tools filled the cache and the Hub was not asked."""
 
     @property
     def repository(self) -> Path:
@@ -60,7 +60,7 @@ class Snapshot:
 
     @property
     def names(self) -> set[str]:
-        """Of the commit's files; without a manifest, of those that are in the cache."""
+        """Return the names of the commit's files; without a manifest, of those in the cache."""
         if self.manifest is not None:
             return set(self.manifest.files)
         if not self.directory.is_dir():
@@ -69,12 +69,12 @@ class Snapshot:
         return {str(path.relative_to(self.directory)) for path in found}
 
     def blob(self, name: str) -> Path:
-        """Where the content is: what the snapshot's entry links to, or the entry itself where links cannot be."""
+        """Return the file with the content: the target of the snapshot's link, or the entry itself without links."""
         path = self.directory / name
         return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
 
     def digest(self, name: str) -> str | None:
-        """What the content should hash to; without a manifest huggingface_hub's name of the blob says it."""
+        """Return the expected hash of a file; without a manifest, the name of its blob in huggingface_hub's cache."""
         if self.manifest is not None:
             return self.manifest.files[name].digest
         blob = self.blob(name)
@@ -85,10 +85,10 @@ class Snapshot:
 
 
 def needed_files(snapshot: Snapshot, *, weights: bool, trusted: Callable[[str], bool]) -> list[str]:
-    """Names of the files training needs, as far as they can be known: those of an index once that is ``trusted``.
+    """Return the files that training needs, including those that the index lists once it is ``trusted``.
 
     Raises:
-        UserError: the commit lacks something no run can do without, or its index names what no run would read.
+        UserError: The commit lacks a required file, or its index names a file that is not supported.
     """
     names = snapshot.names
     needed = sorted(name for name in names if _is_small_file(name))
@@ -132,7 +132,7 @@ def _require_a_model(snapshot: Snapshot, names: set[str]) -> None:
 
 
 def is_verified(snapshot: Snapshot, name: str) -> bool:
-    """Whether the file is there and was found to be what it should be, and has not been written to since."""
+    """Return whether the file was verified and has not been written to since."""
     try:
         stamp = _stamp(snapshot.directory / name)
         digest = snapshot.digest(name)
@@ -142,7 +142,7 @@ def is_verified(snapshot: Snapshot, name: str) -> bool:
 
 
 def damaged_files(snapshot: Snapshot, names: list[str]) -> list[str]:
-    """Those whose content is not what it should be. Hashes what was not hashed before, and remembers it."""
+    """Return the files with another hash than expected; each is hashed once, and the result recorded."""
     from huggingface_hub.utils import tqdm
 
     unknown = [name for name in names if not is_verified(snapshot, name)]
@@ -169,7 +169,7 @@ def damaged_files(snapshot: Snapshot, names: list[str]) -> list[str]:
 
 
 def remove(snapshot: Snapshot, name: str) -> None:
-    """From the cache; a file elsewhere that someone linked into it is not ours to delete."""
+    """Remove a file from the cache, but never a file outside it that an entry links to."""
     blob = snapshot.blob(name)
     if snapshot.repository in blob.parents:
         blob.unlink(missing_ok=True)
@@ -177,12 +177,12 @@ def remove(snapshot: Snapshot, name: str) -> None:
 
 
 def _hash(path: Path, like: str, bar: Any) -> str:
-    """As git-lfs or git would, whichever ``like`` is."""
+    """Return the hash of a file, by git-lfs or git according to the length of ``like``."""
     content = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     try:
         return hash_file(path, content, bar.update)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; see to its permissions and its disk") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
 
 
 def _stamp(path: Path) -> str:
@@ -191,5 +191,5 @@ def _stamp(path: Path) -> str:
 
 
 def _record(snapshot: Snapshot, digest: str) -> Path:
-    """One small file a blob, so that processes that verify at the same time cannot lose each other's word."""
+    """Return the record of a verified blob, one small file each, so that concurrent processes do not conflict."""
     return snapshot.repository / OURS / "verified" / digest

@@ -1,4 +1,4 @@
-"""An exported folder to the Hub. No torch."""
+"""The upload of an exported folder to the Hub. No torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from qwen_cl.models.hub.http_errors import reason_of, request_errors, status_of
 
 KEY = "task.push_to"
 OUR_WEIGHTS = {"merged": ["model*.safetensors", "model.safetensors.index.json"], "adapter": ["adapter_model*"]}
-"""By format: what an earlier export of other steps or shard sizes may have left in the repository."""
+"""The patterns, by format, of weights that an earlier export may have left in the repository."""
 MARKS = {"merged": "config.json", "adapter": "adapter_config.json"}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
+    """The repository to upload to."""
+
     reference: str
     """hf://ORG/NAME"""
     repo: str
@@ -26,14 +28,14 @@ class Target:
     format: str
     """merged or adapter"""
     public: bool
-    """It exists already, for all to see."""
+    """True if the repository exists and is public."""
 
 
 def find_target(reference: str, endpoint: str | None, format: str) -> Target:
-    """Before minutes of writing: the name, the login, and what is in the repository if there is one.
+    """Check the name, the login and an existing repository's content before the export is written.
 
     Raises:
-        UserError: the upload could not work.
+        UserError: The upload would fail.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -43,31 +45,31 @@ def find_target(reference: str, endpoint: str | None, format: str) -> Target:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{KEY} ({reference}) is no name the Hub takes: {_one_line(error)}") from error
+        raise UserError(f"{KEY} ({reference}) is not a valid repository name: {_one_line(error)}") from error
     _require_write_access(reference, repo, _ask(reference, endpoint, lambda api: api.whoami()))
     info = _ask(reference, endpoint, lambda api: _existing(api, repo))
     if info is None:
         return Target(reference, repo, endpoint, format, public=False)
-    there = {sibling.rfilename for sibling in info.siblings or []}
+    existing = {sibling.rfilename for sibling in info.siblings or []}
     other = next(mark for name, mark in MARKS.items() if name != format)
-    if other in there and MARKS[format] not in there:
+    if other in existing and MARKS[format] not in existing:
         raise UserError(
-            f"{KEY} ({reference}) holds {other}, so it is no repository of a task.format={format}, and with both "
-            "transformers would load the wrong one; choose another name"
+            f"{KEY} ({reference}) holds {other}, so it is not a repository for task.format={format}, and with "
+            "both transformers would load the wrong one; choose another name"
         )
     return Target(reference, repo, endpoint, format, public=not info.private)
 
 
 def upload(target: Target, folder: Path) -> str:
-    """Makes the repository, private if it is new; returns the commit.
+    """Upload the folder, creating the repository as private if it does not exist; return the commit.
 
     Raises:
-        RunFailed: says how to upload the folder again, which stays.
+        RunFailed: The upload failed; the folder stays, and the message has the command to upload it again.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=target.endpoint)
-    again = f"{folder} is whole; upload it with: {_by_hand(target, folder)}"
+    again = f"{folder} is complete; upload it with: {_upload_command(target, folder)}"
     try:
         api.create_repo(target.repo, exist_ok=True, private=True)
         done = api.upload_folder(
@@ -76,7 +78,7 @@ def upload(target: Target, folder: Path) -> str:
             commit_message="Upload what qwen_cl exported",
             delete_patterns=OUR_WEIGHTS[target.format],
         )
-    # Of a file that did not go through, huggingface_hub says RuntimeError; of LFS, ValueError.
+    # For a file that was not accepted, huggingface_hub raises RuntimeError; for LFS, ValueError.
     except request_errors(RuntimeError, ValueError, OSError) as error:
         raise RunFailed(f"{KEY} ({target.reference}): the upload failed: {_one_line(error)}. {again}") from error
     except KeyboardInterrupt:
@@ -86,7 +88,7 @@ def upload(target: Target, folder: Path) -> str:
     return commit
 
 
-def _by_hand(target: Target, folder: Path) -> str:
+def _upload_command(target: Target, folder: Path) -> str:
     endpoint = f"HF_ENDPOINT={shlex.quote(target.endpoint)} " if target.endpoint else ""
     return f"{endpoint}hf upload {target.repo} {shlex.quote(str(folder))} --private"
 
@@ -100,11 +102,11 @@ def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
         return question(api)
     except LocalTokenNotFoundError as error:
         raise UserError(
-            f"{KEY} ({reference}): nobody is logged in; `hf auth login`, or HF_TOKEN with a token that may write"
+            f"{KEY} ({reference}): not logged in; run `hf auth login`, or set HF_TOKEN to a token with write access"
         ) from error
     except OfflineModeIsEnabled as error:
         raise UserError(f"{KEY} ({reference}): HF_HUB_OFFLINE=1 forbids it; unset it, or leave {KEY} out") from error
-    except request_errors(ValueError) as error:  # ValueError: no JSON came
+    except request_errors(ValueError) as error:  # ValueError: the response is not JSON
         status = status_of(error)
         if status in (401, 403):
             raise UserError(
@@ -121,7 +123,9 @@ def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
 def _require_write_access(reference: str, repo: str, login: dict[str, Any]) -> None:
     token = (login.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise UserError(f"{KEY} ({reference}): the token may only read; make one that may write, and renew HF_TOKEN")
+        raise UserError(
+            f"{KEY} ({reference}): the token is read-only; create one with write access, and renew HF_TOKEN"
+        )
     if "orgs" not in login:
         return
     owners = [login.get("name"), *(org.get("name") for org in login["orgs"])]

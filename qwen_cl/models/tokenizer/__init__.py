@@ -1,1 +1,1 @@
-"""Tokenizer files of any transformers version, normalized to one form. No torch."""
+"""The normalization of tokenizer files from any transformers version. No torch."""

@@ -1,4 +1,4 @@
-"""The class a tokenizer's files name: whether transformers has it, and what it adds to them. No torch."""
+"""The transformers class that a tokenizer's files name, and the special tokens it adds. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ AS_WRITTEN = (
     "MistralCommonBackend",
     "MistralCommonTokenizer",
 )
-"""Classes that add nothing to what tokenizer.json says."""
+"""The classes that add nothing to tokenizer.json."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def is_of_5(config: dict[str, Any]) -> bool:
-    """Whether transformers 5 wrote it."""
+    """Return whether transformers 5 wrote a tokenizer_config.json."""
     return (
         "backend" in config
         or config.get("tokenizer_class") == "TokenizersBackend"
@@ -33,7 +33,7 @@ def is_of_5(config: dict[str, Any]) -> bool:
 
 
 def class_name(config: dict[str, Any], model: dict[str, Any], by_5: bool, directory: Path) -> str:
-    """Without Fast, except in the name of the plain one."""
+    """Return the name of the tokenizer's class, without Fast except in ``PreTrainedTokenizerFast``."""
     family = FAMILIES.get(str(model.get("model_type")))
     if by_5 and family is not None and family.tokenizer_always:
         return family.tokenizer
@@ -51,7 +51,7 @@ def class_name(config: dict[str, Any], model: dict[str, Any], by_5: bool, direct
             )
         raise UserError(
             f"{directory / CONFIG}: tokenizer_class ({name}) is not in transformers {transformers.__version__}; if "
-            f"{BACKEND} says all there is to it, set tokenizer_class to {PLAIN}"
+            f"{BACKEND} is complete without it, set tokenizer_class to {PLAIN}"
         )
     return name.removesuffix("Fast")
 
@@ -67,7 +67,7 @@ def _class(name: str) -> Any:
 
 
 def class_defaults(name: str) -> dict[str, Any]:
-    """The special tokens that a class has where the files name none."""
+    """Return the special tokens of a class for files that name none."""
     if name in AS_WRITTEN:
         return {}
     parameters = inspect.signature(_class(name).__init__).parameters

@@ -10,16 +10,20 @@ from qwen_cl.config.errors import UserError
 
 BACKEND, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATES = "additional_chat_templates"
-"""Folder of further chat templates, ``NAME.jinja``."""
+"""The folder of additional chat templates, ``NAME.jinja``."""
 
 
 def chat_templates(directory: Path) -> list[Path]:
-    """The files of them."""
+    """Return the chat template files in a directory."""
     return sorted([*directory.glob("*.jinja"), *directory.glob(f"{TEMPLATES}/*.jinja")])
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Of a file in JSON; empty where there is none. Raises UserError where it is no object."""
+    """Return the object in a JSON file; empty if there is no file.
+
+    Raises:
+        UserError: The file is not a JSON object.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""A tokenizer's files as their author wrote them, and the one form of them that is read here. No torch.
+"""The normalization of a tokenizer's files, as their author wrote them, to the one form that is read here. No torch.
 
-transformers 5 writes what 4.57 cannot read (``extra_special_tokens`` as a list, ``TokenizersBackend``), and each of the
-two changes a tokenizer by its class as it loads it. Here everything that decides about ids is put into tokenizer.json,
-and the class that both read just as that says, ``PreTrainedTokenizerFast``, into tokenizer_config.json.
+transformers 5 writes files that 4.57 cannot read (``extra_special_tokens`` as a list, ``TokenizersBackend``), and both
+change a tokenizer by its class on loading. Here tokenizer.json gets everything that affects the ids, and
+tokenizer_config.json the class that both load without changes, ``PreTrainedTokenizerFast``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BOS_BY_CLASS = {"LlamaTokenizer", "CodeLlamaTokenizer"}
-"""Of transformers 4: the class decides whether texts begin with BOS, whatever tokenizer.json says."""
+"""The classes of transformers 4 that override in tokenizer.json whether texts begin with BOS."""
 OTHER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-"""What a tokenizer consists of where there is no tokenizer.json."""
-KEPT = (
+"""The files of a tokenizer without a tokenizer.json."""
+PRESERVED = (
     "chat_control_tokens",
     "chat_template",
     "clean_up_tokenization_spaces",
@@ -38,7 +38,7 @@ KEPT = (
     "split_special_tokens",
     "truncation_side",
 )
-"""Of tokenizer_config.json, as the author has it."""
+"""The fields of tokenizer_config.json that stay as the author wrote them."""
 QWEN2 = {
     "normalizer": {"type": "NFC"},
     "pre_tokenizer": {
@@ -58,15 +58,15 @@ QWEN2 = {
     },
     "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
 }
-"""How transformers 5 splits the text of every ``model_type: qwen2``, whatever tokenizer.json says
+"""The pre-tokenization of transformers 5 for every ``model_type: qwen2``, which overrides tokenizer.json
 (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``, Qwen2Tokenizer)."""
 
 
 def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory in Hugging Face layout, by its normalized files.
+    """Load the tokenizer of a directory in Hugging Face layout from its normalized files.
 
     Raises:
-        UserError: it has none, or one that is not read.
+        UserError: There is no tokenizer, or one that is not supported.
     """
     with tempfile.TemporaryDirectory(prefix="qwen_cl-") as parent:
         files = Path(parent) / "tokenizer"
@@ -84,8 +84,8 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_as_written(directory: str, **options: Any) -> PreTrainedTokenizerBase:
-    """What transformers' AutoTokenizer loads, without the rules of its own that transformers 5 has for some families
-    (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``) where the files are normalized."""
+    """Load a tokenizer as AutoTokenizer does; for normalized files, without the overrides that transformers 5 has for
+    some families (``MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS``)."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     files = Path(directory)
@@ -94,11 +94,11 @@ def load_as_written(directory: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def write_tokenizer(source: Path, target: Path) -> None:
-    """The normalized files of the tokenizer in ``source`` into ``target``, which is made. What has been normalized
-    comes out as it is.
+    """Write the normalized files of the tokenizer in ``source`` to the new folder ``target``; normalized files stay
+    unchanged.
 
     Raises:
-        UserError: it needs code, its class is unknown, or a file of it cannot be read.
+        UserError: The tokenizer needs code, its class is unknown, or a file cannot be read.
     """
     config, model = read_object(source / CONFIG), read_object(source / "config.json")
     target.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _normalized_config(config: dict[str, Any], special: SpecialTokens, tokenizer
     before = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
     return {
         "model_input_names": ["input_ids", "attention_mask"],
-        **{key: config[key] for key in KEPT if key in config},
+        **{key: config[key] for key in PRESERVED if key in config},
         **({"add_prefix_space": before["add_prefix_space"]} if "add_prefix_space" in before else {}),
         **{key: content(value) for key, value in special.named.items()},
         "additional_special_tokens": [content(token) for token in special.extra],
@@ -130,7 +130,7 @@ def _normalized_config(config: dict[str, Any], special: SpecialTokens, tokenizer
 
 
 def _backend(source: Path, config: dict[str, Any], name: str, special: SpecialTokens, by_5: bool) -> Tokenizer:
-    """tokenizer.json with what ``name`` and tokenizer_config.json add to it."""
+    """Return tokenizer.json with the additions of the class ``name`` and of tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     plain = read_object(source / BACKEND)
@@ -138,7 +138,7 @@ def _backend(source: Path, config: dict[str, Any], name: str, special: SpecialTo
         _set_splitting(plain, config, name, by_5)
         tokenizer = Tokenizer.from_str(json.dumps(plain))
         tokenizer.add_tokens(list(_missing_tokens(tokenizer, config, special, name, by_5)))
-    except Exception as error:  # tokenizers raises nothing more exact
+    except Exception as error:  # tokenizers raises no narrower class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{source} has no tokenizer that loads ({BACKEND}: {reason}); "
@@ -150,7 +150,7 @@ def _backend(source: Path, config: dict[str, Any], name: str, special: SpecialTo
 
 
 def _set_splitting(plain: dict[str, Any], config: dict[str, Any], name: str, by_5: bool) -> None:
-    """How text becomes the pieces that merges take place in, where the class has its own way."""
+    """Set the pre-tokenization where the class overrides it."""
     prefix = bool(config.get("add_prefix_space"))
     if by_5 and name == "Qwen2Tokenizer":
         plain.update(copy.deepcopy(QWEN2))
@@ -163,7 +163,7 @@ def _set_splitting(plain: dict[str, Any], config: dict[str, Any], name: str, by_
 def _missing_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], special: SpecialTokens, name: str, by_5: bool
 ) -> Iterator[AddedToken]:
-    """Those that tokenizer.json lacks, or has with other flags."""
+    """Yield the tokens that tokenizer.json lacks, or has with other flags."""
     from tokenizers import AddedToken
 
     added = tokenizer.get_added_tokens_decoder()
@@ -205,7 +205,7 @@ def _set_bos(tokenizer: Tokenizer, config: dict[str, Any], special: SpecialToken
 
 
 def _copy_other_kind(source: Path, target: Path, config: dict[str, Any]) -> None:
-    """Of a tokenizer without tokenizer.json, which transformers makes one from as it loads it."""
+    """Copy the files of a tokenizer without tokenizer.json, which transformers converts on loading."""
     for name in (*OTHER_FILES, SPECIAL_MAP, "config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

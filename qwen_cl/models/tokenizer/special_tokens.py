@@ -1,4 +1,4 @@
-"""The special tokens that a tokenizer's files name, in every form they have been written in."""
+"""The special tokens in a tokenizer's files, in every form that transformers has written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qwen_cl.models.tokenizer.files import CONFIG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """Contents, or objects with flags where the author gives any."""
+    """The special tokens of a tokenizer, as text or as objects with flags."""
 
     named: dict[str, Any]
-    """By attribute: eos_token."""
+    """The tokens by attribute, such as eos_token."""
     extra: list[Any]
     own: dict[str, Any]
-    """Named ones that only this tokenizer has: image_token."""
+    """The named tokens that only this tokenizer has, such as image_token."""
 
     def in_order(self, by_5: bool) -> list[Any]:
-        """As each version gives ids to those that have none yet."""
+        """Return the tokens in the order in which each version assigns new ids."""
         named, own = self.named.values(), self.own.values()
         return [*named, *own, *self.extra] if by_5 else [*named, *self.extra, *own]
 
@@ -30,10 +30,10 @@ class SpecialTokens:
 def read_special_tokens(
     config: dict[str, Any], special_map: dict[str, Any], defaults: dict[str, Any], by_5: bool, directory: Path
 ) -> SpecialTokens:
-    """Where tokenizer_config.json does not list what was added, special_tokens_map.json counts too, and more.
+    """Read the special tokens; special_tokens_map.json has priority if tokenizer_config.json lists no added tokens.
 
     Raises:
-        UserError: a token is no text, or what should list tokens does not.
+        UserError: A token is not text, or a field that must list tokens does not.
     """
     found = config if "added_tokens_decoder" in config else {**config, **special_map}
     extra: Any = found.get("extra_special_tokens") or []
@@ -64,5 +64,5 @@ def _object(found: dict[str, Any], key: str, directory: Path) -> dict[str, Any]:
 
 
 def content(token: Any) -> Any:
-    """A token's text, whatever form it was written in."""
+    """Return a token's text, from either form."""
     return token.get("content") if isinstance(token, dict) else token

@@ -63,11 +63,11 @@ CONTEXTS: list[tuple[str, Any, str]] = [
     ("config.num_layers", "two", "num_layers (two) must be a positive integer"),
     ("config.num_layers", True, "num_layers (True) must be a positive integer"),
     ("config.rotary_base", float("inf"), "rotary_base (inf) must be a positive number"),
-    ("config.num_layers", 3, "_weight has shape (2, 64) where context/model.yaml calls for (3, 64)"),
-    ("config.hidden_size", 128, "where context/model.yaml calls for"),
+    ("config.num_layers", 3, "_weight has shape (2, 64) where context/model.yaml requires (3, 64)"),
+    ("config.hidden_size", 128, "where context/model.yaml requires"),
     ("config.share_embeddings_and_output_weights", False, "lacks module.output_layer.weight, which context/model.yam"),
-    ("config.vocab_size", 2000, "has shape (1600, 64) where context/model.yaml calls for (2000, 64)"),
-    ("config.make_vocab_size_divisible_by", 7, "its tokenizer has 1536 tokens, which no padding makes the 1600 rows"),
+    ("config.vocab_size", 2000, "has shape (1600, 64) where context/model.yaml requires (2000, 64)"),
+    ("config.make_vocab_size_divisible_by", 7, "its tokenizer has 1536 tokens, which do not match the 1600 rows"),
     ("config", None, "config (None) must hold the fields"),
     ("tokenizer", None, "no files of a Hugging Face tokenizer (tokenizer: None); put the model's tokenizer.json and"),
     ("tokenizer", {"pretrained_model_name": "../../elsewhere"}, "holds no files of a Hugging Face tokenizer"),
@@ -103,7 +103,7 @@ def test_yaml_that_names_python_is_not_built(checkpoint: Path) -> None:
     path.write_text("- config")
     assert "must hold the fields of a model" in refused(checkpoint)
     path.unlink()
-    assert "is missing, so nothing says what the weights are" in refused(checkpoint)
+    assert "is missing, which describes the model" in refused(checkpoint)
     assert not proof.exists()
 
 
@@ -123,7 +123,7 @@ def test_metadata_that_names_code_is_not_run(checkpoint: Path) -> None:
         path.write_bytes(damaged)
         assert f"{path} is not the metadata of a checkpoint" in refused(checkpoint)
     path.unlink()
-    assert f"{path} cannot be read: no distributed checkpoint is there" in refused(checkpoint)
+    assert f"{path} cannot be read: there is no distributed checkpoint" in refused(checkpoint)
     assert not proof.exists()
 
 
@@ -155,9 +155,9 @@ def test_weights_that_are_not_whole_are_refused(checkpoint: Path) -> None:
     path = max((checkpoint / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert f"{path} is shorter than .metadata says; the checkpoint is not whole" in refused(checkpoint)
+    assert f"{path} is shorter than .metadata says; the checkpoint is incomplete" in refused(checkpoint)
     path.unlink()
-    assert f"{path} is missing; .metadata names it, so the checkpoint is not whole" in refused(checkpoint)
+    assert f"{path} is missing; .metadata names it, so the checkpoint is incomplete" in refused(checkpoint)
 
 
 def test_a_flipped_bit_in_the_weights_is_found_when_they_are_read(checkpoint: Path) -> None:
@@ -196,5 +196,5 @@ def test_modelopt_state_beside_safetensors_is_refused_too(base: Path, tmp_path: 
 
 def test_a_directory_that_is_half_a_checkpoint_is_refused(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "context")
-    assert "has weights/ and no context/" in refused(checkpoint)
+    assert "has weights/ but not context/" in refused(checkpoint)
     assert "name the directory above it" in refused(checkpoint / "weights")

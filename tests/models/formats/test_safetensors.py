@@ -82,7 +82,7 @@ def test_a_file_the_index_names_is_missing(sharded: Path) -> None:
     gone.unlink()
     with pytest.raises(UserError) as refused:
         weight_files(sharded)
-    assert str(refused.value) == f"{gone} is missing; {INDEX} names it, so the download is not whole"
+    assert str(refused.value) == f"{gone} is missing; {INDEX} names it, so the download is incomplete"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_missing_tensors_are_named(tied: Path) -> None:
     change_tensors(tied, without=("model.norm.weight",))
     with pytest.raises(UserError) as refused:
         check_tensors(tied, architecture_of(tied))
-    assert str(refused.value) == f"{tied}: its safetensors lack model.norm.weight, which config.json calls for"
+    assert str(refused.value) == f"{tied}: its safetensors lack model.norm.weight, which config.json requires"
     change_tensors(tied, without=tuple(f"model.layers.1.self_attn.{name}_proj.bias" for name in "qkv"))
     with pytest.raises(UserError, match=r"lack .*k_proj\.bias, .*q_proj\.bias, .*v_proj\.bias and 1 more, which"):
         check_tensors(tied, architecture_of(tied))
@@ -178,7 +178,7 @@ def test_missing_tensors_are_named(tied: Path) -> None:
 
 def test_a_model_without_tied_embeddings_needs_its_output_layer(untied: Path) -> None:
     change_tensors(untied, without=("lm_head.weight",))
-    with pytest.raises(UserError, match=r"lack lm_head\.weight, which config\.json calls for"):
+    with pytest.raises(UserError, match=r"lack lm_head\.weight, which config\.json requires"):
         check_tensors(untied, architecture_of(untied))
 
 

@@ -150,7 +150,7 @@ def test_without_an_output_layer_a_model_that_is_not_tied_is_refused(tmp_path: P
     directory = tmp_path / "bare"
     AutoModel.from_pretrained(whole).save_pretrained(directory)
     message = refusal_of(directory)
-    assert "lack lm_head.weight, which config.json calls for: tie_word_embeddings is not true" in message
+    assert "lack lm_head.weight, which config.json requires: tie_word_embeddings is not true" in message
     assert "AutoModelForCausalLM" in message
 
 

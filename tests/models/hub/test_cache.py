@@ -164,7 +164,7 @@ def test_a_file_that_cannot_be_read(machine: Machine) -> None:
     blob.unlink()
     blob.mkdir()
     error = machine.resolve("hf://org/tiny")["error"]
-    assert error == f"{path} cannot be read: Is a directory; see to its permissions and its disk"
+    assert error == f"{path} cannot be read: Is a directory; check its permissions and the disk"
 
 
 def test_content_is_hashed_once(machine: Machine) -> None:
@@ -181,8 +181,8 @@ def test_a_download_that_comes_damaged(machine: Machine) -> None:
     assert machine.resolve("hf://org/tiny", weights=True)["commit"] == machine.newest
     machine.hub.inject("tokenizer.json", Fault.corrupt, 3, times=2)
     assert machine.resolve("hf://org/tiny@v1.0", weights=True)["error"] == (
-        "model.source (hf://org/tiny@v1.0): tokenizer.json came damaged from the Hub, twice: its content is not what "
-        f"commit {machine.tagged[:12]} holds; try later, or another model.endpoint"
+        "model.source (hf://org/tiny@v1.0): tokenizer.json was damaged in both downloads from the Hub: its content "
+        f"is not that of commit {machine.tagged[:12]}; try later, or another model.endpoint"
     )
     assert "lacks tokenizer.json" in machine.resolve(f"hf://org/tiny@{machine.tagged}", **OFFLINE)["error"]
 

@@ -42,7 +42,7 @@ def test_a_broken_download_goes_on_where_it_was(machine: Machine) -> None:
     ("where", "fault", "number", "reason"),
     [
         ("config.json", Fault.status, 403, "the Hub refused the token it was given; renew HF_TOKEN or `hf auth login`"),
-        ("config.json", Fault.status, 404, "config.json could not be fetched: HTTP 404; what arrived is kept in "),
+        ("config.json", Fault.status, 404, "config.json could not be fetched: HTTP 404; downloaded data is kept in "),
         ("api", Fault.disabled, 0, "the Hub has disabled this model; choose another"),
     ],
 )
@@ -60,8 +60,8 @@ def test_a_way_to_download_that_is_not_installed(machine: Machine) -> None:
 def test_a_download_that_breaks_twice_is_kept_for_the_next_command(machine: Machine) -> None:
     machine.hub.inject(SHARD, Fault.cut, 5000, times=2)
     assert machine.resolve("hf://org/tiny", weights=True)["error"] == (
-        f"model.source (hf://org/tiny): {SHARD} could not be fetched: the connection broke off twice; what arrived is "
-        f"kept in {machine.home / 'hub'}, and the same command goes on from there"
+        f"model.source (hf://org/tiny): {SHARD} could not be fetched: the connection was interrupted twice; "
+        f"downloaded data is kept in {machine.home / 'hub'}, and the same command resumes the download"
     )
     machine.hub.requests.clear()
     directory = machine.resolve("hf://org/tiny", weights=True)["directory"]
@@ -106,7 +106,8 @@ def test_a_busy_hub_is_asked_again(machine: Machine) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "number", "reason"), [(Fault.status, 503, "HTTP 503"), (Fault.html, 0, "what answers there is no Hub")]
+    ("fault", "number", "reason"),
+    [(Fault.status, 503, "HTTP 503"), (Fault.html, 0, "the response is not that of a Hub")],
 )
 def test_no_answer_of_a_hub(fault: Fault, number: int, reason: str, machine: Machine) -> None:
     times = 2 if fault is Fault.status else 1

@@ -91,7 +91,7 @@ def test_another_export_takes_the_place_of_the_last(trained: Launched, hub: Uplo
     _push(trained, tmp_path / "parts", "task.push_to=hf://org/model", "task.max_shard_size=300KB")
     held = hub.files("org/model")
     assert {name: data for name, data in held.items() if name != ".gitattributes"} == _content(tmp_path / "parts")
-    with pytest.raises(UserError, match=r"hf://org/model\) holds config\.json, so it is no repository of a task"):
+    with pytest.raises(UserError, match=r"hf://org/model\) holds config\.json, so it is not a repository for task"):
         _push(trained, tmp_path / "adapter", "task.push_to=hf://org/model", "task.format=adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -121,12 +121,12 @@ def test_who_may_not_upload_hears_it_before_anything_is_written(
 
     refused("this login may not upload to stranger; it may to alice, org", "hf://stranger/model")
     hub.role = "read"
-    refused("the token may only read")
+    refused("the token is read-only")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     refused(r"the Hub refused the token it was given \(401\)")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    refused("nobody is logged in; `hf auth login`, or HF_TOKEN")
+    refused("not logged in; run `hf auth login`, or set HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     refused(r"did not answer \(ConnectionError\); check the network and HF_ENDPOINT")
