@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever dies meanwhile."""
+"""Files that appear complete or not at all, even if the process is killed."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ def read_rope(config: Mapping[str, Any], supported: tuple[str, ...], path: Path)
     rope: Mapping[str, Any] = next(iter(found.values()), {})
     if _type(rope) != "llama3":
         return Rope(theta, None)
-    length, own = rope["original_max_position_embeddings"], config.get("original_max_position_embeddings")
-    if own is not None and own != length:
+    length, top_level = rope["original_max_position_embeddings"], config.get("original_max_position_embeddings")
+    if top_level is not None and top_level != length:
         raise UserError(
-            f"{path}: original_max_position_embeddings ({own}) and that of {next(iter(found))} ({length}) disagree; "
-            "keep the one that the model was trained with"
+            f"{path}: original_max_position_embeddings ({top_level}) and that of {next(iter(found))} ({length}) "
+            "disagree; keep the one that the model was trained with"
         )
     scaling = RopeScaling(
         factor=float(rope["factor"]),
@@ -75,7 +75,7 @@ def _rope_object(config: Mapping[str, Any], name: str, supported: tuple[str, ...
         raise UserError(f"{path}: {name} ({rope}) must be an object")
     if nested := sorted(key for key, value in rope.items() if isinstance(value, dict)):
         raise UserError(
-            f"{path}: {name} has fields of their own for {', '.join(nested)}; one set for all layers is supported"
+            f"{path}: {name} has separate fields for {', '.join(nested)}; only one set for all layers is supported"
         )
     kind = _type(rope)
     if "rope_type" in rope and rope.get("type", kind) != kind:

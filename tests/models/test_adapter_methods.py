@@ -1,4 +1,4 @@
-"""Every choice of the group ``peft`` is full fine-tuning or has an entry, under its own name."""
+"""Each choice of the group ``peft`` is full fine-tuning or has an entry under its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family computes in Megatron what it computes in transformers, in every layout, from only its own bytes."""
+"""All families compute the same in Megatron and transformers, in every layout, and read only a rank's bytes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _check_logits(name: str, directory: Path, out: Path) -> None:
 
 
 def _check_bytes(name: str, directory: Path, out: Path, ranks: int) -> None:
-    """A rank reads what it holds and no byte more; rows that pad the vocabulary are not in the file."""
+    """Check that a rank reads exactly the bytes it holds; padding rows of the vocabulary are not in the file."""
     width = 2 if MODELS[name].get("dtype") is torch.bfloat16 else 4
     padding_rows = MODELS[name].get("vocab_size", 1536) % 2
     for rank in range(ranks):

@@ -1,4 +1,4 @@
-"""Fields of a config.json that change what the model computes: read as transformers reads them, or refused by name."""
+"""Fields of a config.json that change what the model computes are read as in transformers, or refused by name."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_every_form_of_one_rope_is_one_architecture(rope: dict[str, Any]) -> Non
         ({"rope_parameters": {}}, "rope_parameters.rope_theta is missing"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-            "rope_parameters has fields of their own for full_attention",
+            "rope_parameters has separate fields for full_attention",
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -137,7 +137,7 @@ def test_what_would_change_the_function_is_refused_by_field(fields: dict[str, An
     [
         ({}, None),
         ({"sliding_window": 128}, None),
-        ({"use_sliding_window": True, "sliding_window": 128}, None),  # max_window_layers is 28 unless it is said
+        ({"use_sliding_window": True, "sliding_window": 128}, None),  # max_window_layers defaults to 28
         ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 4}, None),
         ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 3}, 128),
         ({"use_sliding_window": True, "max_window_layers": 0}, 4096),

@@ -1,4 +1,4 @@
-"""From model.source to a directory, with the real huggingface_hub client in processes of its own."""
+"""The resolution of model.source to a directory, with the real huggingface_hub client in its own processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_branch_that_moved_resolves_anew(machine: Machine) -> None:
 
 
 def test_what_is_needed_is_fetched_and_nothing_else(machine: Machine) -> None:
-    """The chat template too, which current transformers no longer writes into tokenizer_config.json."""
+    """Fetch the chat template too, which current transformers writes outside tokenizer_config.json."""
     small = machine.resolve("hf://org/tiny", weights=False)
     assert machine.hub.fetched() == names_in(small["directory"]) == SMALL_FILES
     assert machine.resolve("hf://org/tiny", weights=True) == small
@@ -95,7 +95,7 @@ def test_neither_hub_nor_cache(revision: str, server: str, machine: Machine, row
 
 @pytest.mark.parametrize("server", ["offline", "stopped"])
 def test_a_cache_without_the_weights_is_not_taken_for_whole(server: str, machine: Machine) -> None:
-    """A dry run leaves the small files only; a run without a network must hear that, not that they are *.bin."""
+    """Name the missing weights after a dry run, which fetches only the small files, and without a network."""
     source = f"hf://org/tiny@{machine.newest}"
     machine.resolve(source, weights=False)
     if server == "stopped":
@@ -168,7 +168,7 @@ def test_a_directory_resolves_to_its_absolute_path(tmp_path: Path, machine: Mach
 
 
 def test_not_a_directory(tmp_path: Path, machine: Machine) -> None:
-    """No source at all is not the working directory, even where that holds a model."""
+    """Refuse an empty source, instead of using the working directory, even if it holds a model."""
     (tmp_path / "config.json").write_text('{"hidden_size": 5}')
     sources = ["", "absent", "config.json", "~no-such-user/model"]
     rule = "is not a directory; give one in Hugging Face layout, a NeMo 2.0 checkpoint, or hf://ORG/NAME"

@@ -1,4 +1,4 @@
-"""A tokenizer that is not the model's is refused; which one it was is recorded."""
+"""A tokenizer that does not belong to the model is refused; its hash is recorded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Models that transformers 5 saved train, verify, answer and come out again as it reads them, under 4.57 and 5 alike.
+"""Models saved by transformers 5 train, verify, generate and export alike with transformers 4.57 and 5.
 
-What is right was computed by transformers 5.24 (``python -m tests.support.v5``).
+The expected values were computed by transformers 5.24 (``python -m tests.support.v5``).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_further_chat_templates_come_from_the_hub(tmp_path: Path) -> None:
 def test_a_run_folder_of_before_the_normalized_files_is_evaluated_right(
     run: tuple[str, Launched], tmp_path: Path
 ) -> None:
-    """It kept the author's files alone, in tokenizer/."""
+    """Export from an old run folder, which has only the author's files, in tokenizer/."""
     _, done = run
     folder = Path(shutil.copytree(done.folder.directory, tmp_path / "run"))
     said = ("task=evaluate", f"task.sets={{v: {ROWS}.validation.jsonl}}", "task.sequence_length=128")

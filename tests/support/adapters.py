@@ -1,4 +1,4 @@
-"""Adapters with random weights, saved by PEFT."""
+"""Random adapters, saved by PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 
 def save_random_adapter(directory: Path, base: Path, *, rank: int = 4, alpha: float = 10, **fields: Any) -> Path:
-    """Every factor random, so that one left out or misplaced shows in the loss."""
+    """Save an adapter with random factors, so that a missing or misplaced one changes the loss."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     fields = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", **fields}
     torch.manual_seed(rank)

@@ -1,4 +1,4 @@
-"""``task=generate`` and ``task=evaluate`` in this process, which has torch already."""
+"""The tasks generate and evaluate in this process, which has imported torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tests.support.exporting import composed
 from tests.support.invocations import invocation
 
 
-def ask(*said: str) -> None:
-    """What the child process does once the launcher has checked."""
-    config = composed(*said, "cluster.accelerator=cpu")
+def ask(*overrides: str) -> None:
+    """Do what the child process does after the launcher's checks."""
+    config = composed(*overrides, "cluster.accelerator=cpu")
     assert isinstance(config.task, AnswersConfig)
-    work(resolve_target(config, config.task, said))
+    work(resolve_target(config, config.task, overrides))
 
 
-def check(*said: str) -> None:
-    """What the launcher does before it starts a child; nothing is started."""
-    config = composed(*said, "dry_run=true")
+def check(*overrides: str) -> None:
+    """Do what the launcher does before it starts a child process; nothing is started."""
+    config = composed(*overrides, "dry_run=true")
     if isinstance(config.task, GenerateConfig):
-        generate(config, config.task, invocation(*said))
+        generate(config, config.task, invocation(*overrides))
     else:
         assert isinstance(config.task, EvaluateConfig)
-        evaluate(config, config.task, invocation(*said))
+        evaluate(config, config.task, invocation(*overrides))

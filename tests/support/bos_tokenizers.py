@@ -1,4 +1,4 @@
-"""Tokenizers that begin a text with BOS by themselves, as those of Llama 2 and 3 do, trained on the embedded texts."""
+"""Tokenizers that begin a text with BOS, as those of Llama 2 and 3 do, trained on the bundled texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 def byte_level() -> Tokenizer:
-    """Like Llama 3's."""
+    """Return a tokenizer like that of Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,7 +34,7 @@ def byte_level() -> Tokenizer:
 
 
 def prepended_space() -> Tokenizer:
-    """Like Llama 2's: a space before each text, and bytes for what is not in the vocabulary."""
+    """Return a tokenizer like that of Llama 2: a space before each text, and byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -50,7 +50,7 @@ KINDS = {"byte level": byte_level, "prepended space": prepended_space}
 
 
 def save_tokenizer(directory: Path, kind: str, *, adds_bos: bool = True, **config: Any) -> PreTrainedTokenizerFast:
-    """``adds_bos``: else it has a BOS token and puts it nowhere, as Qwen's."""
+    """Save a tokenizer; without ``adds_bos`` it has a BOS token but never adds it, as in Qwen."""
     tokenizer = KINDS[kind]()
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -76,7 +76,7 @@ def _texts() -> Iterator[str]:
 
 
 def _with_bytes_as_pieces(tokenizer: Tokenizer) -> Tokenizer:
-    """Bytes are pieces of the model, not tokens that a text could spell."""
+    """Return the tokenizer with bytes as vocabulary entries only, not as added tokens that a text could spell."""
     plain = json.loads(tokenizer.to_str())
     plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(plain))

@@ -1,4 +1,4 @@
-"""Corpora built in this process, and what they hold."""
+"""Corpora built in this process, and their content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer() -> Any:
 
 
 def expected_ids(text: str) -> list[int]:
-    """As transformers tokenizes it when asked to take no text for a special token."""
+    """Return the ids of transformers when text is never read as a special token."""
     ids = tokenizer()(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [*ids, tokenizer().eos_token_id]
 
@@ -44,7 +44,7 @@ def built(path: Path | str, cache: Path) -> Corpus:
 
 
 def corpus_with_blanks(directory: Path) -> Corpus:
-    """Of ``WITH_BLANKS``, as JSON lines."""
+    """Build the corpus of ``WITH_BLANKS``, given as JSON lines."""
     (directory / "a.jsonl").write_bytes(json_lines(WITH_BLANKS))
     return built(directory / "a.jsonl", directory / "cache")
 
@@ -68,7 +68,7 @@ def documents_of(prefix: str) -> list[list[int]]:
 
 
 def write_indexed(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.int32) -> None:
-    """Documents of several sequences each, as Megatron's preprocessing writes with --split-sentences."""
+    """Write documents of several sequences each, as Megatron's preprocessing does with --split-sentences."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
     for sequences in documents:
         builder.add_document(np.array(list(itertools.chain(*sequences))), list(map(len, sequences)))

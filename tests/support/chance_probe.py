@@ -1,7 +1,6 @@
-"""A run's worker that takes every model for a large one, which is not compared with transformers.
+"""A run's worker that treats each model as a large one, which is not compared with transformers.
 
-Run by ``tests.support.ranks``. Megatron does not look at the gradients either, so that a step is taken
-after which nothing is a number.
+Run by ``tests.support.ranks``. Megatron does not check the gradients either, so that a step makes all weights NaN.
 """
 
 from __future__ import annotations

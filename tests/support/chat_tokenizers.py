@@ -1,4 +1,4 @@
-"""Chat templates as models of the Hub have them, shortened, and tokenizers of the kinds they come with."""
+"""Shortened chat templates of models on the Hub, and tokenizers of the kinds that they are used with."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TRAINING_TEXT = [
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Qwen's and Llama 3's."""
+"""The pre-tokenization pattern of Qwen and Llama 3."""
 KINDS = ("byte_level", "metaspace", "legacy")
 
 
 @functools.cache
 def tokenizer_object(kind: str) -> Tokenizer:
-    """``byte_level`` as Qwen's and Llama 3's; ``metaspace`` and ``legacy`` as Llama 2's, new and old."""
+    """Train a tokenizer: ``byte_level`` as in Qwen and Llama 3; ``metaspace`` and ``legacy``, Llama 2's new and old."""
     if kind == "byte_level":
         made = Tokenizer(models.BPE())
         pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")

@@ -1,4 +1,4 @@
-"""The same documents in every form that a corpus may have."""
+"""The same documents in each form that a corpus may have."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _directory(directory: Path, texts: list[str]) -> Path:
 
 
 def _globbed(directory: Path, texts: list[str]) -> Path:
-    """Three files of two formats; those that the glob leaves out hold something else."""
+    """Write three files in two formats, and others with different content that the glob does not match."""
     (directory / "below").mkdir()
     (directory / "a.jsonl").write_bytes(json_lines(texts[:10]))
     (directory / "below" / "b.jsonl").write_bytes(json_lines(texts[10:20]))
@@ -87,7 +87,7 @@ def _globbed(directory: Path, texts: list[str]) -> Path:
 FORMS: dict[str, Callable[[Path, list[str]], Path]] = {
     "jsonl": _written("a.jsonl", json_lines),
     "jsonl.gz": _written("a.jsonl.gz", lambda texts: gzip.compress(json_lines(texts), mtime=0)),
-    # As `cat a.gz b.gz` makes.
+    # The output of `cat a.gz b.gz`.
     "members.gz": _written(
         "a.json.gz",
         lambda texts: gzip.compress(json_lines(texts[:4]), mtime=0) + gzip.compress(json_lines(texts[4:]), mtime=0),
@@ -100,7 +100,7 @@ FORMS: dict[str, Callable[[Path, list[str]], Path]] = {
 
 
 def die_while_answering(texts: list[str]) -> None:
-    """In a worker of a ProcessPoolExecutor: half an answer is in the pipe when it is killed."""
+    """Kill a ProcessPoolExecutor's worker when half of its result is in the pipe."""
     pipe = sys._getframe(1).f_locals["result_queue"]._writer
     os.write(pipe.fileno(), struct.pack("!i", 1_000_000) + b"half")
     os.kill(os.getpid(), signal.SIGKILL)

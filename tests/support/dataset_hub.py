@@ -1,4 +1,4 @@
-"""The small Hub of ``tests.support.hub``, for datasets: the same under other addresses, and a question more."""
+"""The small Hub of ``tests.support.hub`` for datasets: other addresses, and one more request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``task=export`` in this process."""
+"""The task export in this process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def run_export(*said: str) -> None:
-    """What a launch does once Hydra has composed the config: seconds cheaper, because torch is imported already."""
+    """Do what a launch does after Hydra has composed the config; faster, as torch is already imported."""
     config = composed("task=export", *said)
     assert isinstance(config.task, ExportConfig)
     export(config, config.task, invocation(*said))
 
 
 def seal(checkpoint: Path) -> None:
-    """A manifest of what is there now, as a run that saved it would have written, or whoever spoilt it might."""
+    """Write a manifest of the existing files, as a run that saved them would."""
     names = file_names(checkpoint)
     hashes = hash_files(checkpoint, names)
     files = {name: SavedFile((checkpoint / name).stat().st_size, hashes[name]) for name in names}

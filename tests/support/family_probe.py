@@ -1,4 +1,4 @@
-"""Saves logits of a family that is one more entry of ``FAMILIES``, and nothing else. Run by ``tests.support.ranks``."""
+"""The probe of a family that is only one more entry of ``FAMILIES``: it saves logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MINISTRAL = Family(
     nemo_window=True,
     sliding_window=SlidingWindow(by_layer=True),
 )
-"""Layers of Mistral's, some of which have a window. Not supported here, so that nobody has prepared anything for it."""
+"""A family with Mistral's layers, some of which have a window; it is not supported otherwise."""
 
 
 def main(out: Path, tensor_parallel: int, pipeline_parallel: int, directories: list[Path]) -> None:

@@ -1,6 +1,6 @@
-"""docs/faults.md, written by the tests that inject the faults: ``pytest --write-faults`` writes it, every run compares.
+"""The table of docs/faults.md, written by the tests that inject the faults with ``pytest --write-faults``.
 
-A pytest plugin, loaded by conftest.py: what a test says of its fault travels with its report.
+This pytest plugin, loaded by conftest.py, attaches a test's description of its fault to its report.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 FAULT = "fault"
-"""Property of a test's report."""
+"""The property in a test's report."""
 HEAD = """# Failure modes and recovery
 
 Each line is a test that passed: it injects the fault into real processes, with real signals and files, on a CPU.
@@ -28,7 +28,7 @@ _rows: set[tuple[str, str, str]] = set()
 
 @pytest.fixture
 def row(record_property: Callable[[str, object], None]) -> Row:
-    """To be called at the end of a test that injects a fault: what it was, what happened, what was lost."""
+    """Record a fault, its outcome and the loss, at the end of a test that injects it."""
     return lambda fault, happened, lost: record_property(FAULT, (fault, happened, lost))
 
 
@@ -43,7 +43,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workerinput"):  # the process that starts the others has all the reports
+    if hasattr(session.config, "workerinput"):  # only the main process has all reports
         return
     if session.config.getoption("--write-faults"):
         TABLE.parent.mkdir(exist_ok=True)

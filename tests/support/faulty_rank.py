@@ -1,4 +1,4 @@
-"""A rank's worker in which something goes wrong after step 2."""
+"""A rank's worker with a fault after step 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP = 2
 
 
 def main(directory: str, faults: dict[int, str]) -> int:
-    """``faults`` by rank: a signal that hits it, ``raises``, ``sleeps`` or ``spins``."""
+    """The callback that injects ``faults`` by rank: a signal, ``raises``, ``sleeps`` or ``spins``."""
     from qwen_cl.training.callbacks.metrics import RunRecorder
 
     fault = faults.get(int(os.environ["RANK"]))

@@ -32,7 +32,7 @@ FILE = re.compile(rf"{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 RANGE = re.compile(r"bytes=(\d+)-")
 LICENSE = re.compile(rb"^license: (\S+)$", re.MULTILINE)
 LFS_OVER = 1024
-"""Bytes; larger files are in LFS, as a real repository has its weights."""
+"""Bytes above which a file is in LFS, as the weights of a real repository are."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Request:
 
 
 class Fault(Enum):
-    """What can go wrong with one answer; ``Hub.inject`` gives the number it needs."""
+    """The faults of one response; ``Hub.inject`` gives their number."""
 
     cut = "the connection ends after so many bytes of the file"
     corrupt = "the byte at that place is another one"
@@ -56,9 +56,9 @@ class Fault(Enum):
 
 
 class Hub:
-    """Serves from the moment it is made until ``stop`` or the end of its ``with``.
+    """The Hub, which serves from its construction until ``stop`` or the end of its context.
 
-    Without ``token`` a private repository looks absent, and a gated one shows its page but not its files.
+    Without ``token``, a private repository is not found, and a gated one returns its metadata but not its files.
     """
 
     handler_class: type[_Handler]
@@ -70,7 +70,7 @@ class Hub:
         self.requests: list[Request] = []
         self.faults: dict[str, list[tuple[Fault, int]]] = defaultdict(list)
         self.claimed_sizes: dict[str, int] = {}
-        """Sizes the API says of files, by name, where they are not the true ones."""
+        """The false file sizes that the API returns, by name."""
         handler = type("Handler", (self.handler_class,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -89,7 +89,7 @@ class Hub:
         self._server.server_close()
 
     def publish(self, repository: str, files: dict[str, bytes] | Path, *references: str) -> str:
-        """Commit the files, or a copy of the directory, and move the branches or tags there; returns the commit."""
+        """Commit the files, or a copy of the directory, and move the branches or tags there; return the commit."""
         if isinstance(files, Path):
             files = {str(path.relative_to(files)): path.read_bytes() for path in files.rglob("*") if path.is_file()}
         listing = "".join(f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in sorted(files.items()))
@@ -106,7 +106,7 @@ class Hub:
         return commit
 
     def inject(self, where: str, fault: Fault, number: int = 0, *, times: int = 1) -> None:
-        """At the next ``times`` GETs of the file of this name, or of the API where ``where`` is "api"."""
+        """Inject a fault into the next ``times`` GETs of the file of this name, or of the API if ``where`` is "api"."""
         self.faults[where] += [(fault, number)] * times
 
     def commit_of(self, repository: str, revision: str) -> str | None:
@@ -116,7 +116,7 @@ class Hub:
         return commit if known else None
 
     def gets(self, file: str) -> list[Request]:
-        """The requests for the content of the file of this name."""
+        """Return the requests for the content of the file of this name."""
         matches = [(FILE.fullmatch(request.path), request) for request in self.requests if request.method == "GET"]
         return [request for match, request in matches if match and match["file"] == file]
 
@@ -127,14 +127,14 @@ class Hub:
             time.sleep(0.02)
 
     def fetched(self) -> set[str]:
-        """The names of the files whose content was sent."""
+        """Return the names of the files whose content was sent."""
         matches = [FILE.fullmatch(request.path) for request in self.requests if request.method == "GET"]
         return {match["file"] for match in matches if match}
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of ours."""
+        """Ignore the error of a client that disconnected."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers["Authorization"] == f"Bearer {self.hub.token}"
 
     def _may_read(self, repository: str) -> bool:
-        """Whether the repository is there for this client; if not, the answer was sent."""
+        """Return whether this client may see the repository; if not, the response was sent."""
         if self.headers["Authorization"] and not self._authorized():
             self._refuse(HTTPStatus.UNAUTHORIZED, "", "Invalid credentials in Authorization header")
         elif not (self.hub.root / repository).is_dir() or (repository in self.hub.private and not self._authorized()):
@@ -266,12 +266,12 @@ Hub.handler_class = _Handler
 
 
 def git_blob_id(data: bytes) -> str:
-    """As git names a blob, and the Hub the ETag of a file that is not in LFS."""
+    """Return the blob id of git, which is the Hub's ETag of a file that is not in LFS."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def client_environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """For a child process that must reach this Hub only, with a cache of its own and no token but one given."""
+    """Return the environment of a child process that reaches only this Hub, with its own cache and no other token."""
     kept = {name: value for name, value in os.environ.items() if not re.match(r"HF_|HUGGING|(?i:.*_proxy$)", name)}
     ours = {
         "HF_ENDPOINT": endpoint,

@@ -1,8 +1,8 @@
-"""Runs of the embedded model that are cut off at a chosen moment, by real signals, and gone on with.
+"""Runs of the bundled demo model that are interrupted at a chosen moment by real signals, and resumed.
 
 The processes are those of ``qwen_cl.training.worker``, forked from one that has imported NeMo
-(``tests.support.ranks``). A fault is a function of this module or a test's own, which runs in the process first and
-waits for its moment."""
+(``tests.support.ranks``). A fault is a function of this module or of a test that runs first in the process and waits
+for its moment."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plan(*overrides: str) -> Plan:
 
 
 def start(folder: RunFolder, *overrides: str) -> Resumption:
-    """What the launcher does before a run's processes start; raises what it refuses."""
+    """Do what the launcher does before a run's processes start; raise its errors."""
     folder.directory.mkdir(parents=True, exist_ok=True)
     with folder.lock():
         return initialize_run_folder(plan(*overrides), folder)
@@ -78,13 +78,13 @@ def worker(directory: Path, fault: Fault | None) -> int:
 
 
 def overrides_of(method: str) -> list[str]:
-    """With dropout where there is any: what is drawn at random must come out the same when the run goes on."""
+    """Return the settings with dropout if possible, as random numbers must be the same after a resume."""
     return [f"peft={method}", *([] if method == "none" else ["peft.dropout=0.1"])]
 
 
 def whole_and_killed(shared: Path, method: str) -> tuple[RunFolder, RunFolder]:
-    """A run that was left alone, and the same one killed in its fifth step, with checkpoints of 2 and 4; made once for
-    a session's tests."""
+    """Return an uninterrupted run, and the same run killed in its fifth step with checkpoints of steps 2 and 4; made
+    once per session."""
     directory = shared / f"cut-off-{method}"
     whole, killed = RunFolder(directory / "whole"), RunFolder(directory / "killed")
     with FileLock(shared / f"cut-off-{method}.lock"):
@@ -97,7 +97,7 @@ def whole_and_killed(shared: Path, method: str) -> tuple[RunFolder, RunFolder]:
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
-    """Of training, by step; each step must be there once."""
+    """Return the training loss by step; each step must occur once."""
     records = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     trained = [record for record in records if "train/loss" in record]
     found = {record["step"]: record["train/loss"] for record in trained}
@@ -106,7 +106,7 @@ def losses(folder: RunFolder) -> dict[int, float]:
 
 
 def measured(folder: RunFolder) -> dict[str, Any]:
-    """Everything that must not depend on whether a run was cut off: all of metrics.jsonl but times and memory."""
+    """Return the metrics that must not depend on an interruption: all of metrics.jsonl but times and memory."""
     kept: dict[str, Any] = {}
     for line in folder.metrics_file.read_text().splitlines():
         record = json.loads(line)
@@ -125,14 +125,14 @@ def copy_of(folder: RunFolder, directory: Path) -> RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class AtRecord:
-    """Sends the process a signal, or lets it sleep, just before it records something of a step."""
+    """The callback that sends the process a signal, or lets it sleep, just before it records a step."""
 
     step: int
     number: signal.Signals | None
     kind: str = "train/loss"
-    """What the record must have: of training, of validation."""
+    """The field that selects the record: of training or of validation."""
     sleep: float = 0.0
-    """Seconds."""
+    """Seconds to sleep."""
 
     def __call__(self, folder: RunFolder) -> None:
         stock = RunFolder.append_metrics
@@ -150,7 +150,7 @@ class AtRecord:
 
 @dataclass(frozen=True, slots=True)
 class AtSave:
-    """Sends the process a signal when the first file of a step's checkpoint is about to be written."""
+    """The callback that sends the process a signal before the first file of a step's checkpoint is written."""
 
     step: int
     number: signal.Signals
@@ -164,13 +164,13 @@ class AtSave:
 
 
 def rates(folder: RunFolder) -> list[float]:
-    """Tokens per second of each step."""
+    """Return the tokens per second of each step."""
     records = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     return [record["throughput/tokens_per_second"] for record in records if "train/loss" in record]
 
 
 def watch_files(place: Path, action: Callable[[int], None]) -> None:
-    """Calls ``action`` with a count before each change to a file or folder whose path begins with ``place``."""
+    """Call ``action`` with a count before each change to a file or folder whose path begins with ``place``."""
     count = 0
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:

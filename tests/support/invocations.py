@@ -1,4 +1,4 @@
-"""A command's own words for what takes them, where a test calls it without launch.py."""
+"""The command line of a task for functions that a test calls without launch.py."""
 
 from __future__ import annotations
 

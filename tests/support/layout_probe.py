@@ -1,5 +1,5 @@
-"""Builds Megatron models as a run builds them, fills them from their directories (in Hugging Face layout or NeMo
-2.0 checkpoints), and saves their logits.
+"""The probe that builds Megatron models as a run does, loads them from directories in Hugging Face layout or NeMo 2.0
+checkpoints, and saves their logits.
 
 Run by ``tests.support.ranks``. Each rank also writes what it read, by model.
 """
@@ -95,7 +95,7 @@ def _build(plan: Any) -> Any:
 
 
 def _logits(model: Any, hidden_size: int) -> Any:
-    """(batch, sequence, vocabulary), on the first rank of the last stage; None elsewhere."""
+    """Return the logits (batch, sequence, vocabulary) on the first rank of the last stage, else None."""
     import torch
     from megatron.core import parallel_state
 

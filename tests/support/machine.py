@@ -1,4 +1,4 @@
-"""A machine that asks the test Hub: resolve() in processes of its own, with the real huggingface_hub client."""
+"""A client machine of the test Hub: resolve() in separate processes, with the real huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UNUSED_FILES = {
 
 
 def model_files(size: int) -> dict[str, bytes]:
-    """As a repository holds them; what matters to these tests is which are fetched, not what they say."""
+    """Return a repository's files; these tests only check which are fetched, not their content."""
     files = {name: f"{name} of {size}".encode() for name in SMALL_FILES | WEIGHT_FILES | UNUSED_FILES}
     index = {"weight_map": {"model.norm.weight": SHARD}}
     config = {"hidden_size": size, "auto_map": {"AutoModelForCausalLM": "modeling_custom.Model"}}
@@ -60,13 +60,13 @@ def model_files(size: int) -> dict[str, bytes]:
 
 
 def weights_of(size: int) -> bytes:
-    """Over the size from which a file is in LFS."""
+    """Return weights large enough to be in LFS."""
     return f"weights of {size} ".encode() * 1000
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A client with an empty cache, and the Hub it asks."""
+    """A client with an empty cache, and its Hub."""
 
     home: Path
     hub: Hub
@@ -74,7 +74,7 @@ class Machine:
     branched: str
     newest: str
     said: list[str] = field(default_factory=list)
-    """Lines on stderr so far."""
+    """The lines on stderr so far."""
 
     def resolve(self, source: str, **how: Any) -> dict[str, Any]:
         return self.resolve_all([source], **how)[0]
@@ -124,13 +124,13 @@ class Machine:
 
     @property
     def repository(self) -> Path:
-        """Of org/tiny, in the cache."""
+        """Return the folder of org/tiny in the cache."""
         return self.home / "hub" / "models--org--tiny"
 
 
 @contextmanager
 def new_machine(directory: Path) -> Iterator[Machine]:
-    """Its Hub has org/tiny with a tag, a branch and main, org/private and org/gated."""
+    """Return a machine whose Hub has org/tiny with a tag, a branch and main, org/private and org/gated."""
     with Hub(directory / "hub", private={"org/private"}, gated={"org/gated"}, token=TOKEN) as hub:
         hub.publish("org/private", model_files(7), "main")
         hub.publish("org/gated", model_files(8), "main")

@@ -1,4 +1,4 @@
-"""Models with random weights, saved by transformers."""
+"""Random models, saved by transformers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.conftest import ROOT
 
 DEMO_MODEL = ROOT / "qwen_cl/demo/model"
 SMALL_TOKENIZER = ROOT / "tests/support/tokenizer"
-"""Of 1536 ids, for models that are small and quick; with a config.json that names its special ones."""
+"""The tokenizer of small, fast models, with 1536 ids and a config.json that names its special tokens."""
 LLAMA_3 = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # so small that 60 tokens show a scaling that is left out
+    "original_max_position_embeddings": 32,  # so small that a missing scaling shows in 60 tokens
 }
 
 
 def special_tokens() -> dict[str, Any]:
-    """Of the tokenizer that every model here has, as its config.json names them."""
+    """Return the special token ids of the models' tokenizer, as in its config.json."""
     config = json.loads((SMALL_TOKENIZER / "config.json").read_text(encoding="utf-8"))
     return {name: config.get(name) for name in ("bos_token_id", "eos_token_id")}
 
@@ -46,7 +46,7 @@ def save_random_model(
     dtype: torch.dtype = torch.float32,
     **fields: Any,
 ) -> Path:
-    """Every weight random, biases and norms too, so that one left out or misplaced shows in the loss.
+    """Save a model with random weights, biases and norms, so that a missing or misplaced one changes the loss.
 
     ``fields`` go into the family's config as they are.
     """
@@ -78,7 +78,7 @@ def save_random_model(
 
 
 def write_index(directory: Path) -> None:
-    """The index of whatever safetensors are in ``directory``."""
+    """Write the index of the safetensors in ``directory``."""
     from safetensors import safe_open
 
     weight_map: dict[str, str] = {}

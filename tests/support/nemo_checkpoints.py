@@ -48,7 +48,7 @@ NAMES = [name for models in SAVED_AT.values() for name in models]
 
 
 def nemo_checkpoints(shared: Path) -> Path:
-    """Holds models/NAME in Hugging Face layout, and checkpoints/NAME of the same weights; made once for a session."""
+    """Return a folder with models/NAME in Hugging Face layout and checkpoints/NAME with the same weights, made once."""
     base = shared / "nemo"
     with FileLock(f"{base}.lock"):
         if not base.exists():

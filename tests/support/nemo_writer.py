@@ -1,4 +1,4 @@
-"""Writes NeMo 2.0 checkpoints with NeMo's own classes, from models in Hugging Face layout.
+"""The writer of NeMo 2.0 checkpoints with NeMo's own classes, from models in Hugging Face layout.
 
 Run by ``tests.support.ranks`` with the path of a JSON file that lists {"model": a directory, "tokenizer": what NeMo's
 tokenizer is made of, "config": NeMo's class, "fields": what NeMo's importer would set besides the shape, "to": where,
@@ -71,7 +71,7 @@ def _write(one: dict[str, Any], tensor_parallel: int, pipeline_parallel: int) ->
 
 
 def _shape(published: dict[str, Any]) -> dict[str, Any]:
-    """What NeMo's importers take from a config.json."""
+    """Return the fields that NeMo's importers read from a config.json."""
     return {
         "num_layers": published["num_hidden_layers"],
         "hidden_size": published["hidden_size"],
@@ -88,7 +88,7 @@ def _shape(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configure(config: Any, tokenizer: Any, tensor_parallel: int, pipeline_parallel: int) -> Any:
-    """The live model, built for this machine; the context is written from what the user gave."""
+    """Configure the live model for this machine; the context is written from the user's settings."""
     import torch
     from megatron.core import parallel_state
 

@@ -1,5 +1,4 @@
-"""What Megatron gathers of a distributed optimizer's state, and what the ranks give of it. Run by
-``tests.support.ranks``."""
+"""The probe that compares Megatron's gathered optimizer state with the ranks' parts. Run by ``tests.support.ranks``."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 BUCKET = 600
-"""Elements, about: the last of several buckets is left with few, and some ranks have nothing of a parameter."""
+"""Elements per bucket, about: the last bucket is small, and some ranks have no part of a parameter."""
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
     module, optimizer = _trained(None)
     gathered = _by_key(_stock()(optimizer, _places(module), metadata={}))
     _compare(module, optimizer, gathered)
-    _compare(*_trained(BUCKET), gathered)  # of several buckets Megatron forgets the padding between them
+    _compare(*_trained(BUCKET), gathered)  # with several buckets, Megatron omits the padding between them
 
 
 def _stock() -> Any:
@@ -82,7 +81,7 @@ def _compare(module: Any, optimizer: Any, gathered: dict[str, Any]) -> None:
     state = optimizer.sharded_param_state_fully_reshardable(_places(module))
     own = _by_key(state)
     for key, tensor in own.items():
-        assert tensor.replica_id == (0, 0, 0)  # whose it is to save
+        assert tensor.replica_id == (0, 0, 0)  # the rank that saves it
         torch.testing.assert_close(tensor.data, gathered[key].data, rtol=1e-5, atol=1e-7)
         assert tensor.data.any()
     every: list[Any] = [None] * torch.distributed.get_world_size()

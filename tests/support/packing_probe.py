@@ -1,4 +1,4 @@
-"""Losses and gradients of a few conversations in Megatron, packed and one to a row.
+"""The losses and gradients of a few conversations in Megatron, packed and one per row.
 
 Run by ``tests.support.ranks``. The cases:
 
@@ -25,7 +25,7 @@ LENGTHS = (40, 17, 33, 3, 65, 29)
 
 
 def probe_examples() -> list[Example]:
-    """Random ids; of every example the first id and one in the middle do not count."""
+    """Return examples of random ids, in which the first id and one in the middle are not loss tokens."""
     random = np.random.default_rng(5)
     examples = []
     for length in LENGTHS:
@@ -82,7 +82,7 @@ def main(out: Path, directory: Path) -> None:
 
 
 def _losses_and_gradients(case: str, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """By the steps that training takes."""
+    """Return losses and gradients, computed by the steps of training."""
     from qwen_cl.training.model.step import data_step, forward_step
 
     for parameter in model.parameters():

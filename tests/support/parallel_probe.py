@@ -1,6 +1,6 @@
-"""Trains run folders one after another in one group of ranks, each in the layout its config says.
+"""The probe that trains run folders one after another in one group of ranks, each in the layout of its config.
 
-Run by ``tests.support.ranks``. What a run recorded is in its own metrics.jsonl.
+Run by ``tests.support.ranks``. Each run's results are in its metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Training:
     directory: Path
     last_step: int
     resumed_from: Path | None = None
-    """Another run's directory: from its newest checkpoint."""
+    """Directory of the run from whose newest checkpoint to start, or None."""
     saves: bool = False
 
 
@@ -36,7 +36,7 @@ def main(trainings: list[Training]) -> None:
 
 
 def _open_store() -> Any:
-    """For every group that these ranks form one after another: each would else open the same port again."""
+    """Open one store for all groups that these ranks form in turn, as each would open the same port."""
     import torch.distributed as distributed
 
     if os.environ["WORLD_SIZE"] == "1":
@@ -76,7 +76,7 @@ def _train(training: Training, store: Any) -> None:
 
 
 def forget_training() -> None:
-    """Megatron's global state, so that one process can train again."""
+    """Reset Megatron's global state, so that one process can train again."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator

@@ -1,4 +1,4 @@
-"""What of ours this process has put into modules and classes of other packages; leptonai is ours as a whole."""
+"""The names that this package has replaced in modules and classes of others; leptonai is entirely ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _owners() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_ours(value: Any) -> bool:
-    """Asks nothing of the value itself: some are stand-ins that raise."""
+    """Return whether a value is ours, without calling it, as some are stand-ins that raise."""
     kind = type(value)
     if issubclass(kind, staticmethod | classmethod | MethodType):
         value = value.__func__

@@ -1,4 +1,4 @@
-"""What every probe imports, imported once: ``tests.support.ranks`` forks them from a process that has."""
+"""The imports of all probes, which ``tests.support.ranks`` forks from a process that has loaded them."""
 
 from __future__ import annotations
 

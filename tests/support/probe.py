@@ -1,4 +1,4 @@
-"""Trains a run folder's config for a few steps and saves the live Megatron model's logits after them.
+"""The probe that trains a run folder's config for a few steps and saves the Megatron model's logits.
 
 Run by ``tests.support.ranks``. Adapters are disturbed first, so that a wrong export cannot
 hide behind weights that are still zero; the checkpoint of step 0 is from before that, and from before any training.
@@ -52,7 +52,7 @@ def main(directory: Path) -> None:
 
 
 def _disturb_adapters(model: Any) -> None:
-    """Alike on ranks that hold the same tensor, differently where each holds a part of one."""
+    """Disturb the adapters, alike on ranks that hold the same tensor and differently where each holds a part."""
     import torch
     from megatron.core import parallel_state
 
@@ -65,7 +65,7 @@ def _disturb_adapters(model: Any) -> None:
 
 
 def _logits(model: Any, ids: Any) -> Any:
-    """(batch, sequence, vocabulary with its padding) on the first rank of the last stage; None elsewhere."""
+    """Return the logits (batch, sequence, padded vocabulary) on the first rank of the last stage, else None."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.utils import get_model_config, unwrap_model

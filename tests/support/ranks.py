@@ -1,4 +1,4 @@
-"""Runs a probe in processes of its own, because Megatron on a CPU changes torch for good.
+"""The runner of probes in separate processes, because Megatron on a CPU permanently changes torch.
 
 They are forked from one process that has imported NeMo (Python's own ``forkserver``): the import takes ten seconds, and
 would otherwise be paid by every rank of every probe.
@@ -20,9 +20,9 @@ from typing import Any
 from qwen_cl.launch.rendezvous import free_port
 
 LONGEST = 600.0
-"""Seconds; many times what the longest of these takes."""
+"""Seconds before a probe is killed; many times the duration of the longest."""
 TOOK_TOO_LONG = 124
-"""As the command ``timeout`` says it."""
+"""The exit code of the command ``timeout``."""
 ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.preloaded"])
@@ -31,15 +31,15 @@ _context.set_forkserver_preload(["tests.support.preloaded"])
 @dataclass(frozen=True, slots=True)
 class Ended:
     returncode: int
-    """0, or that of the first rank that failed."""
+    """0, or the exit code of the first rank that failed."""
     log: str
-    """What all ranks said, on both streams."""
+    """The output of all ranks on both streams."""
 
 
 def run_ranks(
     target: Callable[..., Any], *arguments: Any, ranks: int = 1, environment: Mapping[str, str] | None = None
 ) -> Ended:
-    """Calls ``target``, a function of a module, in each rank of a group as torchrun would start it.
+    """Call ``target``, a function of a module, in each rank of a group as torchrun would start it.
 
     What ``target`` returns is its exit code. When one rank fails, the others are killed; so are all that have not ended
     after ``LONGEST``.
@@ -75,7 +75,7 @@ def _start(
 def start_rank(
     target: Callable[..., Any], arguments: tuple[Any, ...], environment: Mapping[str, str], log: str | Path
 ) -> Any:
-    """The process of one rank, a multiprocessing.Process, which says what it says in the file ``log``."""
+    """Start one rank as a multiprocessing.Process, with its output in the file ``log``."""
     process = _context.Process(target=_run, args=(target, arguments, dict(environment), str(log)))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)  # for the server's own import of what it preloads

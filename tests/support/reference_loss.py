@@ -1,4 +1,4 @@
-"""What transformers makes of the sets of a run: each sequence by itself, and cut without the code tested."""
+"""The losses of a run's sets in transformers, one sequence at a time, without the code under test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reference:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text_sequences(self, texts: Iterable[str], length: int) -> list[list[int]]:
-        """``length`` labels each, and before the first text and after every one an end-of-text."""
+        """Return sequences of ``length`` labels, with an end-of-text before the first text and after each."""
         eos = self.tokenizer.eos_token_id
         stream = [eos]
         for text in texts:
@@ -36,17 +36,17 @@ class Reference:
         return [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
 
     def chat_sequences(self, rows: Iterable[dict[str, str]], length: int) -> list[list[int]]:
-        """Of prompts and completions, in the form that the tests' tokenizer has."""
+        """Return sequences of prompts and completions in the format of the tests' tokenizer."""
         sequences = []
         for row in rows:
-            asked = f"{SYSTEM}<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
-            ids = [*self.ids(asked), *self.ids(f"{row['completion']}<|im_end|>")]
+            prompt = f"{SYSTEM}<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+            ids = [*self.ids(prompt), *self.ids(f"{row['completion']}<|im_end|>")]
             sequences.append(ids[: length + 1])
         return sequences
 
     @torch.no_grad()
     def nats(self, sequences: Sequence[list[int]]) -> tuple[float, int]:
-        """Of all ids but the first of each, and how many these are."""
+        """Return the loss over all ids but the first of each sequence, and their number."""
         total, count = 0.0, 0
         for sequence in sequences:
             ids = torch.tensor([sequence])

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: the real daemons, on the loopback, in a directory of their own."""
+"""A Slurm cluster of two nodes on this machine: the real daemons on the loopback, in their own directory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PartitionName=cpus Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why there can be none here."""
+    """Return the reason why the cluster cannot run here, or None."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
@@ -54,7 +54,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def slurm_cluster(directory: Path) -> Iterator[Path]:
-    """Yields its configuration, for ``SLURM_CONF``; all that it started ends with it, and with this process."""
+    """Yield its configuration file for ``SLURM_CONF``; all its processes end with it, and with this process."""
     conf = _configure(directory)
     munge = {
         "--key-file": directory / "munge.key",
@@ -91,7 +91,7 @@ def _configure(directory: Path) -> Path:
 
 
 def _free_ports() -> tuple[int, int, int]:
-    """The last two are neighbours."""
+    """Return free ports, of which the last two are adjacent."""
     for _ in range(100):
         with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
             ports = one.getsockname()[1], other.getsockname()[1]

@@ -1,4 +1,4 @@
-"""NeMo's own recipes at a size and with the settings that a CPU and a test need; nothing of where weights come from.
+"""NeMo's recipes at a size and with settings for tests on a CPU, without a source of weights.
 
 Importing it prepares Megatron for a CPU: a recipe that names a function of this module does so wherever it is built.
 """
@@ -25,7 +25,7 @@ from qwen_cl.training.model.step import data_step, forward_step  # noqa: E402
 
 
 class Record(pl.Callback):
-    """Writes what was trained on first, and the loss of every step."""
+    """The callback that writes the first batch and the loss of each step."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -49,7 +49,7 @@ class Record(pl.Callback):
 
 
 def fit_this_machine(recipe: run.Partial, directory: Path, data: Path | None) -> run.Partial:
-    """``data`` holds training.jsonl and validation.jsonl; without it the recipe's random tokens stay."""
+    """Return the recipe; ``data`` holds training.jsonl and validation.jsonl, or None for the recipe's random tokens."""
     recipe.model.config = run.Config(
         llm.Qwen25Config500M,
         num_layers=2,
@@ -94,7 +94,7 @@ def fit_this_machine(recipe: run.Partial, directory: Path, data: Path | None) ->
 
 
 def forget_training() -> None:
-    """Megatron's global state, so that one process can train again: importing NeMo is what takes long."""
+    """Reset Megatron's global state, so that one process can train again without importing NeMo again."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.tensor_parallel import random

@@ -1,4 +1,4 @@
-"""Runs NeMo's stock recipes from ``hf://Qwen/Qwen2.5-0.5B``, whatever Hub the environment says that is on.
+"""The runs of NeMo's stock recipes from ``hf://Qwen/Qwen2.5-0.5B`` on the Hub that the environment names.
 
 ``python tests/support/stock_recipe_runs.py DIRECTORY RUN...``: a process of its own, because Megatron on a CPU changes
 torch for good. Each run writes into DIRECTORY/RUN."""
@@ -28,7 +28,7 @@ def main(directory: Path, names: list[str]) -> None:
 
 
 def upstream(directory: Path, data: Path) -> None:
-    """Before anything of ours is imported."""
+    """Run a stock recipe before this package is imported."""
     import nemo_run as run
     from nemo.collections import llm
 
@@ -67,7 +67,7 @@ def pretrain(directory: Path, data: Path) -> None:
 
 
 def tensor_parallel(directory: Path, data: Path) -> None:
-    """Under torchrun, with a row of padding on the second rank."""
+    """Run under torchrun, with a row of padding on the second rank."""
     from nemo.collections import llm
 
     recipe = llm.qwen25_500m.finetune_recipe(num_nodes=1, num_gpus_per_node=2, peft_scheme="lora")
@@ -76,7 +76,7 @@ def tensor_parallel(directory: Path, data: Path) -> None:
 
 
 def plain(directory: Path, data: Path) -> None:
-    """No call of ours: a RestoreConfig as NeMo has it."""
+    """Run with NeMo's RestoreConfig, without a call of this package."""
     import nemo_run as run
     from nemo.collections import llm
 

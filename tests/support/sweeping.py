@@ -1,4 +1,4 @@
-"""Sweeps of the embedded model on a few rows: half a minute a trial, most of which is importing NeMo."""
+"""Sweeps of the bundled demo model on a few rows: half a minute per trial, mostly for importing NeMo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.warm import warm_environment
 
 
 def write_data(directory: Path) -> list[str]:
-    """The overrides of a run that takes no time once NeMo is there."""
+    """Return the overrides of a run that is fast once NeMo is imported."""
     directory.mkdir()
     for name, numbers in (("train", range(8)), ("validation", range(100, 102))):
         rows = [{"prompt": f"Say {number}.", "completion": f"The number is {number}."} for number in numbers]
@@ -45,7 +45,7 @@ def write_data(directory: Path) -> list[str]:
 
 
 def start_sweep(directory: Path, *arguments: str, warm: bool = False) -> subprocess.Popen[str]:
-    """``warm``: its trials have NeMo already (tests.support.warm)."""
+    """Start a sweep; with ``warm``, its trials fork from a process that has imported NeMo (tests.support.warm)."""
     environment = warm_environment(os.environ) if warm else dict(os.environ)
     command = [sys.executable, str(ROOT / "launch.py"), "-m", f"hydra.sweep.dir={directory}", *arguments]
     return subprocess.Popen(
@@ -54,14 +54,14 @@ def start_sweep(directory: Path, *arguments: str, warm: bool = False) -> subproc
 
 
 def sweep(directory: Path, *arguments: str, warm: bool = False) -> tuple[int, str, str]:
-    """To its end: exit code, what it printed, and what it said on stderr."""
+    """Run a sweep to its end; return the exit code, stdout and stderr."""
     process = start_sweep(directory, *arguments, warm=warm)
     stdout, stderr = process.communicate(timeout=600)
     return process.returncode, stdout, stderr
 
 
 def trial_folders(directory: Path) -> dict[str, RunFolder]:
-    """By the trial's number, as the folder's name has it."""
+    """Return the trial folders by trial number."""
     folders = sorted(path.parent for path in directory.glob("*/trial.json"))
     return {path.name[:2]: RunFolder(path) for path in folders if "cut-off" not in path.name}
 
@@ -79,10 +79,10 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def left_running(directory: Path) -> list[str]:
-    """Command lines of all processes of a sweep's trials."""
+    """Return the command lines of all processes of a sweep's trials."""
     lines = []
     for folder in trial_folders(directory).values():
         for process in processes_of(folder.directory):
-            with suppress(psutil.Error):  # it ended meanwhile
+            with suppress(psutil.Error):  # it has ended
                 lines.append(" ".join(process.cmdline()))
     return lines

@@ -1,4 +1,4 @@
-"""A process of the warm Python is started, stopped and ended as one of Python itself."""
+"""A process of the warm Python starts, stops and ends like one of plain Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def warm_python() -> str:
 
 
 def test_what_is_no_run_is_pythons_own() -> None:
-    """With its own arguments, environment, and exit code."""
+    """Run a module with its own arguments, environment and exit code."""
     code = "import os, sys; print(sys.argv[1], os.environ['KEY'], 'torch' in sys.modules); sys.exit(7)"
     done = subprocess.run(
         [warm_python(), "-c", code, "a b"], env={**os.environ, "KEY": "here"}, capture_output=True, text=True
@@ -51,7 +51,7 @@ def test_an_error_ends_it_as_it_ends_pythons(arguments: list[str], tmp_path: Pat
 
 @contextmanager
 def waiting(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
-    """Who asked for a worker, and the worker, which waits for its config."""
+    """Return the client that requested a worker, and the worker, which waits for its config."""
     os.mkfifo(directory / "config.yaml")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The test Hub with what the real client uploads through: login, new repositories, LFS and commits."""
+"""The test Hub with the API for uploads by the real client: login, new repositories, LFS and commits."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ BLOB = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
 
 
 class UploadHub(Hub):
-    """One user, ``alice``, who is in the organization ``org``; her token may write unless ``role`` says read."""
+    """The Hub with one user, ``alice``, in the organization ``org``; her token may write unless ``role`` is read."""
 
     def __init__(self, root: Path, *, role: str = "write", refuse: str = "", **options: Any) -> None:
         self.role, self.refuse = role, refuse
-        """``refuse``: create, commit or lfs, which then answer that they are not allowed, or broken."""
+        """Start the Hub; ``refuse`` is the request (create, commit or lfs) that fails."""
         self.blobs: dict[str, bytes] = {}
         super().__init__(root, **options)
         self._server.RequestHandlerClass = type("Handler", (_Handler,), {"hub": self})
 
     def files(self, repository: str) -> dict[str, bytes]:
-        """What ``main`` of it holds."""
+        """Return the files on ``main`` of a repository."""
         commit = self.commit_of(repository, "main")
         assert commit is not None, f"{repository} has no main"
         directory = self.root / repository / "commits" / commit

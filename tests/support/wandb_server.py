@@ -1,4 +1,4 @@
-"""A W&B server for tests: it starts a run and takes what it logs, and then fails in the way it is told to."""
+"""A W&B server for tests: it starts a run, accepts its logs, and then fails as requested."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ STREAM = "/file_stream"
 
 
 class WandbServer:
-    """``init`` and ``stream`` are the HTTP status of answers to starting a run and to its records; None never answers
-    (until the server closes). A status of 200 is an answer that W&B's client works with."""
+    """The server; ``init`` and ``stream`` are the HTTP status for starting a run and for its records.
+
+    With None it never answers (until it closes), and with 200 the answers are valid.
+    """
 
     def __init__(self, init: int | None = 200, stream: int | None = 200, can_rewind: bool = True) -> None:
         self.init, self.stream, self.can_rewind = init, stream, can_rewind
         self.started: list[dict[str, Any]] = []
-        """Variables of the requests that started or changed a run."""
+        """The variables of the requests that started or changed a run."""
         self.rewound: list[dict[str, Any]] = []
-        """Variables of the requests that cut a run back to a step."""
+        """The variables of the requests that rewound a run to a step."""
         self.streamed: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
-        """Variables of the requests that saved a workspace or a report."""
+        """The variables of the requests that saved a workspace or a report."""
         self.closing = threading.Event()
         owner = self
 
@@ -91,7 +93,7 @@ class WandbServer:
         return {"data": {}}
 
     def answer_of_a_view(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """What workspaces and reports ask for."""
+        """Return the answer to a query of workspaces and reports."""
         if "upsertView" in query:
             self.views.append(variables)
             project = {"id": "p", "name": "qwen_cl", "entityName": "me"}

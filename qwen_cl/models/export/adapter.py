@@ -56,15 +56,15 @@ def save_adapter(
         module, _, part = key.partition(ADAPTER)
         tensors |= peft_tensors(parts[part], module, layer, full, architecture, tensor_parallel)
     merged = find_adapter(base_adapter, base, architecture)
-    write_adapter(*joined(tensors, adapter, merged), source, directory, small_files, stops)
+    write_adapter(*combine_adapters(tensors, adapter, merged), source, directory, small_files, stops)
 
 
 def _assemble(shards: Any) -> dict[tuple[str, int], torch.Tensor]:
     full: dict[tuple[str, int], torch.Tensor] = {}
     for key, layer, prepended, global_shape, global_offset, data in shards:
-        whole = full.setdefault((key, layer), torch.zeros(global_shape[prepended:], dtype=data.dtype))
+        tensor = full.setdefault((key, layer), torch.zeros(global_shape[prepended:], dtype=data.dtype))
         offset = global_offset[prepended:]
-        whole[tuple(slice(start, start + size) for start, size in zip(offset, data.shape))] = data
+        tensor[tuple(slice(start, start + size) for start, size in zip(offset, data.shape))] = data
     return full
 
 
@@ -89,7 +89,7 @@ def peft_tensors(
     return {f"{PREFIX}{name}.{tensor.peft}": piece.contiguous().clone() for name, piece in zip(names, pieces)}
 
 
-def joined(
+def combine_adapters(
     tensors: dict[str, torch.Tensor], adapter: Adapter, first: BaseAdapter | None
 ) -> tuple[dict[str, torch.Tensor], Adapter]:
     """Return one adapter of the unmodified base, equivalent to ``first``, merged into it, and ``tensors`` together.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from qwen_cl.config.errors import RunFailed
 from qwen_cl.files.atomic_folder import atomic_directory, require_room
 from qwen_cl.models.config_files import copy_small_files
-from qwen_cl.models.export.adapter import joined, write_adapter
+from qwen_cl.models.export.adapter import combine_adapters, write_adapter
 from qwen_cl.models.export.merged import MergedModel, TrainedAdapter, TrainedModel
 from qwen_cl.models.formats.tensor_files import INDEX
 from qwen_cl.models.generation_config import write_generation_config
@@ -32,7 +32,7 @@ def export_adapter(trained: TrainedModel, directory: Path, card: str, stops: Seq
         UserError: The checkpoint does not hold the adapter that the run's config describes, or the disk is too full.
     """
     assert trained.adapter is not None
-    tensors, shape = joined(TrainedAdapter(trained).tensors(), trained.adapter, trained.base_adapter)
+    tensors, shape = combine_adapters(TrainedAdapter(trained).tensors(), trained.adapter, trained.base_adapter)
     require_room("task.output", directory, sum(tensor.nbytes for tensor in tensors.values()))
     write_adapter(tensors, shape, trained.source, directory, trained.small_files, stops, card)
 

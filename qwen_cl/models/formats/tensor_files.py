@@ -61,7 +61,7 @@ def no_weights(names: Collection[str]) -> str:
     if safetensors:
         return (
             f"holds neither {SINGLE} nor {INDEX} (found {_some(safetensors)}), the two names that transformers reads; "
-            f"rename a whole model in one file to {SINGLE}, or save it again with save_pretrained"
+            f"rename a complete model in one file to {SINGLE}, or save it again with save_pretrained"
         )
     found = f" (found {_some(others)})" if others else ""
     fix = "weights are read from safetensors only"

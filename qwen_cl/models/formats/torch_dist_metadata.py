@@ -105,7 +105,7 @@ class DistributedMetadata:
     def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> StoredChunk:
         if not len(offsets) == len(sizes) == len(shape):
             raise ValueError(f"chunk {offsets} has another number of axes")
-        if any(offset + size > whole for offset, size, whole in zip(offsets, sizes, shape)):
+        if any(offset + size > length for offset, size, length in zip(offsets, sizes, shape)):
             raise ValueError(f"chunk {offsets} of {sizes} leaves the shape, {shape}")
         info = self._storage[key, offsets]
         name, (start, length) = info.relative_path, _sizes((info.offset, info.length))

@@ -42,8 +42,8 @@ class HubUnavailable(Exception):
 OFFLINE = HubUnavailable("model.offline or HF_HUB_OFFLINE forbids asking the Hub", "allow it once")
 
 
-def no_answer(how: str) -> HubUnavailable:
-    return HubUnavailable(f"the Hub did not answer ({how})", "check the network and model.endpoint or HF_ENDPOINT")
+def hub_unreachable(reason: str) -> HubUnavailable:
+    return HubUnavailable(f"the Hub did not answer ({reason})", "check the network and model.endpoint or HF_ENDPOINT")
 
 
 def fetch_snapshot(repo: str, revision: str | None, settings: HubSettings, *, weights: bool) -> Snapshot:
@@ -54,12 +54,12 @@ def fetch_snapshot(repo: str, revision: str | None, settings: HubSettings, *, we
     """
     reference = f"hf://{repo}" + (f"@{revision}" if revision else "")
     cached = _from_cache(reference, repo, revision, settings.cache_directory)
-    if settings.may_not_ask:
+    if settings.is_offline:
         return _use_cached(cached, reference, settings, OFFLINE, weights=weights)
     if cached and cached.commit == revision and cached.manifest and _is_ready(cached, weights=weights):
         return cached
     try:
-        manifest = _ask(reference, repo, revision, settings.url)
+        manifest = _request_manifest(reference, repo, revision, settings.url)
     except HubUnavailable as unavailable:
         snapshot = _use_cached(cached, reference, settings, unavailable, weights=weights)
         print(f"{reference} is commit {snapshot.commit} of the cache: {unavailable.why}", file=sys.stderr)
@@ -180,19 +180,19 @@ def _obtain(snapshot: Snapshot, names: list[str], endpoint: str | None) -> None:
         )
 
 
-def _ask(reference: str, repo: str, revision: str | None, endpoint: str | None) -> ModelManifest:
+def _request_manifest(reference: str, repo: str, revision: str | None, endpoint: str | None) -> ModelManifest:
     """Return the manifest of the reference's current commit, in one request; retry once on a temporary error."""
     for last in (False, True):
         try:
             manifest = from_hub(_model_info(repo, revision, endpoint))
             break
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # the response is not JSON, or not a Hub's
-            raise refusal(error, reference) or no_answer("the response is not that of a Hub") from error
+            raise refusal(error, reference) or hub_unreachable("the response is not that of a Hub") from error
         except request_errors() as error:
             if refused := refusal(error, reference):
                 raise refused from error
             if last or status_of(error) not in RETRIABLE:
-                raise no_answer(reason_of(error)) from error
+                raise hub_unreachable(reason_of(error)) from error
             time.sleep(RETRY_AFTER)
     pinned = COMMIT.fullmatch(revision or "")
     if not COMMIT.fullmatch(manifest.commit or "") or (pinned and manifest.commit != revision):

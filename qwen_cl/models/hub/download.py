@@ -47,7 +47,7 @@ def _fetch(snapshot: Snapshot, name: str, endpoint: str | None) -> None:
         if error.errno is None:  # "Consistency check failed": fewer bytes arrived than announced
             raise _download_error(snapshot, name, "the connection was interrupted") from error
         raise UserError(
-            f"model.cache ({snapshot.cache}): {name} cannot be written: {error.strerror}; free space there, or name "
+            f"model.cache ({snapshot.cache}): {name} cannot be written: {error.strerror}; free disk space, or set "
             "another directory"
         ) from error
     except (ValueError, RuntimeError) as error:  # what hf_transfer and hf_xet raise

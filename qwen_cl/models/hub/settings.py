@@ -27,7 +27,7 @@ class HubSettings:
         return self.endpoint.rstrip("/") if self.endpoint else None
 
     @property
-    def may_not_ask(self) -> bool:
+    def is_offline(self) -> bool:
         from huggingface_hub import constants
 
         return self.offline or constants.HF_HUB_OFFLINE

@@ -46,8 +46,8 @@ def find_target(reference: str, endpoint: str | None, format: str) -> Target:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{KEY} ({reference}) is not a valid repository name: {_one_line(error)}") from error
-    _require_write_access(reference, repo, _ask(reference, endpoint, lambda api: api.whoami()))
-    info = _ask(reference, endpoint, lambda api: _existing(api, repo))
+    _require_write_access(reference, repo, _request(reference, endpoint, lambda api: api.whoami()))
+    info = _request(reference, endpoint, lambda api: _existing(api, repo))
     if info is None:
         return Target(reference, repo, endpoint, format, public=False)
     existing = {sibling.rfilename for sibling in info.siblings or []}
@@ -93,7 +93,7 @@ def _upload_command(target: Target, folder: Path) -> str:
     return f"{endpoint}hf upload {target.repo} {shlex.quote(str(folder))} --private"
 
 
-def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
+def _request(reference: str, endpoint: str | None, question: Any) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -113,9 +113,9 @@ def _ask(reference: str, endpoint: str | None, question: Any) -> Any:
                 f"{KEY} ({reference}): the Hub refused the token it was given ({status}); renew HF_TOKEN or "
                 "`hf auth login`"
             ) from error
-        how = f"answered {status}" if status else f"did not answer ({reason_of(error)})"
+        response = f"answered {status}" if status else f"did not answer ({reason_of(error)})"
         raise UserError(
-            f"{KEY} ({reference}): the Hub ({api.endpoint}) {how}; check the network and HF_ENDPOINT, or leave "
+            f"{KEY} ({reference}): the Hub ({api.endpoint}) {response}; check the network and HF_ENDPOINT, or leave "
             f"{KEY} out"
         ) from error
 

@@ -49,6 +49,6 @@ class NemoTensors:
 
     def _stored(self, key: str, layer: int | None) -> tuple[str, int | None]:
         key = WRAPPER_PREFIX + key
-        if layer is not None and (own := key_of_layer(key, layer)) in self._weights.keys:
-            return own, None
+        if layer is not None and (layer_key := key_of_layer(key, layer)) in self._weights.keys:
+            return layer_key, None
         return key, layer

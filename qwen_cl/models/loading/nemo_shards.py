@@ -46,8 +46,8 @@ def _fill_shard(shard: ShardedTensor, weights: DistributedWeights, architecture:
     check_shape(shard, rule, list(tensor_shapes(rule, layer, architecture).values()))
     key, offsets = shard.key, list(shard.global_offset)
     target = shard.data.view(shard.data.shape)
-    if layer is not None and (own := key_of_layer(key, layer)) in weights.keys:
-        key, offsets = own, offsets[shard.prepend_axis_num :]
+    if layer is not None and (layer_key := key_of_layer(key, layer)) in weights.keys:
+        key, offsets = layer_key, offsets[shard.prepend_axis_num :]
     elif layer is not None:
         target = target.unsqueeze(0)
     if isinstance(rule, Vocabulary):

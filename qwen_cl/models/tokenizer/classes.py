@@ -23,7 +23,7 @@ AS_WRITTEN = (
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def is_of_5(config: dict[str, Any]) -> bool:
+def is_by_transformers5(config: dict[str, Any]) -> bool:
     """Return whether transformers 5 wrote a tokenizer_config.json."""
     return (
         "backend" in config
@@ -32,10 +32,10 @@ def is_of_5(config: dict[str, Any]) -> bool:
     )
 
 
-def class_name(config: dict[str, Any], model: dict[str, Any], by_5: bool, directory: Path) -> str:
+def class_name(config: dict[str, Any], model: dict[str, Any], by_transformers5: bool, directory: Path) -> str:
     """Return the name of the tokenizer's class, without Fast except in ``PreTrainedTokenizerFast``."""
     family = FAMILIES.get(str(model.get("model_type")))
-    if by_5 and family is not None and family.tokenizer_always:
+    if by_transformers5 and family is not None and family.tokenizer_always:
         return family.tokenizer
     default = DEFAULT_TOKENIZER if family is None else family.tokenizer
     name = config.get("tokenizer_class") or model.get("tokenizer_class") or default

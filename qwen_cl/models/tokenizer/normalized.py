@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_cl.config.errors import UserError
-from qwen_cl.models.tokenizer.classes import PLAIN, class_defaults, class_name, is_of_5
+from qwen_cl.models.tokenizer.classes import PLAIN, class_defaults, class_name, is_by_transformers5
 from qwen_cl.models.tokenizer.files import BACKEND, CONFIG, SPECIAL_MAP, chat_templates, read_object, write_object
 from qwen_cl.models.tokenizer.special_tokens import SpecialTokens, content, read_special_tokens
 
@@ -108,10 +108,12 @@ def write_tokenizer(source: Path, target: Path) -> None:
     if not (source / BACKEND).is_file():
         _copy_other_kind(source, target, config)
         return
-    by_5 = is_of_5(config)
-    name = class_name(config, model, by_5, source)
-    special = read_special_tokens(config, read_object(source / SPECIAL_MAP), class_defaults(name), by_5, source)
-    tokenizer = _backend(source, config, name, special, by_5)
+    by_transformers5 = is_by_transformers5(config)
+    name = class_name(config, model, by_transformers5, source)
+    special = read_special_tokens(
+        config, read_object(source / SPECIAL_MAP), class_defaults(name), by_transformers5, source
+    )
+    tokenizer = _backend(source, config, name, special, by_transformers5)
     tokenizer.save(str(target / BACKEND))
     write_object(target / CONFIG, _normalized_config(config, special, tokenizer))
 
@@ -124,44 +126,50 @@ def _normalized_config(config: dict[str, Any], special: SpecialTokens, tokenizer
         **({"add_prefix_space": before["add_prefix_space"]} if "add_prefix_space" in before else {}),
         **{key: content(value) for key, value in special.named.items()},
         "additional_special_tokens": [content(token) for token in special.extra],
-        "extra_special_tokens": {key: content(value) for key, value in special.own.items()},
+        "extra_special_tokens": {key: content(value) for key, value in special.model_specific.items()},
         "tokenizer_class": PLAIN,
     }
 
 
-def _backend(source: Path, config: dict[str, Any], name: str, special: SpecialTokens, by_5: bool) -> Tokenizer:
+def _backend(
+    source: Path, config: dict[str, Any], name: str, special: SpecialTokens, by_transformers5: bool
+) -> Tokenizer:
     """Return tokenizer.json with the additions of the class ``name`` and of tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     plain = read_object(source / BACKEND)
     try:
-        _set_splitting(plain, config, name, by_5)
+        _set_splitting(plain, config, name, by_transformers5)
         tokenizer = Tokenizer.from_str(json.dumps(plain))
-        tokenizer.add_tokens(list(_missing_tokens(tokenizer, config, special, name, by_5)))
+        tokenizer.add_tokens(list(_missing_tokens(tokenizer, config, special, name, by_transformers5)))
     except Exception as error:  # tokenizers raises no narrower class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{source} has no tokenizer that loads ({BACKEND}: {reason}); "
             f"copy {BACKEND} and {CONFIG} beside config.json"
         ) from error
-    if not by_5 and name in BOS_BY_CLASS:
+    if not by_transformers5 and name in BOS_BY_CLASS:
         _set_bos(tokenizer, config, special)
     return tokenizer
 
 
-def _set_splitting(plain: dict[str, Any], config: dict[str, Any], name: str, by_5: bool) -> None:
+def _set_splitting(plain: dict[str, Any], config: dict[str, Any], name: str, by_transformers5: bool) -> None:
     """Set the pre-tokenization where the class overrides it."""
     prefix = bool(config.get("add_prefix_space"))
-    if by_5 and name == "Qwen2Tokenizer":
+    if by_transformers5 and name == "Qwen2Tokenizer":
         plain.update(copy.deepcopy(QWEN2))
         plain["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = prefix
         plain["model"] |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    elif not by_5 and name not in BOS_BY_CLASS and (plain.get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+    elif (
+        not by_transformers5
+        and name not in BOS_BY_CLASS
+        and (plain.get("pre_tokenizer") or {}).get("type") == "ByteLevel"
+    ):
         plain["pre_tokenizer"]["add_prefix_space"] = prefix
 
 
 def _missing_tokens(
-    tokenizer: Tokenizer, config: dict[str, Any], special: SpecialTokens, name: str, by_5: bool
+    tokenizer: Tokenizer, config: dict[str, Any], special: SpecialTokens, name: str, by_transformers5: bool
 ) -> Iterator[AddedToken]:
     """Yield the tokens that tokenizer.json lacks, or has with other flags."""
     from tokenizers import AddedToken
@@ -169,7 +177,7 @@ def _missing_tokens(
     added = tokenizer.get_added_tokens_decoder()
     written = {repr(token) for token in added.values()}
     contents = {token.content for token in added.values()}
-    specials = [token for token in special.in_order(by_5) if token is not None]
+    specials = [token for token in special.in_order(by_transformers5) if token is not None]
     texts = {content(token) for token in specials}
     listed = config.get("added_tokens_decoder") or {}
     for _, fields in sorted(listed.items(), key=lambda item: int(item[0])):
@@ -182,7 +190,7 @@ def _missing_tokens(
         if content(token) not in contents:
             contents.add(content(token))
             yield AddedToken(**{**flags, "content": content(token), "special": True})
-    if by_5 and name == "Qwen2Tokenizer":
+    if by_transformers5 and name == "Qwen2Tokenizer":
         yield from (AddedToken(text, special=True) for text in texts)
 
 

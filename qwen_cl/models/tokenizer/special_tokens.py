@@ -18,17 +18,21 @@ class SpecialTokens:
     named: dict[str, Any]
     """The tokens by attribute, such as eos_token."""
     extra: list[Any]
-    own: dict[str, Any]
+    model_specific: dict[str, Any]
     """The named tokens that only this tokenizer has, such as image_token."""
 
-    def in_order(self, by_5: bool) -> list[Any]:
+    def in_order(self, by_transformers5: bool) -> list[Any]:
         """Return the tokens in the order in which each version assigns new ids."""
-        named, own = self.named.values(), self.own.values()
-        return [*named, *own, *self.extra] if by_5 else [*named, *self.extra, *own]
+        named, model_specific = self.named.values(), self.model_specific.values()
+        return [*named, *model_specific, *self.extra] if by_transformers5 else [*named, *self.extra, *model_specific]
 
 
 def read_special_tokens(
-    config: dict[str, Any], special_map: dict[str, Any], defaults: dict[str, Any], by_5: bool, directory: Path
+    config: dict[str, Any],
+    special_map: dict[str, Any],
+    defaults: dict[str, Any],
+    by_transformers5: bool,
+    directory: Path,
 ) -> SpecialTokens:
     """Read the special tokens; special_tokens_map.json has priority if tokenizer_config.json lists no added tokens.
 
@@ -37,20 +41,22 @@ def read_special_tokens(
     """
     found = config if "added_tokens_decoder" in config else {**config, **special_map}
     extra: Any = found.get("extra_special_tokens") or []
-    own = {**_object(found, "model_specific_special_tokens", directory)}
+    model_specific = {**_object(found, "model_specific_special_tokens", directory)}
     if isinstance(extra, dict):
-        extra, own = [], {**own, **extra}
-    if by_5:
-        own |= {key: found[key] for key in found if key.endswith("_token") and isinstance(found[key], str | dict)}
+        extra, model_specific = [], {**model_specific, **extra}
+    if by_transformers5:
+        model_specific |= {
+            key: found[key] for key in found if key.endswith("_token") and isinstance(found[key], str | dict)
+        }
     special = SpecialTokens(
         named={key: found.get(key, defaults.get(key)) for key in NAMED},
         extra=extra or found.get("additional_special_tokens") or [],
-        own={key: value for key, value in own.items() if key not in NAMED},
+        model_specific={key: value for key, value in model_specific.items() if key not in NAMED},
     )
     if not isinstance(special.extra, list):
         raise UserError(f"{directory / CONFIG}: extra_special_tokens ({special.extra}) must be a list of tokens")
     listed = [("extra_special_tokens", value) for value in special.extra]
-    for key, value in [*special.named.items(), *special.own.items(), *listed]:
+    for key, value in [*special.named.items(), *special.model_specific.items(), *listed]:
         if not isinstance(content(value), str) and (value is not None or key not in NAMED):
             raise UserError(f"{directory / CONFIG}: {key} ({value}) must be the text of a token")
     return special

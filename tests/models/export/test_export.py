@@ -1,4 +1,4 @@
-"""What a run leaves is the function it computed, by the reckoning of PEFT and transformers."""
+"""An export computes the same function in PEFT and transformers as the run's model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Case:
 
 CASES = [
     Case("lora", model={"dtype": torch.bfloat16}),  # with biases, which DoRA must not scale
-    # In fp32 the norms of rows that ranks add up differ from those of whole rows in the last bit.
+    # In fp32, norms summed over ranks differ from norms of complete rows in the last bit.
     Case("dora", tensor_parallel=2, model={"dtype": torch.bfloat16}),
     Case("none", tensor_parallel=2, model={"vocab_size": 1537, "dtype": torch.bfloat16}),  # a row of padding
     Case("none", pipeline_parallel=2, model={"family": "mistral", "tied": False, "sliding_window": None}),
@@ -94,7 +94,7 @@ def _check_logits(model: Path, folder: Path, case: Case) -> None:
 
 
 def _check_untouched(model: Path, folder: Path) -> None:
-    """What was loaded and not yet trained is the base again, bit for bit."""
+    """Export an untrained model, which must equal the base bit for bit."""
     untouched = folder / "untouched"
     run_export(f"task.run={folder}", "task.step=0", f"task.output={untouched}", "task.max_shard_size=300KB")
     before, after = (_tensors(directory) for directory in (model, untouched))
@@ -111,7 +111,7 @@ def _check_untouched(model: Path, folder: Path) -> None:
 
 
 def _add_what_is_rare(model: Path) -> None:
-    """Weights that are -0.0, and an lm_head that tied embeddings make superfluous."""
+    """Export weights that are -0.0, and a base with an lm_head that tied embeddings make redundant."""
     tied = json.loads((model / "config.json").read_text())["tie_word_embeddings"]
     for path in sorted(model.glob("*.safetensors")):
         tensors = load_file(path)

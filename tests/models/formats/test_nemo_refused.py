@@ -1,4 +1,4 @@
-"""NeMo 2.0 checkpoints that are not what they must be: refused, and nothing in them is run."""
+"""Invalid NeMo 2.0 checkpoints are refused, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def base(shared_directory: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(base: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Return a copy to corrupt."""
     return Path(shutil.copytree(base / "checkpoints/qwen2-tied", tmp_path / "checkpoint"))
 
 
@@ -128,7 +128,7 @@ def test_metadata_that_names_code_is_not_run(checkpoint: Path) -> None:
 
 
 def test_metadata_cut_or_changed_anywhere_is_refused_or_harmless(checkpoint: Path) -> None:
-    """No byte of it ends in a traceback."""
+    """Change bytes throughout the file; none may cause a traceback."""
     path, architecture = checkpoint / "weights/.metadata", plan_of(checkpoint).architecture
     content = path.read_bytes()
     for position in range(0, len(content), 61):
@@ -188,7 +188,7 @@ def test_other_kinds_of_checkpoints_are_refused(file: str, message: str, checkpo
 
 
 def test_modelopt_state_beside_safetensors_is_refused_too(base: Path, tmp_path: Path) -> None:
-    """NeMo would unpickle it from there as well."""
+    """Refuse the file in Hugging Face layout too, as NeMo would unpickle it there as well."""
     model = Path(shutil.copytree(base / "models/qwen2-tied", tmp_path / "model"))
     (model / "modelopt_state").mkdir()
     assert "is a model quantized or pruned with ModelOpt" in refused(model)

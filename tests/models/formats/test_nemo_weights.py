@@ -1,4 +1,4 @@
-"""NeMo 2.0 checkpoints as a source of weights, written by NeMo itself: what is read."""
+"""NeMo 2.0 checkpoints, written by NeMo itself, as a source of weights."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_what_is_read_is_what_was_trained(base: Path) -> None:
     for name in NAMES:
         plan = plan_of(base / "checkpoints" / name)
         published = plan_of(base / "models" / name).architecture
-        if name == "qwen3-untied":  # NeMo's class has the length of the published Qwen3 models
+        if name == "qwen3-untied":  # NeMo's class has the maximum length of the published Qwen3 models
             published = replace(published, max_position_embeddings=40960)
         assert plan.architecture == published, name
         assert (plan.model.commit, plan.model.source) == (None, str(base / "checkpoints" / name))
 
 
 def test_tensors_by_name_are_those_of_the_model(base: Path) -> None:
-    """What an export merges an adapter into."""
+    """Read the weights into which an export merges an adapter."""
     for name in NAMES:
         model, checkpoint = base / "models" / name, base / "checkpoints" / name
         named, published = open_tensors(checkpoint, plan_of(checkpoint).architecture), Checkpoint(model)
@@ -73,7 +73,7 @@ def test_a_relative_reference_lies_in_nemos_cache(base: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_a_run_from_a_checkpoint_and_a_run_from_that_ones(base: Path, tmp_path: Path) -> None:
-    """Both start at the loss transformers computes; the second reads what the first, with optimizer state, saved."""
+    """Start at transformers' loss from a checkpoint, and from the one, with optimizer state, that this run saves."""
     settings = ["experiment=smoke", "model=local", "wandb.mode=disabled", "cluster.accelerator=cpu", "seed=7"]
     settings += ["task.max_steps=2", "task.checkpoint_interval=1", "task.keep_last=2"]
     first = launch(

@@ -1,4 +1,4 @@
-"""Directories of safetensors: which files, which tensors, how many bytes; and what is refused before a run."""
+"""Directories of safetensors: their files, tensors and bytes read, and the ones refused before a run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def sharded(saved: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy to spoil, in several files with an index."""
+    """Return a copy to corrupt, in several files with an index."""
     return Path(shutil.copytree(saved["sharded"], tmp_path / "sharded"))
 
 
 @pytest.fixture
 def tied(saved: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy to spoil, in one file, without an lm_head."""
+    """Return a copy to corrupt, in one file, without an lm_head."""
     return Path(shutil.copytree(saved["tied"], tmp_path / "tied"))
 
 
@@ -208,7 +208,7 @@ def test_tensors_that_are_shared_or_derived_are_tolerated(tied: Path) -> None:
     ],
 )
 def test_weights_of_another_shape_than_the_config_are_refused(field: str, value: int, tensor: str, tied: Path) -> None:
-    """Reading a slice of a larger tensor succeeds, so nothing later would notice."""
+    """Refuse a tensor that is too large, as reading a slice of it would succeed later."""
     config = read_model_config(tied)
     (tied / "config.json").write_text(json.dumps({**config, field: value}))
     with pytest.raises(UserError) as refused:
@@ -219,7 +219,7 @@ def test_weights_of_another_shape_than_the_config_are_refused(field: str, value:
 
 
 def test_quantized_weights_are_refused(tied: Path) -> None:
-    """Their values mean nothing without scales, and would be cast without a word."""
+    """Refuse quantized tensors, which are meaningless without scales and would be cast silently."""
     path, name = tied / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(path)
     save_file({**tensors, name: tensors[name].to(torch.int8)}, path)

@@ -1,6 +1,6 @@
-"""Which files of a directory are the model, under which names its tensors are read, and when its head is its own.
+"""The choice of a directory's model files, the names of its tensors, and whether its output layer is tied.
 
-What is right is what transformers makes of the same directory.
+The reference is what transformers loads from the same directory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def architecture_of(directory: Path) -> Architecture:
 
 
 def logits_here(directory: Path) -> torch.Tensor:
-    """As ``task=evaluate`` and ``task=generate`` have them."""
+    """Return the logits of the model that ``task=evaluate`` and ``task=generate`` load."""
     config = composed("model=local", f"model.source={directory}", "cluster.accelerator=cpu", "cluster.precision=fp32")
     with torch.no_grad():
         return load_model(find_pretrained_model(config.model, config.data), config.cluster)(IDS).logits
@@ -100,7 +100,7 @@ def test_a_name_that_transformers_does_not_read_is_refused(name: str, tmp_path: 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
 def test_an_adapter_beside_the_model_is_not_verified_with_it(max_shard_size: str, tmp_path: Path) -> None:
-    """transformers reads a directory with adapter_config.json as the adapter's base, and the adapter on it."""
+    """Refuse a directory with adapter_config.json, which transformers reads as an adapter on its base."""
     directory = save_random_model(tmp_path / "model", **SMALL, max_shard_size=max_shard_size)
     examples = [Example(list(range(30, 60)), ((1, 30),))]
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_tied_flag_beside_the_same_head_is_tied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_tied_flag_beside_another_head_is_not_tied(place: int, tmp_path: Path) -> None:
-    """One value that differs, at either end."""
+    """Detect one different value, at either end."""
     directory = save_random_model(tmp_path / "model", **SMALL)
     tensors = load_file(directory / SINGLE)
     head = tensors["model.embed_tokens.weight"].clone()
@@ -179,7 +179,7 @@ def test_a_tied_flag_beside_another_head_is_not_tied(place: int, tmp_path: Path)
 
 
 def test_a_run_keeps_that_its_head_is_its_own(tmp_path: Path) -> None:
-    """What evaluates or exports a run later reads the config that the run kept, where no weights are."""
+    """Keep the flag in the run's config, which evaluation and export read without the weights."""
     directory = save_random_model(tmp_path / "model", **SMALL)
     copy_small_files(directory, tmp_path / "tied")
     assert (tmp_path / "tied/config.json").read_bytes() == (directory / "config.json").read_bytes()

@@ -1,4 +1,4 @@
-"""The Hub's cache, whole or not, sound or not: what resolve() makes of it, with the real huggingface_hub client."""
+"""The resolution from a complete, incomplete or damaged Hub cache, with the real huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def by_huggingface_hub(machine: Machine, *names: str) -> list[str]:
-    """Fill the cache as another tool does, with these files only; the lines it printed."""
+    """Fill the cache as another tool does, with these files only; return the lines it printed."""
     command = [sys.executable, "-c", BY_HUGGINGFACE_HUB, *names]
     environment = client_environment(machine.hub.url, machine.home)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -44,7 +44,7 @@ def by_huggingface_hub(machine: Machine, *names: str) -> list[str]:
 
 
 def damage(path: Path, *, notice: bool = True) -> None:
-    """Change one byte; without ``notice`` size and time of the file stay as they were."""
+    """Change one byte; without ``notice``, size and time of the file stay unchanged."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -54,7 +54,7 @@ def damage(path: Path, *, notice: bool = True) -> None:
 
 
 def test_the_keys_of_the_config_lead_to_the_mirror_and_the_cache(machine: Machine, tmp_path: Path) -> None:
-    """The endpoint wins over HF_ENDPOINT; a cache may be relative, or in the home directory."""
+    """Prefer the endpoint to HF_ENDPOINT, and accept a relative cache, or one in the home directory."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HOME": str(tmp_path)}
     for cache in ("models", "~/models"):
         settings = {"endpoint": f"{machine.hub.url}/", "cache": cache}
@@ -109,7 +109,7 @@ def test_a_file_that_went_missing_is_named_offline_and_fetched_online(name: str,
 
 
 def test_a_cache_filled_by_another_tool_is_judged_by_its_files(machine: Machine) -> None:
-    """Without a network: from a whole one to one that lacks what no run can do without."""
+    """Use a complete cache without a network, and refuse one that lacks a required file."""
     [directory, warnings] = by_huggingface_hub(machine, *WHOLE)
     answer = machine.resolve("hf://org/tiny", weights=True, **OFFLINE)
     assert (answer["directory"], answer["license"]) == (directory, None)
@@ -126,13 +126,13 @@ def test_a_cache_filled_by_another_tool_is_judged_by_its_files(machine: Machine)
         aside.rename(Path(directory) / name)
     assert machine.resolve("hf://org/tiny", weights=True)["directory"] == directory
     assert by_huggingface_hub(machine, *WHOLE) == [directory, warnings]
-    assert warnings == "[]"  # and what we keep there does not trouble it
+    assert warnings == "[]"  # our files in the cache do not disturb it
 
 
 @pytest.mark.parametrize("by", ["us", "another tool"])
 @pytest.mark.parametrize(("name", "size"), [(SHARD, "13.0 kB"), ("merges.txt", "15 bytes")])
 def test_one_changed_byte_is_caught(name: str, size: str, by: str, machine: Machine, row: Row) -> None:
-    """By sha256 in LFS, by git's blob id elsewhere, and by the blob's name where we have no manifest."""
+    """Detect damage by sha256 in LFS, by git's blob id elsewhere, and by the blob's name without a manifest."""
     directory = Path(by_huggingface_hub(machine, *WHOLE)[0])
     if by == "us":
         machine.resolve("hf://org/tiny", weights=True)
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read(machine: Machine) -> None:
 
 
 def test_content_is_hashed_once(machine: Machine) -> None:
-    """What is told by time and size alone, which a disk that rots leaves alone, is not hashed again."""
+    """Hash a file again only if its size or time changed, which a failing disk does not change."""
     pinned = machine.resolve("hf://org/tiny", weights=True)
     damage(Path(pinned["directory"]) / SHARD, notice=False)
     machine.hub.requests.clear()
@@ -236,7 +236,7 @@ def test_a_single_file_of_weights_is_all_that_is_fetched(machine: Machine) -> No
 
 
 class LyingHub(Hub):
-    """Gives another commit than the one asked for."""
+    """Refuse a Hub that returns another commit than requested."""
 
     lies = ""
 

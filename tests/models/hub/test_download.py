@@ -1,4 +1,4 @@
-"""What goes wrong on the way from the Hub, and several processes at once, with the real huggingface_hub client."""
+"""Faults while downloading from the Hub, and concurrent processes, with the real huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.hub import Fault, client_environment
 from tests.support.machine import SHARD, SMALL_FILES, WEIGHT_FILES, Machine, model_files, new_machine, weights_of
 
 CHUNK = 10 * 2**20
-"""Bytes that huggingface_hub takes from a connection before it writes any."""
+"""Bytes that huggingface_hub receives from a connection before it writes any."""
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_a_download_that_breaks_twice_is_kept_for_the_next_command(machine: Mach
 
 @pytest.mark.slow
 def test_a_hub_that_falls_silent_is_asked_for_the_rest(machine: Machine) -> None:
-    """As often as it takes while something comes each time."""
-    content, piece = weights_of(4) * 20, 64 * 2**10  # what requests keeps of a stalled connection is whole pieces
+    """Resume as often as needed while each request makes progress."""
+    content, piece = weights_of(4) * 20, 64 * 2**10  # requests keeps complete pieces of a stalled connection
     machine.hub.publish("org/tiny", {**model_files(4), SHARD: content}, "main")
     for _ in range(3):
         machine.hub.inject(SHARD, Fault.stall, piece)
@@ -84,7 +84,7 @@ def test_a_hub_that_falls_silent_is_asked_for_the_rest(machine: Machine) -> None
 
 
 def test_what_an_older_download_left_is_resumed_or_begun_again(machine: Machine) -> None:
-    """A part of this file, and one that is longer than the file."""
+    """Resume a partial file, and discard one that is longer than the file."""
     digest = hashlib.sha256(weights_of(3)).hexdigest()
     partial = machine.repository / "blobs" / f"{digest}.incomplete"
     for left, asked in ((weights_of(3)[:700], "bytes=700-"), (bytes(20000), None)):
@@ -155,7 +155,7 @@ def test_processes_that_start_together_fetch_each_file_once(before: str, machine
 
 @pytest.mark.slow
 def test_control_c_leaves_a_download_that_goes_on(machine: Machine, tmp_path: Path) -> None:
-    """The launcher itself, with a file large enough that part of it is on the disk when the Hub falls silent."""
+    """Run the launcher with a file large enough that part of it is on disk when the Hub stops responding."""
     large = bytes(CHUNK + 5000)
     machine.hub.publish("org/large", {**model_files(6), "tokenizer.json": large}, "main")
     machine.hub.inject("tokenizer.json", Fault.stall, CHUNK + 2000)

@@ -1,4 +1,4 @@
-"""``task.push_to``: an export on its way to a Hub, and back with the real client."""
+"""The upload of an export with ``task.push_to``, and its download with the real client."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
 
 @pytest.fixture
 def endpoint(hub: UploadHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As HF_ENDPOINT does it, which huggingface_hub read when it was imported."""
+    """Set the endpoint as HF_ENDPOINT does, which huggingface_hub read when it was imported."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(
         constants, "HF_HUB_DISABLE_XET", True
-    )  # since 1.0 every upload goes there, which this Hub has not
+    )  # since 1.0 every upload goes there, but this Hub lacks it
 
 
 in_process = pytest.mark.usefixtures("endpoint")
@@ -85,7 +85,7 @@ def test_a_run_from_the_hub_goes_back_to_it(trained: Launched, hub: UploadHub, t
 
 @in_process
 def test_another_export_takes_the_place_of_the_last(trained: Launched, hub: UploadHub, tmp_path: Path) -> None:
-    """Shards that stay would be loaded in place of the new ones."""
+    """Delete old shards, which would be loaded instead of the new ones."""
     _push(trained, tmp_path / "whole", "task.push_to=hf://org/model")
     assert "model.safetensors" in hub.files("org/model")
     _push(trained, tmp_path / "parts", "task.push_to=hf://org/model", "task.max_shard_size=300KB")

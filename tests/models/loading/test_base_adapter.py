@@ -1,4 +1,4 @@
-"""``model.adapter``: a base with a LoRA merged in is, everywhere, what PEFT makes of the two."""
+"""A base with a ``model.adapter`` merged in equals PEFT's merge everywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "k_proj"]},
     "every-linear": {"target_modules": "all-linear"},
     "one-layer": {"target_modules": ["up_proj"], "layers_to_transform": [1]},
-    "fan-in-fan-out": {"fan_in_fan_out": True},  # PEFT leaves it aside for linear layers
+    "fan-in-fan-out": {"fan_in_fan_out": True},  # PEFT ignores it for linear layers
 }
 LAYOUTS = {
     "tp1": [],
@@ -58,7 +58,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spoiled(adapter: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy to change."""
     return Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
 
@@ -123,7 +123,7 @@ def test_training_begins_at_the_loss_of_peft(layout: str, runs: dict[str, Launch
 def test_what_a_run_leaves_is_base_and_both_adapters(
     layout: str, runs: dict[str, Launched], base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    """Merged for transformers, and one adapter of the plain base for PEFT: that of the folder, and the exported one."""
+    """Compare the merged export in transformers with the one adapter in PEFT, from the run folder and exported."""
     folder = runs[layout].folder
     run_export(f"task.run={folder.directory}", f"task.output={tmp_path / 'merged'}", "task.dtype=fp32")
     run_export(f"task.run={folder.directory}", f"task.output={tmp_path / 'adapter'}", "task.format=adapter")
@@ -148,7 +148,7 @@ def test_a_third_stage_takes_the_adapter_of_the_second(runs: dict[str, Launched]
 
 
 def test_what_asks_the_model_asks_the_merged_one(runs: dict[str, Launched], base: Path, adapter: Path) -> None:
-    """``task.sets`` of a model as it is, and of a run's."""
+    """Evaluate ``task.sets`` with an untrained model and with a run's."""
     rows = "qwen_cl/demo/data/instructions.validation.jsonl"
     as_it_is = ["model=local", f"model.source={base}", f"model.adapter={adapter}"]
     for number, said in enumerate(([f"task.run={runs['tp1'].folder.directory}"], as_it_is)):

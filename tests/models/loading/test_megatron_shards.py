@@ -1,4 +1,4 @@
-"""Hugging Face tensors to Megatron's shards: the shape of the model, the table of names, the slices, the coverage."""
+"""The loading of Hugging Face tensors into Megatron's shards: model shapes, mapping, slices and coverage."""
 
 from __future__ import annotations
 

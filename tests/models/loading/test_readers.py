@@ -1,4 +1,4 @@
-"""From files into live tensors: the same bits with any number of threads, in no more memory, or an error that says."""
+"""The readers give the same bits with any number of threads, in bounded memory, or a clear error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def directory(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
-    """A file for each tensor."""
+    """Write one file per tensor."""
     for name, tensor in tensors.items():
         save_file({name: tensor.contiguous()}, tmp_path / f"{name}.safetensors")
     write_index(tmp_path)
@@ -44,7 +44,7 @@ def directory(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 def test_every_slice_has_the_bits_of_the_file(
     readers: int, dtype: torch.dtype, tensors: dict[str, torch.Tensor], directory: Path
 ) -> None:
-    """Straight and through the staging buffers: each dtype of file into each dtype of parameter."""
+    """Read each dtype of file into each dtype of parameter, directly and through the staging buffers."""
     assert tensors["wide"].nbytes > 3 * BLOCK
     places = {"wide": (3, 5, 2990, 700), "half": (0, 0, ROWS, COLUMNS), "bias": (7, 0, 1490), "single": (0, 0, COLUMNS)}
     copies, expected = [], {}
@@ -114,7 +114,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, checkpoint.by
 
 @pytest.mark.slow
 def test_host_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Peak of the process beyond its parameters: below one tensor of the model, whether it casts or not."""
+    """Check that the peak memory beyond the parameters is below one tensor of the model, with and without a cast."""
     size, mebibyte = 100, 2**20
     for number in range(3):
         tensor = torch.full((size * mebibyte // 2 // 1024, 1024), number, dtype=torch.bfloat16)

@@ -1,5 +1,4 @@
-"""Writes the fixtures anew, and what transformers makes of them: ``python -m tests.support.v5``, under transformers
-5.24."""
+"""The generator of the fixtures and of transformers' results: ``python -m tests.support.v5`` with transformers 5.24."""
 
 from __future__ import annotations
 
@@ -105,7 +104,7 @@ def byte_level(special: list[str]) -> Tokenizer:
 
 
 def sentence_pieces() -> Tokenizer:
-    """As Llama 2 has them: a space is a letter of its own, and what has no piece is spelled in bytes."""
+    """Return a tokenizer as in Llama 2: spaces are ordinary characters, and unknown text falls back to bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -154,7 +153,7 @@ def values(name: str) -> dict[str, Any]:
 
 
 def continued(model: Any, ids: list[int], end: int) -> list[int]:
-    """The likeliest token each time, up to eight of them."""
+    """Return the greedy continuation of up to eight tokens."""
     found: list[int] = []
     while len(found) < 8:
         token = int(model(torch.tensor([[*ids, *found]])).logits[0, -1].argmax())

@@ -1,4 +1,4 @@
-"""What the fixtures' tokenizers are tried on."""
+"""The texts for testing the fixtures' tokenizers."""
 
 TEXTS = [
     "Hello world, it's 12345 o'clock",

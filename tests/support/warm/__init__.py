@@ -1,11 +1,11 @@
-"""A Python that has NeMo imported: what the launcher starts as ``python -m`` is forked from a process that has.
+"""A warm Python: what the launcher starts as ``python -m`` is forked from a process that has imported NeMo.
 
-NeMo takes ten seconds to import, and most of the runs here take less. The launcher is a process like any other, of the
-command a user types; but its ``sys.executable`` is a script (``tests.support.warm.client``) that asks a server
-(``tests.support.warm. server``) for the process, gives it its own arguments, environment, working directory and
-streams, passes signals on to it, and ends as it ends. What the process is in the system is not the same: it is nobody's
-child, in a session of its own, and what Python reads from the environment as it starts, or a library as it is imported,
-it has from the server. So tests of how a run starts, is stopped, or is killed take the real Python."""
+NeMo takes ten seconds to import, longer than most runs here. The launcher is an ordinary process with the command of a
+user, but its ``sys.executable`` is a script (``tests.support.warm.client``). It requests the process from a server
+(``tests.support.warm.server``), passes it arguments, environment, working directory, streams and signals, and ends with
+its exit code. The process differs in being nobody's child, in its own session, and in the environment that Python reads
+at its start and libraries at their import, which is the server's. So tests of how a run starts, is stopped or is killed
+use the real Python."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CLIENT = Path(__file__).with_name("client.py")
 
 
 def warm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same, for a launcher whose runs are to start warm."""
+    """Return the environment of a launcher whose runs start warm."""
     path = os.pathsep.join(filter(None, [str(_place()), environment.get("PYTHONPATH")]))
     return {**environment, "PYTHONPATH": path}
 
 
 @cache
 def _place() -> Path:
-    """A directory with the script, and the ``sitecustomize`` that makes it Python's own; the server is up."""
+    """Return a directory with the script and the ``sitecustomize`` that installs it; the server is running."""
     place = Path(tempfile.mkdtemp(prefix="warm-"))
     address = place / "socket"
     python = place / "python"

@@ -1,6 +1,6 @@
-"""``python [OPTION...] -m MODULE ARGUMENT...`` by the server; any other command line by Python itself.
+"""The client that runs ``python [OPTION...] -m MODULE ARGUMENT...`` by the server, and any other command by Python.
 
-Nothing but the standard library, and little of that: this is what starting a process costs.
+It imports as little as possible, as each start of a process pays for it.
 """
 
 import json

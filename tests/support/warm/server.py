@@ -1,4 +1,4 @@
-"""Forks a process for everyone who asks at a socket, and tells how it ended (``tests.support.warm.client``)."""
+"""The server that forks a process per request at a socket and returns its exit code (``tests.support.warm.client``)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def main(address: str) -> None:
 
 
 def keep(connection: socket.socket) -> None:
-    """One process until it ends, or until who asked for it is gone: then it is killed."""
+    """Run one process until it ends; kill it if its client is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     line, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not line.endswith(b"\n"):
         more = connection.recv(1 << 20)
-        if not more:  # who asked is gone
+        if not more:  # the client is gone
             os._exit(1)
         line += more
     process = os.fork()
@@ -58,12 +58,12 @@ def keep(connection: socket.socket) -> None:
 
 
 def tell(connection: socket.socket, number: int) -> None:
-    with suppress(OSError):  # it is gone
+    with suppress(OSError):  # the client is gone
         connection.sendall(f"{number}\n".encode())
 
 
 def become(asked: dict[str, Any], streams: list[int]) -> None:
-    """The process that was asked for, as far as one that is started already can be."""
+    """Turn this forked process into the requested one."""
     os.setsid()
     for descriptor, stream in enumerate(streams):
         os.dup2(stream, descriptor)
@@ -86,7 +86,7 @@ def become(asked: dict[str, Any], streams: list[int]) -> None:
 
 
 def run(module: str) -> int:
-    """As ``python -m`` does: the exit code, once all is over that a process does at its end."""
+    """Run a module as ``python -m`` does; return the exit code after the exit handlers."""
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
