@@ -87,7 +87,7 @@ ADAPTER_METHODS = {
         tensors=(DOWN, UP, MAGNITUDE),
         merge=_merge_dora,
         peft_fields={"use_dora": True},
-        not_on_adapter="its magnitudes would be of the merged weights, which no adapter of the base can say",
+        not_on_adapter="its magnitudes are those of the merged weights, which an adapter of the base cannot represent",
     ),
 }
 """The adapter methods by value of ``peft``; full fine-tuning has no adapter, and so no entry."""

@@ -19,7 +19,7 @@ SCHEME = "nemo://"
 CONTEXT, WEIGHTS, MODEL = "context", "weights", "model.yaml"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OWN_TOKENIZER = "tokenizer"
-"""Folder of context/ where a user may put the files of a tokenizer of which NeMo recorded only the name."""
+"""Folder of context/ for the files of a tokenizer if NeMo recorded only its name."""
 
 
 def is_nemo_checkpoint(directory: Path) -> bool:

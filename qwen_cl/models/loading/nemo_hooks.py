@@ -106,7 +106,7 @@ def _weights_folder(checkpoint: Any) -> Any:
 
 
 def _fetch(path: str) -> tuple[ModelFiles, Architecture]:
-    """Fetch and check the base; called by every rank, of which one per machine downloads while the others wait."""
+    """Fetch and check the base; called by every rank, where one per machine downloads while the others wait."""
     files = resolve(str(path))
     architecture = read_architecture(files.config, files.directory)
     check_tensors(files.directory, architecture)
