@@ -38,6 +38,13 @@ VALUES: dict[str, dict[str, str]] = {
     "task.loss_on": {"answers": "assistant", "last_answer": "last_assistant"},
 }
 """By the key's new name, or by the group whose choices they are."""
+STATUS_FIELDS = {
+    "began": "phase_started_at",
+    "data_hash": "data_sha256",
+    "levers": "speed_optimizations",
+    "worker_lost": "retriable",
+}
+"""Fields of status.json."""
 SYNONYMS = ("peft.type",)
 """Keys whose earlier values stay valid names, which needs no line."""
 _reported: set[str] = set()
@@ -83,6 +90,20 @@ def rename_choices(defaults: list[Any]) -> list[Any]:
         for entry in defaults
     ]
     _report(changes)
+    return renamed
+
+
+def rename_status(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrite the fields of a status.json; of a field that is there under both names, today's counts."""
+    changes = {old: new for old, new in STATUS_FIELDS.items() if old in record}
+    renamed = {new: record[old] for old, new in changes.items()}
+    renamed |= {name: value for name, value in record.items() if name not in STATUS_FIELDS}
+    used = renamed.get("speed_optimizations")
+    if "levers" in record and isinstance(used, Mapping):
+        renamed["speed_optimizations"] = {
+            _replaced(f"speed.{name}", KEYS).partition(".")[2]: count for name, count in used.items()
+        }
+    _report({f"status.json: {old}": new for old, new in changes.items()})
     return renamed
 
 

@@ -11,15 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
+from qwen_cl.config.renamed_keys import rename_status
 from qwen_cl.runs.failure import FailureKind, kind_of_old_reason
 
-OLD_NAMES = {
-    "began": "phase_started_at",
-    "levers": "speed_optimizations",
-    "worker_lost": "retriable",
-    "data_hash": "data_sha256",
-}
-"""Field names of earlier versions, and today's."""
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -146,7 +140,7 @@ def parse_status(record: Any) -> RunStatus:
     """
     if not isinstance(record, dict):
         raise ValueError("it must be an object of names and values")
-    record = with_new_names(record)
+    record = rename_status(record)
     if "failure_kind" not in record and record.get("reason") and record.get("state") in ("FAILED", "PREEMPTED"):
         record["failure_kind"] = kind_of_old_reason(str(record["reason"]))
     return _typed(RunStatus, record)
@@ -160,17 +154,12 @@ def changed(record: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     """
     if unknown := changes.keys() - {each.name for each in fields(RunStatus)}:
         raise TypeError(f"status.json has no field {', '.join(sorted(unknown))}")
-    before = with_new_names(record)
+    before = rename_status(record)
     after = {**before, **{name: _plain(before.get(name), value) for name, value in changes.items()}}
     phase, last = ((each.get("phase") or "").partition(":")[0] for each in (after, before))  # a count may follow
     if phase != last:
         after["phase_started_at"] = {**before.get("phase_started_at", {}), phase: round(time.time(), 2)}
     return after
-
-
-def with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    renamed = {new: record[old] for old, new in OLD_NAMES.items() if old in record}
-    return {**renamed, **{name: value for name, value in record.items() if name not in OLD_NAMES}}
 
 
 def _plain(before: Any, value: Any) -> Any:

@@ -137,11 +137,11 @@ def test_a_writer_that_is_stopped_keeps_nobody_from_the_final_status(
 
 def test_fields_of_earlier_versions_are_read_and_rewritten_under_their_new_names(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    old = {"state": "FAILED", "reason": "no", "worker_lost": True, "began": {"starting": 1.5}, "levers": {"graphs": 4}}
-    write(folder, {**old, "data_hash": "ab"})
+    old = {"state": "FAILED", "reason": "no", "worker_lost": True, "began": {"starting": 1.5}, "data_hash": "ab"}
+    write(folder, {**old, "levers": {"graphs": 4, "low_rank_products": 8}})
     status = folder.status()
     assert (status.retriable, status.phase_started_at) == (True, {"starting": 1.5})
-    assert (status.speed_optimizations, status.data_sha256) == ({"graphs": 4}, "ab")
+    assert (status.speed_optimizations, status.data_sha256) == ({"graphs": 4, "fused_lora": 8}, "ab")
     folder.update_status(phase="training")
     record = json.loads(folder.status_file.read_text(encoding="utf-8"))
     assert not record.keys() & {"worker_lost", "began", "levers", "data_hash"}
