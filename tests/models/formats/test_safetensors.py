@@ -148,14 +148,14 @@ def test_a_damaged_file_is_named(damage: str, sharded: Path) -> None:
         path = sharded / SINGLE
         path.symlink_to(sharded / "gone")
     else:
-        spoiled = {
+        corrupted = {
             "truncated": content[:-1],
             "header only": content[:100],
             "garbage": b"\xde\xad\xbe\xef" * 64,
             "empty": b"",
             "a git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         }
-        path.write_bytes(spoiled[damage])
+        path.write_bytes(corrupted[damage])
     with pytest.raises(UserError) as refused:
         Checkpoint(sharded)
     assert str(refused.value).startswith(f"{path} is not a readable safetensors file: ")

@@ -57,7 +57,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoiled(adapter: Path, tmp_path: Path) -> Path:
+def corrupted(adapter: Path, tmp_path: Path) -> Path:
     """Return a copy to change."""
     return Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
@@ -175,12 +175,12 @@ def test_what_only_looks_names_it(task: str, base: Path, adapter: Path, tmp_path
 
 @pytest.mark.parametrize("change", ["none", "another", "changed"])
 def test_another_adapter_cannot_be_resumed_with(
-    change: str, runs: dict[str, Launched], base: Path, spoiled: Path, tmp_path: Path
+    change: str, runs: dict[str, Launched], base: Path, corrupted: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(runs["tp1"].folder.directory, tmp_path / "run"))
     then = read_run_config(folder / "config.yaml").model.adapter
     assert then is not None
-    said = {"none": "null", "another": str(spoiled), "changed": then}[change]
+    said = {"none": "null", "another": str(corrupted), "changed": then}[change]
     weights, config = Path(then) / "adapter_model.safetensors", Path(then) / "adapter_config.json"
     before = weights.read_bytes()
     try:
@@ -228,12 +228,12 @@ def change_config(directory: Path, **fields: Any) -> None:
         ({"target_modules": ["k_proj"]}, "which target_modules in adapter_config.json does not name"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_field(fields: dict[str, Any], message: str, spoiled: Path) -> None:
-    change_config(spoiled, **fields)
+def test_what_cannot_be_merged_is_refused_by_field(fields: dict[str, Any], message: str, corrupted: Path) -> None:
+    change_config(corrupted, **fields)
     with pytest.raises(UserError) as refused:
-        read_adapter(spoiled)
+        read_adapter(corrupted)
     assert message in str(refused.value)
-    assert str(spoiled) in str(refused.value)
+    assert str(corrupted) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -253,15 +253,15 @@ def test_an_adapter_of_another_model_is_refused(adapter: Path, base: Path, tmp_p
     assert "changes lm_head, which this base shares with its embedding" in refusal_of(head, tied)
 
 
-def test_other_tensors_and_other_vocabularies_are_refused(base: Path, spoiled: Path) -> None:
-    (spoiled / "tokenizer.json").write_text(
+def test_other_tensors_and_other_vocabularies_are_refused(base: Path, corrupted: Path) -> None:
+    (corrupted / "tokenizer.json").write_text(
         (base / "tokenizer.json").read_text().replace('"added_tokens":', '"added_tokens": [], "unused":', 1)
     )
-    assert "has a tokenizer whose vocabulary, merges or added tokens differ" in refusal_of(spoiled, base)
-    weights = spoiled / "adapter_model.safetensors"
+    assert "has a tokenizer whose vocabulary, merges or added tokens differ" in refusal_of(corrupted, base)
+    weights = corrupted / "adapter_model.safetensors"
     name = "base_model.model.model.embed_tokens.weight"
     save_file({**load_file(weights), name: torch.ones(1537, 96)}, weights)
-    assert f"holds {name}, which is not a LoRA tensor of a linear layer" in refusal_of(spoiled, base)
+    assert f"holds {name}, which is not a LoRA tensor of a linear layer" in refusal_of(corrupted, base)
 
 
 @pytest.mark.parametrize(
@@ -274,14 +274,14 @@ def test_other_tensors_and_other_vocabularies_are_refused(base: Path, spoiled: P
         ("{pickled}", "has no adapter_model.safetensors (found adapter_model.bin, which is pickled)"),
     ],
 )
-def test_what_is_no_adapter_is_refused(said: str, message: str, base: Path, spoiled: Path, tmp_path: Path) -> None:
+def test_what_is_no_adapter_is_refused(said: str, message: str, base: Path, corrupted: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_config.json").write_text("{}")
     (pickled / "adapter_model.bin").write_bytes(b"")
     done = launch(
         *("model=local", f"model.source={base}", "dry_run=true"),
-        f"model.adapter={said.format(base=base, parent=spoiled.parent, pickled=pickled)}",
+        f"model.adapter={said.format(base=base, parent=corrupted.parent, pickled=pickled)}",
         directory=tmp_path / "run",
     )
     assert done.returncode == 2
