@@ -318,7 +318,7 @@ def test_a_full_disk(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
 
 
 def checks(folder: RunFolder) -> None:
-    assert "What was saved before is untouched; make room" in str(folder.status().reason)
+    assert "Earlier checkpoints are intact; free disk space" in str(folder.status().reason)
     assert [checkpoint.step for checkpoint in complete_checkpoints(folder.checkpoints)] == [4, 2]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step=2", "step=4"]
 

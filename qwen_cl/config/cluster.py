@@ -1,4 +1,4 @@
-"""Clusters other than this machine: the choices of the group ``cluster``. See schema.py for the mechanics."""
+"""The cluster group: where a run runs, and its parallelism."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClusterConfig:
     sequence_parallel: bool = field(metadata=setting(Affects.execution))
     precision: Precision = field(metadata=setting(scope=Scope.inference))
     timeout_minutes: float = field(metadata=setting(Affects.nothing))
-    """How long no rank may finish a step, or a part of what is measured, before the one that hangs is named."""
+    """Minutes without progress of any rank before the hung rank is reported."""
 
     def __post_init__(self) -> None:
         for name in ("devices", "tensor_parallel", "pipeline_parallel", "context_parallel"):
@@ -62,13 +62,13 @@ class ClusterConfig:
 
     @property
     def model_ranks(self) -> int:
-        """Those that hold the model once, and share each sequence."""
+        """The number of ranks that together hold one model replica."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(ClusterConfig):
-    """This machine."""
+    """A run on this machine."""
 
 
 SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
@@ -93,19 +93,19 @@ OWN_OPTIONS = {
     "time": "cluster.time",
     "wrap": None,
 }
-"""Of sbatch: what is set by a key, and what the batch script itself needs."""
+"""Options of sbatch with a key of their own, or None if the batch script sets them itself."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NodesConfig(ClusterConfig):
-    """Machines other than this one."""
+    """A run on other machines."""
 
     nodes: int = field(metadata=setting(Affects.execution))
 
     def __post_init__(self) -> None:
         require("cluster.nodes", self.nodes, at_least=1)
         if self.accelerator is Accelerator.auto:
-            raise UserError("cluster.accelerator (auto) cannot be found out from here; write gpu or cpu")
+            raise UserError("cluster.accelerator (auto) cannot be detected from this machine; write gpu or cpu")
         ClusterConfig.__post_init__(self)
 
     @property
@@ -116,28 +116,28 @@ class NodesConfig(ClusterConfig):
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig(NodesConfig):
     account: str | None = field(metadata=setting(Affects.nothing))
-    """None for the user's default."""
+    """Slurm account; None for the user's default."""
     partition: str | None = field(metadata=setting(Affects.nothing))
-    """None for the cluster's default."""
+    """Slurm partition; None for the cluster's default."""
     qos: str | None = field(metadata=setting(Affects.nothing))
     time: str = field(metadata=setting(Affects.nothing))
     """Wall-clock limit, in Slurm's form (D-HH:MM:SS)."""
     setup: str = field(metadata=setting(Affects.nothing))
     """Shell line run on the node before the worker, for example one that activates a virtual environment."""
     container_image: str | None = field(metadata=setting(Affects.nothing))
-    """What pyxis takes; the workers run in it. None for none."""
+    """Container image of the workers, in the form of pyxis; None for no container."""
     container_mounts: list[str] = field(metadata=setting(Affects.nothing))
-    """``SOURCE:TARGET[:FLAGS]``, beside those that a run needs."""
+    """Additional mounts, ``SOURCE:TARGET[:FLAGS]``."""
     options: dict[str, str] = field(metadata=setting(Affects.nothing))
-    """More of sbatch's long options, without the dashes; an empty value for one that takes none."""
+    """Additional long options of sbatch, without dashes; an empty value for flags."""
     grace_seconds: int = field(metadata=setting(Affects.nothing))
-    """So long before the time limit the run is asked to save and stop."""
+    """Seconds before the time limit at which the run receives the stop signal."""
     max_requeues: int = field(metadata=setting(Affects.nothing))
-    """How often a run that was asked to stop by Slurm goes back into the queue; 0 for never."""
+    """Maximum number of requeues after a stop signal of Slurm; 0 for none."""
     array: bool = field(metadata=setting(Affects.nothing))
-    """The trials of a sweep are one job array, or else a job each."""
+    """Submit the trials of a sweep as one job array, not as separate jobs."""
     follow: bool = field(metadata=setting(Affects.nothing))
-    """Stay and show how the run goes."""
+    """Wait and show the progress of the run."""
 
     def __post_init__(self) -> None:
         require("cluster.grace_seconds", self.grace_seconds, at_least=0, at_most=65535)
@@ -150,7 +150,7 @@ class SlurmConfig(NodesConfig):
                 raise UserError(f"cluster.{key} is empty; write a name, or null")
         if self.container_mounts and self.container_image is None:
             raise UserError(
-                f"cluster.container_mounts ({', '.join(self.container_mounts)}) would change nothing without "
+                f"cluster.container_mounts ({', '.join(self.container_mounts)}) have no effect without "
                 "cluster.container_image; set it, or remove the mounts"
             )
         for name, value in self.options.items():
@@ -160,13 +160,13 @@ class SlurmConfig(NodesConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ContainerConfig(ClusterConfig):
-    """One machine that is somebody else's, by a container's image. Described by a dry run; not submitted."""
+    """A run in a container on another machine, described by a dry run; not submitted."""
 
     image: str = field(metadata=setting(Affects.execution))
 
     def __post_init__(self) -> None:
         if self.accelerator is Accelerator.auto:
-            raise UserError("cluster.accelerator (auto) cannot be found out from here; write gpu or cpu")
+            raise UserError("cluster.accelerator (auto) cannot be detected from this machine; write gpu or cpu")
         if not self.image.strip():
             raise UserError("cluster.image is empty; name an image that has what pyproject.toml asks for")
         ClusterConfig.__post_init__(self)
@@ -175,7 +175,7 @@ class ContainerConfig(ClusterConfig):
 @dataclass(kw_only=True, slots=True)
 class DockerConfig(ContainerConfig):
     mounts: list[str] = field(metadata=setting(Affects.execution))
-    """``SOURCE:TARGET[:ro]``, beside those that a run needs."""
+    """Additional mounts, ``SOURCE:TARGET[:ro]``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,11 +184,11 @@ class KubernetesConfig(ContainerConfig):
     runtime: str = field(metadata=setting(Affects.execution))
     """Name of the ClusterTrainingRuntime, of Kubeflow's trainer."""
     checkout: str = field(metadata=setting(Affects.execution))
-    """Where this repository is in the image or the volume."""
+    """Path of this repository in the image or the volume."""
     volume_claim: str | None = field(metadata=setting(Affects.execution))
-    """PersistentVolumeClaim for what the run leaves; None for none."""
+    """PersistentVolumeClaim for the output; None for none."""
     volume_path: str = field(metadata=setting(Affects.execution))
-    """Where the volume is in the container."""
+    """Mount path of the volume in the container."""
     secret: str | None = field(metadata=setting(Affects.execution))
     """Kubernetes secret with keys named like the environment variables they become; None for none."""
 
@@ -196,11 +196,11 @@ class KubernetesConfig(ContainerConfig):
 @dataclass(kw_only=True, slots=True)
 class SkypilotConfig(ContainerConfig):
     infra: str | None = field(metadata=setting(Affects.execution))
-    """Like ``aws/us-east-1`` or ``k8s/CONTEXT``; None for whatever is cheapest."""
+    """Infrastructure like ``aws/us-east-1`` or ``k8s/CONTEXT``; None for the cheapest."""
     gpu: str = field(metadata=setting(Affects.execution))
     """SkyPilot's name of the GPU."""
     setup: str = field(metadata=setting(Affects.nothing))
-    """Shell lines, once, before the run."""
+    """Shell lines run once before the run."""
     use_spot: bool = field(metadata=setting(Affects.execution))
 
 

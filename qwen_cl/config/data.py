@@ -1,4 +1,4 @@
-"""Where a run's rows and texts come from."""
+"""The data group: sources of rows and texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FIELDS = (
     *(TEXT, *PAIR, *TURNS, *ALPACA, "system", "history", "tools", "reasoning_content", "documents"),
     *("chat_template_kwargs", "enable_thinking"),
 )
-"""What ``data.fields`` may give another name: the fields that rows are read by."""
+"""Standard field names, which ``data.fields`` may map to other names."""
 
 
 class DocumentSeparator(str, Enum):
-    """What ends a document in a text file."""
+    """The separator of documents in a text file."""
 
     blank_line = "blank_line"
     line = "line"
@@ -31,7 +31,7 @@ class DocumentSeparator(str, Enum):
 
 
 class NearDuplicates(str, Enum):
-    """What becomes of texts that are measured and nearly, but not wholly, repeat what is trained on."""
+    """The handling of evaluated texts that are near duplicates of training texts."""
 
     move = "move"
     report = "report"
@@ -40,21 +40,21 @@ class NearDuplicates(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    pass
+    """The base of the data groups."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ChatDataConfig(DataConfig):
-    """How conversations are rendered: what is trained on, replayed, measured and asked."""
+    """The settings for rendering conversations, in training, replay, evaluation and generation."""
 
     system_prompt: str | None = field(metadata=setting(scope=Scope.rendering))
-    """Of conversations without a system message; None for none."""
+    """System message of conversations without one; None for none."""
     chat_template: str | None = field(metadata=setting(scope=Scope.rendering))
-    """A file, or the name of a built-in template; None for the tokenizer's own."""
+    """Template file, or name of a built-in template; None for the tokenizer's own."""
     template_date: str | None = field(metadata=setting(scope=Scope.rendering))
-    """ISO date that the template is told is today's; None for the day the run is made."""
+    """ISO date that the template renders as today; None for the date of the run."""
     special_tokens_in_content: bool = field(metadata=setting(scope=Scope.rendering))
-    """A special token's name in a message is that token, as in the template; else it is text."""
+    """Encode the name of a special token in a message as that token, not as text."""
 
     def __post_init__(self) -> None:
         for name in ("system_prompt", "chat_template"):
@@ -67,9 +67,9 @@ class ChatDataConfig(DataConfig):
 @dataclass(kw_only=True, slots=True)
 class DemoDataConfig(ChatDataConfig):
     instructions: str
-    """Path of the pairs, less ``.train.jsonl`` and ``.validation.jsonl``."""
+    """Path of the instruction data, without ``.train.jsonl`` and ``.validation.jsonl``."""
     text: str
-    """Path of the documents, likewise."""
+    """Path of the documents, without ``.train.jsonl`` and ``.validation.jsonl``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,17 +80,17 @@ class FileDataConfig(ChatDataConfig):
     """Validation rows; without it every ``validation_every``-th row of ``path`` is held out."""
     validation_every: int
     subset: str | None
-    """Of a dataset on the Hub, where it has several."""
+    """Subset of a Hub dataset, if it has several."""
     fields: dict[str, str]
-    """The names that the rows' fields have, by the name they are read by."""
+    """Field names in the rows, by standard name."""
     prompt_field: str
-    """Older name of ``fields.prompt``, as are the next two of theirs."""
+    """Old name of ``fields.prompt``; the next two are old names of the others."""
     completion_field: str
     text_field: str
     near_duplicates: NearDuplicates
-    """Of those held out of ``path`` to validate on: they train instead, with ``move``."""
+    """Handling of held-out near duplicates; ``move`` trains on them instead."""
     allow_overlap: bool
-    """Train although validation rows, or rows of a retention set, are trained on too."""
+    """Allow validation or retention rows in the training data."""
 
     def __post_init__(self) -> None:
         ChatDataConfig.__post_init__(self)
@@ -101,7 +101,7 @@ class FileDataConfig(ChatDataConfig):
 
     @property
     def columns(self) -> dict[str, str]:
-        """``fields``, with what the older keys say."""
+        """The field names of ``fields`` and of the old keys."""
         older = {name: getattr(self, f"{name}_field") for name in (*PAIR, TEXT)}
         return _joined(self.fields, {name: value for name, value in older.items() if value != name})
 
@@ -117,34 +117,34 @@ class MockDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TextDataConfig(ChatDataConfig):
-    """Raw text, tokenized once into Megatron's indexed format."""
+    """The source of raw text, tokenized once into Megatron's indexed format."""
 
     path: str
-    """A file, a glob, a directory, ``hf://datasets/ORG/NAME[@REVISION]``, or the prefix of an indexed dataset."""
+    """File, glob, directory, ``hf://datasets/ORG/NAME[@REVISION]``, or the prefix of an indexed dataset."""
     document_separator: DocumentSeparator
-    """Of text files (.txt); other files have their own."""
+    """Separator of documents in text files (.txt); other formats have their own."""
     text_field: str
-    """Older name of ``fields.text``."""
+    """Old name of ``fields.text``."""
     fields: dict[str, str]
-    """{text: the name that the field with the text has}."""
+    """Name of the text field, as {text: NAME}."""
     split: str
-    """Of a dataset on the Hub."""
+    """Split of a Hub dataset."""
     subset: str | None
-    """Of a dataset on the Hub, where it has several."""
+    """Subset of a Hub dataset, if it has several."""
     validation_path: str | None
     """Validation text, of the same kinds; without it ``validation_fraction`` of the documents of ``path``
     are held out."""
     validation_split: str
-    """``split`` of ``validation_path``."""
+    """Split of ``validation_path``."""
     validation_fraction: float
     workers: int | None
-    """Processes that tokenize; None for one a core."""
+    """Number of tokenizing processes; None for one per core."""
     near_duplicates: NearDuplicates
-    """Of those held out of ``path`` to validate on: they train instead, with ``move``."""
+    """Handling of held-out near duplicates; ``move`` trains on them instead."""
     allow_overlap: bool
-    """Train although documents that validate, or rows of a retention set, are trained on too."""
+    """Allow validation documents or retention rows in the training data."""
     cache: str | None
-    """Directory of what was tokenized; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
+    """Cache of tokenized text; None for $QWEN_CL_CACHE/corpora, and without that ~/.cache/qwen_cl/corpora."""
 
     def __post_init__(self) -> None:
         ChatDataConfig.__post_init__(self)
@@ -155,9 +155,7 @@ class TextDataConfig(ChatDataConfig):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise UserError(f"data.{name} is empty; write null to leave it open")
         if others := [name for name in self.fields if name != TEXT]:
-            raise UserError(
-                f"data.fields.{others[0]} would change nothing: data=text reads the field text alone; remove it"
-            )
+            raise UserError(f"data.fields.{others[0]} has no effect: data=text only reads the field text; remove it")
         check_fields("data.fields", {TEXT: self.text_column})
         require("data.validation_fraction", self.validation_fraction, above=0, below=1)
         if self.workers is not None:
@@ -170,13 +168,13 @@ class TextDataConfig(ChatDataConfig):
 
 
 def check_fields(key: str, columns: dict[str, str]) -> None:
-    """Raises UserError where a name is none that rows are read by, or two mean one field."""
+    """Refuse field names that are not standard names, or that name one field twice. Raises UserError."""
     for name, column in columns.items():
         if name not in FIELDS:
             raise UserError(unknown_key(f"{key}.{name}", list(FIELDS)))
         if not column.strip():
             raise UserError(f"{key}.{name} is empty; write the name that the field has in the rows")
-    columns = {name: column for name, column in columns.items() if name != TEXT}  # of another task than the others
+    columns = {name: column for name, column in columns.items() if name != TEXT}  # read by another task
     forms = [form for form in (PAIR, *((name,) for name in TURNS), ALPACA) if set(form) & columns.keys()]
     if len(forms) > 1:
         first, second = (next(name for name in form if name in columns) for form in forms[:2])
@@ -191,7 +189,7 @@ def _joined(fields: dict[str, str], older: dict[str, str]) -> dict[str, str]:
     for name, column in older.items():
         if fields.get(name, column) != column:
             raise UserError(
-                f"data.fields.{name} ({fields[name]}) and data.{name}_field ({column}), its older name, disagree; "
+                f"data.fields.{name} ({fields[name]}) and data.{name}_field ({column}), its old name, disagree; "
                 "remove one"
             )
     return {**fields, **older}

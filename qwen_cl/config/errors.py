@@ -1,40 +1,40 @@
-"""The errors a user can cause or meet, each one message and an exit code, never a traceback."""
+"""Errors shown to the user: one message and an exit code, without a traceback."""
 
 from __future__ import annotations
 
-NO_ROOM_ADVICE = "What was saved before is untouched; make room, and the same command goes on from there"
+NO_ROOM_ADVICE = "Earlier checkpoints are intact; free disk space, and the same command resumes the run"
 NOT_FINITE_ADVICE = "lower lr or task.clip_grad, or raise task.warmup_steps (the newest checkpoint is from before)"
 
 
 EXIT_PREEMPTED = 75
-"""sysexits' EX_TEMPFAIL: start it again."""
+"""EX_TEMPFAIL of sysexits.h: the run can be started again."""
 EXIT_INTERRUPTED = 130
-"""What a shell says of a program that Ctrl-C ended."""
+"""The shell's exit code for a program ended by Ctrl-C."""
 
 
 class UserError(Exception):
-    """A mistake in the input: says key or file, value, rule and fix. Nothing was started or written."""
+    """A mistake in the input. The message names key or file, value, rule and fix; nothing was started or written."""
 
     exit_code = 2
 
 
 class RunFailed(Exception):
-    """The run started and did not complete; its folder says why."""
+    """A run that started and did not complete; its folder has the reason."""
 
     exit_code = 1
 
 
 class RunPreempted(RunFailed):
-    """The run was asked to stop and did; the same command goes on from there."""
+    """A run that stopped on a signal or at its time limit; the same command resumes it."""
 
     def __init__(self, message: str, *, interrupted: bool = True) -> None:
-        """``interrupted`` by Ctrl-C, and not by a signal that schedulers send, or by its own time limit."""
+        """Set the exit code: ``interrupted`` by Ctrl-C, or else by a scheduler's signal or the time limit."""
         super().__init__(message)
         self.exit_code = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
 def caused_by_interrupt(error: BaseException | None) -> bool:
-    """Also where a library, cut short by it, fails of something else while it cleans up."""
+    """Return True if a KeyboardInterrupt caused the error, also through a library's failed cleanup."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf in the words of this project."""
+"""Translation of Hydra and OmegaConf errors into messages for the user."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _experiment_file(error: BaseException) -> str:
 
 
 def refuse_added_keys(cfg: DictConfig, owner: str = "") -> None:
-    """``+key=value`` gets past a schema while composing; a typo must not."""
+    """Refuse unknown keys added with ``+key=value``, which composition does not check. Raises UserError."""
     schema: Any = OmegaConf.get_type(cfg)
     if not is_dataclass(schema):  # a mapping whose keys are the user's own names
         return
@@ -91,7 +91,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _first_lines(error: BaseException) -> str:
-    """Hydra's own text on one line: of a fault in a file, the file, the key and what is wrong with it."""
+    """Return Hydra's message on one line; for an error in a file: the file, the key and the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), None)
     if key is None or not lines[0].startswith("In '"):

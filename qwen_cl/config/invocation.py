@@ -1,4 +1,4 @@
-"""What the command line said beside the config: Hydra's own state, read in launch.py alone and passed down."""
+"""The command line and Hydra's own state, read in launch.py alone and passed down."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """A command as Hydra understood it."""
+    """A command as parsed by Hydra."""
 
     output_dir: Path
     overrides: Sequence[str]
-    """Interpolations in them are resolved."""
+    """Overrides with interpolations resolved."""
     typed: Sequence[str]
-    """The overrides as they were typed."""
+    """Overrides as typed."""
     runtime: Mapping[str, Any]
-    """Hydra's record of itself: its version, where the config came from, and what was chosen of each group."""
+    """Hydra's runtime record: version, config sources, and the choice of each group."""
 
     @property
     def choices(self) -> Mapping[str, str]:
-        """The choice of each group; empty where nothing recorded it."""
+        """The choice of each group; empty if not recorded."""
         choices: Mapping[str, str] = self.runtime.get("choices", {})
         return choices

@@ -1,4 +1,4 @@
-"""The model group: where the weights come from."""
+"""The model group: the source of the weights."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ class ModelConfig:
     """``hf://ORG/NAME[@REVISION]``, a directory in Hugging Face layout, or a NeMo 2.0 checkpoint (a directory, or
     ``nemo://PATH``)."""
     adapter: str | None = field(metadata=setting(Affects.checkpoint))
-    """Directory of a LoRA in PEFT's format that is merged into the frozen model when it is read; None for the model as
-    it is."""
+    """Directory of a LoRA in PEFT's format to merge into the frozen model on loading, or None."""
     endpoint: str | None = field(metadata=setting(Affects.nothing, scope=Scope.access))
     """URL of the Hub or a mirror of it; None for HF_ENDPOINT, and without that huggingface.co."""
     offline: bool = field(metadata=setting(Affects.nothing, scope=Scope.access))
-    """Take the model from the cache without one request."""
+    """Take the model from the cache, without any request."""
     cache: str | None = field(metadata=setting(Affects.nothing, scope=Scope.access))
-    """Directory the Hub's files are kept in; None for the Hub's own."""
+    """Cache directory of Hub files; None for the Hub's default."""
     require_pinned_revision: bool = field(metadata=setting(Affects.execution))
     """Refuse a source that does not name its commit."""
     verify: VerifyMode = field(metadata=setting(Affects.execution))
     """Before the first step, the loss of a few rows must be the base model's. ``logits`` compares with transformers;
-    ``auto`` does up to a billion parameters, and above only asks that it is not that of chance."""
+    ``auto`` does so up to a billion parameters, and above only checks that the loss is below chance."""
 
     def __post_init__(self) -> None:
         if not self.source.strip():

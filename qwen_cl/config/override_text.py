@@ -1,4 +1,4 @@
-"""Overrides as a shell hands them over, put so that Hydra's grammar takes them. docs/command-line.md is for users.
+"""Quoting of overrides for Hydra's grammar. User documentation: docs/command-line.md.
 
 Hydra reads a value as a number, a list, a sweep or a word of a few letters, and refuses most other characters. What it
 refuses is text; so is all that a key for text says.
@@ -25,13 +25,13 @@ from qwen_cl.config.fields import key_fields
 from qwen_cl.config.overrides import override_key, quoted
 
 AS_TYPED = "task.prompt"
-"""Neither interpolated nor a sweep."""
+"""The key whose value is neither interpolated nor swept."""
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 OPENING, CLOSING = "[{(", "]})"
 
 
 def quote_arguments(arguments: list[str]) -> list[str]:
-    """All but options of Hydra's own, each by :func:`quote_free_text`.
+    """Quote all overrides by :func:`quote_free_text`; Hydra's own options stay.
 
     Raises:
         UserError: one is no override, as where a shell has split a value at its blanks, or chooses a part of choices.
@@ -67,7 +67,7 @@ def refuse_parts(overrides: Sequence[str]) -> None:
 def quote_free_text(argument: str, *, multirun: bool = False) -> str:
     """Quote the value of an override where Hydra would refuse it, or take text for something else.
 
-    What is quoted already, null, interpolations and sweeps stay as they are. Idempotent.
+    Quoted text, null, interpolations and sweeps are unchanged, so quoting twice has no effect.
     """
     name, equals, value = argument.partition("=")
     key = override_key(argument)
@@ -85,17 +85,17 @@ def quote_free_text(argument: str, *, multirun: bool = False) -> str:
 
 
 def escape(text: str) -> str:
-    """Put so that OmegaConf gives it back: ``${`` would be an interpolation."""
+    """Escape a text for OmegaConf, in which ``${`` would be an interpolation."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
 
 
 def unescape(text: str) -> str:
-    """The inverse of :func:`escape`."""
+    """Undo :func:`escape`."""
     return re.sub(r"(\\+)\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", text)
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a config with every text in it changed; no rule is checked again."""
+    """Return a copy of a config with every text in it changed; rules are not checked again."""
     if isinstance(value, str) and not isinstance(value, Enum):
         return change(value)
     if isinstance(value, dict):
@@ -111,12 +111,12 @@ def map_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def printed(override: str) -> str:
-    """An override as a shell's line can hold it, with Hydra's quotes around its value where those are needed."""
+    """Return an override quoted for Hydra and for a shell."""
     return shlex.quote(quote_free_text(override))
 
 
 def printed_path(key: str, path: object) -> str:
-    """``key=PATH`` for a shell's line. As :func:`printed`, and no part of the path is an interpolation."""
+    """Return ``key=PATH`` quoted as by :func:`printed`, with ``${`` in the path escaped."""
     text = str(path)
     return printed(f"{key}={text}" if escape(text) == text else f"{key}={quoted(escape(text))}")
 
@@ -135,7 +135,7 @@ def _parse(override: str) -> Override | None:
 
 
 def _value_of(parsed: Override) -> Any:
-    """With its quotes, which ``value()`` takes off."""
+    """Return the value with its quotes, which ``value()`` removes."""
     return parsed._value
 
 
@@ -151,7 +151,7 @@ def _is_misread(parsed: Override, value: str, *, multirun: bool) -> bool:
 
 
 def _parsed_in_parts(name: str, value: str, *, multirun: bool) -> str | None:
-    """A list, a mapping or a sweep with those of its parts quoted that cannot be read; None where it is none."""
+    """Quote the unreadable parts of a list, mapping or sweep; return None for other values."""
     if value[:1] in ("[", "{") and value[-1:] == CLOSING[OPENING.index(value[0])]:
         parts = [_quoted_part(part, is_pair=value[0] == "{") for part in _split(value[1:-1])]
         candidate = f"{name}={value[0]}{','.join(parts)}{value[-1]}"
@@ -172,7 +172,7 @@ def _quoted_part(part: str, *, is_pair: bool) -> str:
 
 
 def _split(text: str) -> Iterator[str]:
-    """At the commas that are in no brackets and no quotes."""
+    """Split at commas outside brackets and quotes."""
     depth, start, quote = 0, 0, ""
     for place, each in enumerate(text):
         if quote:
@@ -188,7 +188,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _quoted_as_typed(read: QuotedString, value: str) -> str:
-    """With ``${`` escaped where it is not yet."""
+    """Escape every ``${`` that is not escaped yet."""
     text = re.sub(r"(\\*)\$\{", lambda match: match[0] if len(match[1]) % 2 else f"{match[1]}\\${{", read.text)
     return value if text == read.text else quoted(text)
 

@@ -12,11 +12,11 @@ from qwen_cl.config.validation import require
 @dataclass(kw_only=True, slots=True)
 class PeftConfig:
     default_lr: float = field(metadata=setting(Affects.checkpoint))
-    """What ``lr`` is unless the user sets it."""
+    """Default of ``lr``."""
 
 
 TARGET_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""Megatron's four linear layers of a block; q, k and v are one of them, gate and up another."""
+"""Megatron's linear layers of a block; q, k and v are fused, as are gate and up."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class LoraConfig(PeftConfig):
     alpha: float = field(metadata=setting(Affects.checkpoint))
     """The update is scaled by alpha / rank."""
     dropout: float = field(metadata=setting(Affects.checkpoint))
-    """Probability, on the adapter's input."""
+    """Dropout probability of the adapter's input."""
     target_modules: list[str] = field(metadata=setting(Affects.checkpoint))
 
     def __post_init__(self) -> None:

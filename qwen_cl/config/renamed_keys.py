@@ -1,4 +1,4 @@
-"""Keys and values that had another name, as older commands, files and run folders still write them.
+"""Renamed keys and values, which earlier commands, files and run folders still use.
 
 One table for all of them; a line on stderr says each new name, once in a process.
 """

@@ -1,4 +1,4 @@
-"""What keeps the old while the new is learnt: the choices of the groups ``replay`` and ``retention``. See schema.py."""
+"""The replay and retention groups: data against forgetting, and sets that measure it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(kw_only=True, slots=True)
 class ReplayConfig:
-    """Nothing of the old is trained on."""
+    """A run without replay."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MixedReplayConfig(ReplayConfig):
     ratio: float
-    """Of the tokens trained on, between 0 and 1."""
+    """Fraction of the training tokens, between 0 and 1."""
 
     def __post_init__(self) -> None:
         require("replay.ratio", self.ratio, above=0, below=1)
@@ -30,7 +30,7 @@ class FileReplayConfig(MixedReplayConfig):
     datasets: dict[str, str]
     """Path of each, by name: a file, a glob, a directory, or ``hf://datasets/ORG/NAME[@REVISION][#SPLIT]``."""
     weights: dict[str, float]
-    """Of each set within the ratio, summing to 1; empty for equal ones."""
+    """Weight of each set within the ratio, summing to 1; empty for equal weights."""
 
     def __post_init__(self) -> None:
         MixedReplayConfig.__post_init__(self)
@@ -42,14 +42,14 @@ class FileReplayConfig(MixedReplayConfig):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the tokens trained on, by set."""
+        """Fraction of the training tokens, by set."""
         weights = self.weights or dict.fromkeys(self.datasets, 1 / len(self.datasets))
         return {name: self.ratio * weight for name, weight in weights.items()}
 
 
 @dataclass(kw_only=True, slots=True)
 class GeneratedReplayConfig(MixedReplayConfig):
-    """Text sampled from the base model before training (self-generated replay)."""
+    """Self-generated replay: text sampled from the base model before training."""
 
     tokens: int
     temperature: float
@@ -69,14 +69,14 @@ class GeneratedReplayConfig(MixedReplayConfig):
 @dataclass(kw_only=True, slots=True)
 class RetentionConfig:
     eval_sets: dict[str, str]
-    """Path of each, by name, as of replay: what the model should not forget, measured whenever the run validates."""
+    """Path of each set, by name, as for replay; evaluated at every validation to measure forgetting."""
 
     def __post_init__(self) -> None:
         check_names("retention.eval_sets", self.eval_sets)
 
 
 def check_names(key: str, sets: dict[str, str]) -> None:
-    """Raises UserError where a name cannot be part of a metric's, or a path is empty."""
+    """Refuse names that cannot be part of a metric's name, and empty paths. Raises UserError."""
     for name, path in sets.items():
         if not SET_NAME.fullmatch(name):
             raise UserError(f"{key}: {name!r} must be letters, digits, _ and - (it names the set's metrics)")

@@ -1,4 +1,4 @@
-"""What happens in a folder that holds a run already: the choices of the group ``resume``. See schema.py."""
+"""The resume group: handling of a folder that already contains a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from qwen_cl.config.fields import Affects, setting
 
 @dataclass(kw_only=True, slots=True)
 class ResumeConfig:
-    """Such a folder is refused."""
+    """A run that refuses a folder with a run."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AutoResumeConfig(ResumeConfig):
-    """The run goes on from its newest good checkpoint."""
+    """A run that resumes from its latest valid checkpoint."""
 
     allow_changes: list[str] = field(metadata=setting(Affects.nothing))
-    """Keys, and groups of keys, of those that matter to the result, that may differ from what the run was started
-    with."""
+    """Result-affecting keys and groups that may differ from the resumed run."""

@@ -1,4 +1,4 @@
-"""What a run consists of. Names and types live here; values live in conf/*.yaml and nowhere else.
+"""The config of a run. Names and types are defined here; values only in conf/*.yaml.
 
 Two mechanics of Hydra shape this file: cross-field rules sit in ``__post_init__`` because it runs only when the
 composed config is turned into these objects, and a subclass is chosen by its group's ``..._schema`` entry.
@@ -36,10 +36,10 @@ class RunConfig:
     speed: SpeedConfig = field(metadata=setting(Affects.execution))
     wandb: WandbConfig = field(metadata=setting(Affects.nothing))
     lr: float
-    """Peak learning rate; the only place it is set."""
+    """Peak learning rate."""
     seed: int = field(metadata=setting(scope=Scope.inference))
     name: str | None = field(metadata=setting(Affects.nothing, scope=Scope.command))
-    """Name of the run in W&B; without it the task and the peft method."""
+    """Name of the run in W&B; None for the task and the peft method."""
     dry_run: bool = field(metadata=setting(Affects.nothing, scope=Scope.command))
 
     def __post_init__(self) -> None:
@@ -58,12 +58,12 @@ class RunConfig:
             )
         if isinstance(self.replay, MixedReplayConfig) and isinstance(self.data, MockDataConfig):
             raise UserError(
-                f"replay.ratio ({self.replay.ratio:g}) would change nothing with data=mock, which is random tokens "
+                f"replay.ratio ({self.replay.ratio:g}) has no effect with data=mock, which is random tokens "
                 "alone; write replay=none, or choose other data"
             )
 
     @property
     def training(self) -> TrainingConfig:
-        """The task of a run that trains, which is all that plans and recipes are made for."""
+        """The training task; only for runs that train."""
         assert isinstance(self.task, TrainingConfig)
         return self.task

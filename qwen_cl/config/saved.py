@@ -1,4 +1,4 @@
-"""A run's config as a file: written when the run starts, read back by its processes."""
+"""The config file of a run: written at the start, read by its processes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from qwen_cl.config.run import RunConfig
 from qwen_cl.config.store import GROUPS
 
 CHAT = {"system_prompt": None, "chat_template": None, "template_date": None, "special_tokens_in_content": False}
-"""Of messages that hold a special token's name, which older runs took for the token, there are too few to refuse them
-all for it."""
+"""Chat settings of earlier runs. They encoded names of special tokens as tokens, which is too rare to refuse them."""
 ADDED_SINCE: dict[str, dict[str, Any]] = {
     "model_schema": {"adapter": None},
     "demo_schema": {**CHAT},
     "file_schema": {**CHAT, "fields": {}, "subset": None, "near_duplicates": "move"},
     "text_schema": {**CHAT, "fields": {}, "document_separator": "file", "near_duplicates": "move"},
 }
-"""By schema, keys that configs of older runs lack, with what those runs did."""
+"""By schema, keys missing in configs of earlier runs, with the values that those runs used."""
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
-    """Plain values; each group says by ``type`` which of its schemas it is."""
+    """Return the config as plain values; ``type`` names the schema of each group."""
     plain: dict[str, Any] = map_text(_escaped_plain(config), unescape)
     return plain
 
@@ -39,7 +38,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _escaped_plain(config: RunConfig) -> dict[str, Any]:
-    """As OmegaConf takes it: of what is resolved, what reads like an interpolation was typed so."""
+    """Return plain values with ``${`` escaped, as all interpolations are resolved already."""
     escaped = OmegaConf.structured(map_text(config, escape))
     plain = cast(dict[str, Any], OmegaConf.to_container(escaped, enum_to_str=True))
     for group, schemas in GROUPS.items():
@@ -50,18 +49,18 @@ def _escaped_plain(config: RunConfig) -> dict[str, Any]:
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_config` wrote, as plain values under today's keys."""
+    """Read what :func:`save_config` wrote, as plain values under current keys."""
     return rename_mapping(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
 
 
 def read_overrides(directory: Path) -> list[str] | None:
-    """Read the overrides that a run was started with, under today's keys; None where its ``directory`` has none."""
+    """Read the overrides that a run was started with, under current keys; None if its ``directory`` has none."""
     path = directory / ".hydra" / "overrides.yaml"
     return rename_overrides(map(str, OmegaConf.load(path))) if path.is_file() else None
 
 
 def load_config(path: Path) -> RunConfig:
-    """The inverse of :func:`save_config`, with every rule checked again."""
+    """Load what :func:`save_config` wrote, checking every rule again."""
     plain = read_plain(path)
     base = OmegaConf.structured(RunConfig)
     for group, schemas in GROUPS.items():
@@ -72,10 +71,10 @@ def load_config(path: Path) -> RunConfig:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Of a run's folder, which anybody may have written to.
+    """Load the config of a run folder.
 
     Raises:
-        UserError: it is no run's config.
+        UserError: the file is not a valid config of a run.
     """
     try:
         return load_config(path)
@@ -86,21 +85,21 @@ def read_run_config(path: Path) -> RunConfig:
         raise UserError(f"{path} is not a run's config: {error!r}") from error
 
 
-def leaves_of_consequence(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return what :func:`to_plain` gave, by full key, without the keys that nothing depends on."""
+def result_affecting_leaves(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of :func:`to_plain` by full key, without keys that do not affect the run."""
     return {key: value for key, value in _leaves(plain).items() if affects(key) is not Affects.nothing}
 
 
 def leaves_to_compare(plain: dict[str, Any]) -> dict[str, Any]:
-    """:func:`leaves_of_consequence` less the keys that say what runs did before there were these keys: so those of an
-    older run, which lacks them, are the same."""
+    """Return :func:`result_affecting_leaves` without newer keys that have the behavior of earlier runs, so that configs
+    with and without these keys are equal."""
     before = {
         f"{group}.{name}": value
         for group in GROUPS
         if group in plain
         for name, value in ADDED_SINCE.get(f"{plain[group].get('type')}_schema", {}).items()
     }
-    found = leaves_of_consequence(plain)
+    found = result_affecting_leaves(plain)
     return {key: value for key, value in found.items() if key not in before or before[key] != value}
 
 

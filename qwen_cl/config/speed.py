@@ -1,4 +1,4 @@
-"""Levers on speed that do not change what is computed, beyond rounding. See schema.py."""
+"""The speed group: optimizations that change the result only by rounding."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from enum import Enum
 from qwen_cl.config.fields import Affects, setting
 
 LOSS_CHUNK_BYTES = 3 * 2**29
-"""fused_linear_cross_entropy: of the logits of one chunk, in their own type; 5,000 tokens of Qwen2.5 in bf16, whose
-products fill any GPU."""
+"""Bytes of the logits of one chunk of fused_linear_cross_entropy: 5,000 tokens of Qwen2.5 in bf16, enough to saturate a
+GPU."""
 
 
 class When(str, Enum):
+    """The use of a speed optimization."""
+
     auto = "auto"
-    """Where it is known to work and to gain (qwen_cl/planning/speed.py)."""
+    """Use it if it is known to work and to be faster (qwen_cl/planning/speed.py)."""
     always = "always"
-    """Or the run is refused."""
+    """Use it, or refuse the run."""
     never = "never"
 
 
@@ -25,22 +27,22 @@ class SpeedConfig:
     compile: When = field(metadata=setting(Affects.execution))
     """Compile each transformer layer, as one graph."""
     fused_linear_cross_entropy: When = field(metadata=setting(Affects.execution))
-    """Output layer and loss together, some tokens at a time."""
+    """Compute output layer and loss together, in chunks of tokens."""
     fused_lora: When = field(metadata=setting(Affects.execution))
-    """LoRA's products joined with those of the layer it adapts."""
+    """Fuse the matmuls of LoRA with those of the adapted layer."""
     cuda_graphs: When = field(metadata=setting(Affects.execution))
-    """Record the forward and backward pass of a micro batch, and replay it."""
+    """Capture forward and backward of a micro batch as CUDA graphs, and replay them."""
     fused_grad_accumulation: When = field(metadata=setting(Affects.execution))
-    """A layer's gradients of a micro batch added to those of the step by one compiled kernel."""
+    """Add the gradients of a micro batch to those of the step in one compiled kernel per layer."""
     activation_recompute: When = field(metadata=setting(Affects.nothing))
-    """Keep of each layer its input alone, and compute the rest again in the backward pass: slower, in less memory."""
+    """Save only the input of each layer, and recompute the rest in the backward pass: slower, with less memory."""
     rope_cache: bool = field(metadata=setting(Affects.execution))
-    """Sines and cosines of positions once per pass and not once per layer, for queries and for keys."""
+    """Compute the rotary embedding's sines and cosines once per micro batch, not once per layer."""
     fused_adam: bool = field(metadata=setting(Affects.execution))
-    """Adam's step of all weights in one kernel, and not an operation at a time."""
+    """Use one fused kernel for the Adam step of all weights."""
     foreach_grad_clip: bool = field(metadata=setting(Affects.execution))
-    """Norm and clipping of all gradients at once, without waiting for the GPU."""
+    """Compute norm and clipping of all gradients at once, without synchronizing with the GPU."""
 
-    def taken(self) -> dict[str, bool]:
-        """Whether the run has each lever, once nothing is auto."""
+    def enabled(self) -> dict[str, bool]:
+        """Return for each optimization if it is enabled, once nothing is auto."""
         return {name: value in (True, When.always) for name, value in asdict(self).items()}

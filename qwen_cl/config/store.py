@@ -1,4 +1,4 @@
-"""Registers the schemas under the names that conf/*.yaml extends."""
+"""Registry of the schemas that conf/*.yaml extends."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ HYDRA_GROUPS: dict[str, dict[str, type]] = {
     "hydra/launcher": {"processes_schema": sweep.LauncherConfig},
     "hydra/sweeper": {"grid_schema": sweep.GridConfig, "optuna_schema": sweep.OptunaConfig},
 }
-"""How runs are started, which no run's config holds."""
+"""Groups of the launcher and sweeper, which are not part of a run's config."""
 
 
 def register_schemas() -> None:
-    """Idempotent; also defines ``${package_path:…}``, the path of a file shipped inside this package."""
+    """Register all schemas, and the resolver ``${package_path:…}`` for files of this package. May be called again."""
     read_renamed_keys()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=run.RunConfig)
@@ -74,7 +74,7 @@ def register_schemas() -> None:
 
 
 def _with_open_mappings(schema: type) -> DictConfig:
-    """Hydra refuses every key it does not know; those of a mapping are the user's own names."""
+    """Return the schema with open mappings, whose keys are user-defined names that Hydra would refuse."""
     node: DictConfig = OmegaConf.structured(schema)
     for name in node:
         child = node._get_node(name)

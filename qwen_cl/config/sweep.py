@@ -1,4 +1,4 @@
-"""How a sweep runs and searches: ``hydra.launcher`` and ``hydra.sweeper``. Values live in conf/hydra/."""
+"""The launcher and sweeper of sweeps: ``hydra.launcher`` and ``hydra.sweeper``. Values are in conf/hydra/."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PLUGINS = "hydra_plugins.qwen_cl_sweeps"
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig:
     gpus: list[str] | None
-    """Names as in CUDA_VISIBLE_DEVICES; None for all that are visible."""
+    """GPUs as in CUDA_VISIBLE_DEVICES; None for all visible ones."""
     gpus_per_trial: int | None
-    """None for the ``cluster.devices`` of the trials."""
+    """GPUs per trial; None for ``cluster.devices``."""
     trials_per_gpu: int
     """Trials that share each GPU."""
     cpu_slots: int | None
-    """Trials at once where there is no GPU; None for one for every two cores."""
+    """Concurrent trials without a GPU; None for one per two cores."""
     jobs: int | None
-    """Trials in a cluster's queue at once; None for all, and for four of a search."""
+    """Trials in the queue of a cluster at once; None for all, or four in a search."""
     max_retries: int
-    """How often a trial starts again whose process was lost."""
+    """Restarts of a trial whose process was lost."""
     fail_fast: bool
-    """The first trial that fails ends the sweep."""
+    """End the sweep when the first trial fails."""
     _target_: str = f"{PLUGINS}.ProcessLauncher"  # Hydra's way to name a plugin; not for a file to say
 
     def __post_init__(self) -> None:
@@ -40,31 +40,33 @@ class LauncherConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GridConfig:
-    """Every combination of the values that are given."""
+    """A grid sweep over all combinations of the given values."""
 
     _target_: str = f"{PLUGINS}.GridSweeper"
 
 
 class Objective(str, Enum):
+    """A quantity that a search minimizes."""
+
     val_loss = "val_loss"
     """The target's validation loss."""
     forgetting = "forgetting"
-    """How much the losses of the retention sets rose, on average."""
+    """The mean increase of the losses of the retention sets."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OptunaConfig:
-    """Search by Optuna's tree-structured Parzen estimator (arXiv 2304.11127)."""
+    """A search by Optuna's tree-structured Parzen estimator (arXiv 2304.11127)."""
 
     n_trials: int
-    """In all: a sweep that goes on counts those it has."""
+    """Total number of trials, including those of a resumed sweep."""
     startup_trials: int
-    """Drawn at random before the estimator proposes."""
+    """Random trials before the estimator is used."""
     seed: int
     objectives: list[Objective]
-    """All are minimised; two give a Pareto front."""
+    """Objectives to minimize; two give a Pareto front."""
     reduction_factor: int | None
-    """Asynchronous successive halving (arXiv 1810.05934): at each rung one in so many goes on. None for no pruning."""
+    """Asynchronous successive halving (arXiv 1810.05934): one in this many trials passes a rung. None: no pruning."""
     min_steps: int | None
     """Optimizer steps of the first rung; None for ``task.val_check_interval``."""
     _target_: str = f"{PLUGINS}.OptunaSweeper"
@@ -78,8 +80,8 @@ class OptunaConfig:
         if self.min_steps is not None:
             require("hydra.sweeper.min_steps", self.min_steps, at_least=1)
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
-            said = ", ".join(objective.value for objective in self.objectives) or "none"
-            raise UserError(f"hydra.sweeper.objectives ({said}) must name val_loss, forgetting or both, each once")
+            requested = ", ".join(objective.value for objective in self.objectives) or "none"
+            raise UserError(f"hydra.sweeper.objectives ({requested}) must name val_loss, forgetting or both, each once")
         if self.reduction_factor is not None and self.objectives != [Objective.val_loss]:
             raise UserError(
                 f"hydra.sweeper.reduction_factor ({self.reduction_factor}) prunes by the validation loss alone; set it "

@@ -1,4 +1,4 @@
-"""Checks that the typed config makes of its values."""
+"""Checks of config values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def require(
 
 
 def seconds_of(key: str, duration: str) -> float:
-    """Of ``[D-]HH:MM:SS``; raises UserError where it is none."""
+    """Return the seconds of a duration ``[D-]HH:MM:SS``. Raises UserError if it is not one."""
     match = DURATION.fullmatch(duration)
     if match is None or not any(map(int, match.groups(default="0"))):
         raise UserError(f"{key} ({duration}) must read [D-]HH:MM:SS and be above 0, like 01:30:00 or 2-12:00:00")

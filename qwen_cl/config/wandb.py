@@ -27,9 +27,9 @@ class WandbConfig:
     project: str = field(metadata=setting(Affects.nothing))
     entity: str | None = field(metadata=setting(Affects.nothing))
     tags: list[str] = field(metadata=setting(Affects.nothing))
-    """Beside the model's, the adapter's and the data's name."""
+    """Additional tags, beside model, adapter and data."""
     log_adapter: LogAdapter = field(metadata=setting(Affects.nothing))
-    """Make the trained adapter an artifact: its place alone, or its files too."""
+    """Log the trained adapter as an artifact: ``reference`` its path, ``upload`` its files."""
 
     def __post_init__(self) -> None:
         check_project(self.project)

@@ -1,4 +1,4 @@
-"""Names that W&B takes: refused here, before a run starts, where its client or server would refuse them later."""
+"""Checks of W&B names before a run starts, by the rules of its client and server."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from qwen_cl.config.errors import UserError
 
 LONGEST_NAME, LONGEST_TAG = 128, 64
-"""Characters."""
+"""Maximum lengths in characters."""
 NOT_IN_PATHS = "/\\#?%:"
-"""What wandb's own settings refuse in a project: the name is a part of its page's address."""
+"""Characters that W&B refuses in a project name, which is part of a URL."""
 LINE_ENDS_AND_CONTROLS = ("Cc", "Zl", "Zp")
-"""Unicode categories."""
+"""Unicode categories of refused characters."""
 
 
 def check_project(project: str) -> None:

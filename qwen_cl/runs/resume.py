@@ -17,7 +17,7 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.fields import Affects, affects
 from qwen_cl.config.resume import AutoResumeConfig
 from qwen_cl.config.run import RunConfig
-from qwen_cl.config.saved import leaves_of_consequence, read_overrides, read_run_config, to_plain
+from qwen_cl.config.saved import read_overrides, read_run_config, result_affecting_leaves, to_plain
 from qwen_cl.config.store import register_schemas
 from qwen_cl.files.atomic import write_text
 from qwen_cl.runs.checkpoints import Checkpoint, clear_leftovers, latest_valid_checkpoint
@@ -115,7 +115,7 @@ def recorded_config(folder: RunFolder) -> dict[str, Any]:
     Raises:
         UserError: its config.yaml cannot be read.
     """
-    return leaves_of_consequence(to_plain(read_run_config(folder.config)))
+    return result_affecting_leaves(to_plain(read_run_config(folder.config)))
 
 
 def _may_be_extended(config: RunConfig) -> bool:
@@ -134,7 +134,7 @@ def _affects(key: str) -> Affects:
 def _require_same_run(
     folder: RunFolder, config: RunConfig, recorded: Mapping[str, Any], facts: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
-    requested = {**leaves_of_consequence(to_plain(config)), **facts}
+    requested = {**result_affecting_leaves(to_plain(config)), **facts}
     for name in allow:
         if not any(_covers(name, key) for key in requested):
             raise UserError(f"resume.allow_changes ({name}) is not a config key; write it in full, like task.max_steps")

@@ -87,7 +87,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{_padding(config)}",
         ),
         ("learning rate", f"{config.lr:g}"),
-        ("levers", ", ".join(name for name, taken in config.speed.taken().items() if taken) or "none"),
+        ("levers", ", ".join(name for name, taken in config.speed.enabled().items() if taken) or "none"),
     ]
 
 

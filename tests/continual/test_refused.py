@@ -20,9 +20,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "none": (["task.stages=[]"], r"task\.stages is empty; name at least one stage"),
     "missing stage": (
         [stages("name: two", "init_from: zero")],
-        r"task\.stages\[1\]\.init_from \(zero\) names no stage before two; there are one, model$",
+        r"task\.stages\[1\]\.init_from \(zero\) is not a stage before two; choose from one, model$",
     ),
-    "itself": ([stages("name: two", "init_from: two")], r"\(two\) names no stage before two; there are one, model$"),
+    "itself": ([stages("name: two", "init_from: two")], r"\(two\) is not a stage before two; choose from one, model$"),
     "same name": ([stages("name: one")], r"task\.stages\[1\]\.name \(one\) is taken by task\.stages\[0\]; rename one"),
     "above": ([stages("name: ../x")], r"task\.stages\[1\]\.name \(\.\./x\) becomes the name of a folder"),
     "dots": ([stages("name: a..b")], r"task\.stages\[1\]\.name \(a\.\.b\) becomes the name of a folder"),
@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "reserved": ([stages("name: model")], r"task\.stages\[1\]\.name \(model\) becomes .*, and not 'model'"),
     "no such set": (
         [stages("name: two", "eval_sets: [ja]")],
-        r"task\.stages\[1\]\.eval_sets \(ja\) is no set; .* none",
+        r"task\.stages\[1\]\.eval_sets \(ja\) is not a set; .* none",
     ),
     "typo": (
         [stages("name: two", "overrides: [task.max_step=3]")],

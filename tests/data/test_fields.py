@@ -197,7 +197,7 @@ def test_raw_text_has_the_one_field() -> None:
     said = compose_run("task=pretrain", "data=text", "data.path=x", "data.fields={text: body}").data
     assert isinstance(said, TextDataConfig)
     assert said.text_column == "body"
-    with pytest.raises(UserError, match=r"^data\.fields\.prompt would change nothing: data=text reads the field text"):
+    with pytest.raises(UserError, match=r"^data\.fields\.prompt has no effect: data=text only reads the field text"):
         compose_run("task=pretrain", "data=text", "data.path=x", "data.fields={prompt: body}")
 
 

@@ -192,11 +192,11 @@ REFUSED: dict[str, tuple[list[str], bytes, str]] = {
         b'{"text": "a"}\n',
         r"task\.output \(.*file\.jsonl\) exists; choose another file",
     ),
-    "ignored": (["task.sets={a: x.jsonl}", "lr=0.1"], b"", r"lr=0\.1 would change nothing: nothing is trained"),
+    "ignored": (["task.sets={a: x.jsonl}", "lr=0.1"], b"", r"lr=0\.1 has no effect: nothing is trained"),
     "a model and a run": (
         ["task.sets={a: x.jsonl}", "task.run=/no", "model=qwen2.5-7b"],
         b"",
-        r"model=qwen2\.5-7b would change nothing: with task\.run the model is the one of the run",
+        r"model=qwen2\.5-7b has no effect: with task\.run the model is the one of the run",
     ),
     "no run": (
         ["task.sets={a: '{file}.jsonl'}", "task.run=/no"],

@@ -188,8 +188,8 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
         [],
         "has changed since the run, and its weights no longer match; restore it",
     ),
-    "a key of the run": (lambda run: None, ["lr=0.1"], r"lr=0\.1 would change nothing: task=export reads"),
-    "a group of the run": (lambda run: None, ["peft=dora"], "peft=dora would change nothing: task=export reads"),
+    "a key of the run": (lambda run: None, ["lr=0.1"], r"lr=0\.1 has no effect: task=export reads"),
+    "a group of the run": (lambda run: None, ["peft=dora"], "peft=dora has no effect: task=export reads"),
 }
 
 

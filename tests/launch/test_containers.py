@@ -101,7 +101,10 @@ def test_skypilot_gets_a_task() -> None:
     ("override", "message"),
     [
         ("cluster.image=' '", "cluster.image is empty; name an image"),
-        ("cluster.accelerator=auto", "cluster.accelerator (auto) cannot be found out from here; write gpu or cpu"),
+        (
+            "cluster.accelerator=auto",
+            "cluster.accelerator (auto) cannot be detected from this machine; write gpu or cpu",
+        ),
     ],
 )
 def test_what_no_container_could_be_is_refused(override: str, message: str) -> None:

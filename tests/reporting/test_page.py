@@ -223,7 +223,7 @@ def test_one_run_is_a_page_too(trained: Launched, tmp_path: Path) -> None:
             ["task.sweep=a", "task.run=b"],
             "set either task.sweep (a folder of runs) or task.run (the folder of one run)",
         ),
-        (["task.sweep=a", "lr=1"], "lr=1 would change nothing: the report only reads the folder; remove it"),
+        (["task.sweep=a", "lr=1"], "lr=1 has no effect: the report only reads the folder; remove it"),
         (["task.sweep=/nowhere"], "task.sweep (/nowhere) is not a folder; name one like outputs/sweeps/TIME"),
         (["task.sweep=conf"], "conf) holds no runs: none of its folders has config.yaml and status.json"),
         (["task.run=conf"], "conf) is not the folder of a training run; for a folder of runs write task.sweep="),

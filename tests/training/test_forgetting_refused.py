@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "max_length": (["replay=generated", "replay.max_length=1"], r"replay\.max_length \(1\) must be at least 2"),
     "random tokens": (
         ["replay=demo", "data=mock"],
-        r"replay\.ratio \(0\.25\) would change nothing with data=mock, which is random tokens alone; write replay=none",
+        r"replay\.ratio \(0\.25\) has no effect with data=mock, which is random tokens alone; write replay=none",
     ),
     "no sets": (["replay=files", "replay.datasets={}"], r"replay\.datasets is empty; write .*, or replay=none"),
     "replay's name": (

@@ -1,4 +1,4 @@
-"""``task=continual``: a chain of runs, each starting from another's result. Values live in conf/task/continual.yaml."""
+"""The settings of task=continual: a sequence of runs, each initialized from an earlier one."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from qwen_cl.config.replay import check_names
 from qwen_cl.config.task.training import TaskConfig
 
 STAGE_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
-"""Becomes part of a folder's name: no slash, no dot at either end, no two of them."""
+"""Stage names, which become folder names: no slash, no leading, trailing or double dots."""
 MODEL = "model"
-"""What ``init_from`` says for the model given, which is no stage."""
+"""Value of ``init_from`` for the given model."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
+    """A stage of a continual run."""
+
     name: str
     init_from: str | None = None
-    """A stage before this one, or ``model``; None for the stage just before, and the model for the first."""
+    """An earlier stage, or ``model``; None for the previous stage, or the model for the first."""
     overrides: list[str] = field(default_factory=list)
-    """As on the command line, after those that all stages share."""
+    """Overrides of this stage, after those of all stages."""
     eval_sets: list[str] = field(default_factory=list)
-    """The sets this stage is for; the measures of transfer need it. A set no stage teaches is what the model knew."""
+    """Sets that this stage trains for, needed for the transfer metrics. Sets of no stage are prior knowledge."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ContinualConfig(TaskConfig):
     stages: list[StageConfig]
     overrides: list[str]
-    """Of every stage, before those of the command line."""
+    """Overrides of all stages, before those of the command line."""
     sets: dict[str, str]
     """Files evaluated before the first stage and after each, by name."""
     evaluation: list[str]
-    """Overrides of the ``task=evaluate`` that does it."""
+    """Overrides of the evaluations, which are ``task=evaluate``."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -49,7 +51,7 @@ class ContinualConfig(TaskConfig):
         check_names("task.sets", self.sets)
 
     def taught_in(self, name: str) -> int:
-        """Number of the stage, from 1 on, that first teaches a set; 0 for none."""
+        """Return the number, from 1, of the first stage that trains for a set; 0 for none."""
         return next((number for number, stage in enumerate(self.stages, start=1) if name in stage.eval_sets), 0)
 
 
@@ -62,8 +64,10 @@ def _check_stage(stage: StageConfig, where: str, before: list[str], sets: dict[s
     if stage.name in before:
         raise UserError(f"{where}.name ({stage.name}) is taken by task.stages[{before.index(stage.name)}]; rename one")
     if stage.init_from not in (None, MODEL, *before):
-        there = ", ".join([*before, MODEL])
-        raise UserError(f"{where}.init_from ({stage.init_from}) names no stage before {stage.name}; there are {there}")
+        available = ", ".join([*before, MODEL])
+        raise UserError(
+            f"{where}.init_from ({stage.init_from}) is not a stage before {stage.name}; choose from {available}"
+        )
     for name in stage.eval_sets:
         if name not in sets:
-            raise UserError(f"{where}.eval_sets ({name}) is no set; task.sets has {', '.join(sets) or 'none'}")
+            raise UserError(f"{where}.eval_sets ({name}) is not a set; task.sets has {', '.join(sets) or 'none'}")

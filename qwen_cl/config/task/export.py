@@ -29,21 +29,21 @@ class ExportDtype(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig(TaskConfig):
-    """Write what a run trained for transformers and PEFT. All else about the run is in its own config.yaml."""
+    """The export of a run for transformers and PEFT. Other settings are in the run's config.yaml."""
 
     run: str
     """Folder of the run."""
     step: int | None
-    """Which checkpoint; None for the newest that is whole."""
+    """Step of the checkpoint; None for the latest valid one."""
     output: str | None
-    """Folder to make; None for ``export-<format>`` in the run's."""
+    """Output folder; None for ``export-<format>`` in the run folder."""
     format: ExportFormat
     dtype: ExportDtype
-    """Of the merged model; ``auto`` keeps the base model's, tensor by tensor."""
+    """Dtype of the merged model; ``auto`` keeps that of each base tensor."""
     max_shard_size: str
-    """Of one safetensors file, like 5GB; also about what memory is needed."""
+    """Maximum size of a safetensors file, like 5GB; also the approximate memory needed."""
     push_to: str | None
-    """``hf://ORG/NAME`` to upload to; None to keep it here."""
+    """``hf://ORG/NAME`` to upload to; None for no upload."""
 
     def __post_init__(self) -> None:
         if not self.run.strip():

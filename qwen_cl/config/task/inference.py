@@ -1,4 +1,4 @@
-"""The tasks that ask a finished model: ``task=generate`` and ``task=evaluate``. Values live in conf/task/*.yaml."""
+"""The settings of task=generate and task=evaluate."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from qwen_cl.config.validation import require
 
 @dataclass(kw_only=True, slots=True)
 class AnswersConfig(TaskConfig):
-    """A model and what it writes. The model is ``model=…``, or what a run made of it."""
+    """The generation settings of a model, given by ``model=…`` or a run."""
 
     run: str | None
-    """Folder of a run; None for the model as it is."""
+    """Folder of a run; None for the base model."""
     step: int | None
-    """Which of the run's checkpoints; None for the newest that is whole."""
+    """Step of the run's checkpoint; None for the latest valid one."""
     prompts: str | None
-    """A text file with a prompt a line, or a file of rows with ``prompt`` or ``messages``."""
+    """A text file with one prompt per line, or a file of rows with ``prompt`` or ``messages``."""
     raw: bool
-    """Continue the prompt as it stands, without the chat template."""
+    """Continue the prompt as raw text, without the chat template."""
     max_new_tokens: int
     temperature: float
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 for greedy decoding."""
     top_p: float
-    """Tokens are drawn from the likeliest that together have this probability."""
+    """Probability mass of the most likely tokens to sample from."""
     batch_size: int
-    """Sequences at a time."""
+    """Sequences per batch."""
     output: str | None
-    """File to write; None for none."""
+    """Output file, or None."""
 
     def __post_init__(self) -> None:
         require("task.max_new_tokens", self.max_new_tokens, at_least=1)
@@ -48,26 +48,26 @@ class AnswersConfig(TaskConfig):
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig(AnswersConfig):
     prompt: str | None
-    """The one prompt; None where ``prompts`` has them."""
+    """A single prompt; None with ``prompts``."""
 
     def __post_init__(self) -> None:
         AnswersConfig.__post_init__(self)
         if self.prompt is not None and not self.prompt.strip():
-            raise UserError("task.prompt is empty; write what the model shall answer")
+            raise UserError("task.prompt is empty; write a prompt for the model")
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(AnswersConfig):
     sets: dict[str, str]
-    """Files by the name their results get."""
+    """Files of the evaluation sets, by name."""
     sequence_length: int
-    """Tokens the model sees at once; longer rows are cut, texts go on in the next sequence."""
+    """Tokens per sequence; longer rows are truncated, texts continue in the next sequence."""
     loss_on: LossOn
-    """Which tokens of a conversation count."""
+    """Loss tokens of a conversation."""
     lm_eval: list[str]
     """Tasks of lm-evaluation-harness."""
     lm_eval_include: str | None
-    """Directory with task files of your own."""
+    """Directory with custom task files."""
 
     def __post_init__(self) -> None:
         AnswersConfig.__post_init__(self)

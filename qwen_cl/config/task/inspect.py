@@ -11,12 +11,12 @@ from qwen_cl.config.validation import require
 
 @dataclass(kw_only=True, slots=True)
 class InspectConfig(TaskConfig):
-    """Print what a model is and what this machine can do with it; the sizes are those memory is estimated for."""
+    """The inspection of a model; memory is estimated for these sizes."""
 
     sequence_length: int
     micro_batch_size: int = field(metadata=setting(Affects.execution))
     micro_batches: int
-    """Per rank and step: a pipeline keeps as many in flight as it has stages."""
+    """Micro batches per rank and step; a pipeline has one in flight per stage."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "micro_batch_size", "micro_batches"):

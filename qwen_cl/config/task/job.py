@@ -1,4 +1,4 @@
-"""``task=job``: a run that was submitted. Values live in conf/task/job.yaml."""
+"""The settings of task=job: control of a submitted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``task=report``: a page of finished runs. Values live in conf/task/report.yaml."""
+"""The settings of task=report: a page about finished runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qwen_cl.config.task.training import TaskConfig
 @dataclass(kw_only=True, slots=True)
 class ReportConfig(TaskConfig):
     sweep: str | None
-    """Folder of runs, each in a folder of its own."""
+    """Folder with one folder per run."""
     run: str | None
     """Folder of one run."""
     output: str | None
-    """File to make; None for report.html in that folder."""
+    """Output file; None for report.html in that folder."""
     publish: bool
-    """Make a W&B workspace and report too."""
+    """Also create a W&B workspace and report."""
 
     def __post_init__(self) -> None:
         for key in ("sweep", "run", "output"):

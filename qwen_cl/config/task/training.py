@@ -1,4 +1,4 @@
-"""What a run does: the choices of the group ``task``. See schema.py for the mechanics."""
+"""The settings of the training tasks: task=finetune and task=pretrain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LrSchedule(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TaskConfig:
-    pass
+    """The base of all tasks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,40 +34,40 @@ class TrainingConfig(TaskConfig):
     max_steps: int
     """Optimizer steps."""
     max_time: str | None = field(metadata=setting(Affects.nothing))
-    """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: it saves, and ends as PREEMPTED."""
+    """Wall-clock limit, ``[D-]HH:MM:SS`` from the start of the run's processes: the run saves and ends as PREEMPTED."""
     global_batch_size: int
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | str = field(metadata=setting(Affects.execution))
-    """Sequences per forward pass of one rank, or auto."""
+    """Sequences per micro batch of one rank, or auto."""
     sequence_length: int
-    """Tokens; longer rows are cut."""
+    """Tokens per sequence; longer rows are truncated."""
     warmup_steps: int
     """Optimizer steps over which the learning rate rises from 0."""
     lr_schedule: LrSchedule
-    """How the learning rate goes on after its warm-up."""
+    """Learning rate schedule after warm-up."""
     min_lr_ratio: float
-    """Final learning rate as a fraction of ``lr``, of the schedules that decay."""
+    """Final learning rate as a fraction of ``lr``, for schedules with decay."""
     decay_ratio: float
-    """Part of ``max_steps`` that ``warmup_hold_decay`` decays in."""
+    """Fraction of ``max_steps`` in which ``warmup_hold_decay`` decays."""
     weight_decay: float
     clip_grad: float
-    """Maximum norm of the gradient; 0 turns clipping off."""
+    """Maximum gradient norm; 0 disables clipping."""
     val_check_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between validations; step 0 and the last step are always validated."""
     checkpoint_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between checkpoints; the last step is always saved."""
     async_save: bool = field(metadata=setting(Affects.nothing))
-    """Training goes on while a checkpoint is written."""
+    """Write checkpoints in the background."""
     keep_last: int = field(metadata=setting(Affects.execution))
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints to retain."""
     keep_best: int = field(metadata=setting(Affects.execution))
-    """How many with the lowest validation loss stay beside them, of those whose step was validated."""
+    """Number of validated checkpoints with the lowest validation loss to retain in addition."""
     log_interval: int = field(metadata=setting(Affects.execution))
     """Optimizer steps between lines of metrics.jsonl."""
     sample_prompts: int = field(metadata=setting(Affects.execution))
-    """How many of the validation set's are answered before and after; 0 for none."""
+    """Validation prompts to answer before and after training; 0 for none."""
     sample_tokens: int = field(metadata=setting(Affects.execution))
-    """At most, of each answer."""
+    """Maximum tokens per answer."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -112,18 +112,18 @@ class TrainingConfig(TaskConfig):
 
     @property
     def resolved_micro_batch_size(self) -> int:
-        """``micro_batch_size`` of a plan, which has it settled."""
+        """The ``micro_batch_size`` of a plan, where it is a number."""
         assert isinstance(self.micro_batch_size, int)
         return self.micro_batch_size
 
     @property
     def is_packed(self) -> bool:
-        """Several conversations share a sequence."""
+        """True if several conversations share a sequence."""
         return False
 
     @property
     def trained_tokens(self) -> LossOn:
-        """The tokens whose loss is trained on."""
+        """The loss tokens of conversations."""
         return LossOn.all
 
     @property
@@ -133,12 +133,12 @@ class TrainingConfig(TaskConfig):
 
 @dataclass(kw_only=True, slots=True)
 class FinetuneConfig(TrainingConfig):
-    """Instruction data, rendered by the model's own chat template."""
+    """Fine-tuning on instruction data, rendered by the model's chat template."""
 
     loss_on: LossOn
-    """Which tokens of a conversation count."""
+    """Loss tokens of a conversation."""
     packing: bool
-    """Several conversations in one training sequence, each attending to itself alone."""
+    """Pack several conversations into a sequence, each attending to itself only."""
 
     @property
     def is_packed(self) -> bool:
@@ -151,4 +151,4 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclass(kw_only=True, slots=True)
 class PretrainConfig(TrainingConfig):
-    """Raw text: documents joined by the end-of-text token and cut into full sequences."""
+    """Training on raw text: documents joined by the end-of-text token and cut into full sequences."""

@@ -39,7 +39,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(LrScheduleFromConfig),
         run.Config(RunEndHooksOnResume),
         run.Config(HeartbeatCallback),
-        run.Config(SpeedOptimizations, output_dir=str(output_dir), **config.speed.taken()),
+        run.Config(SpeedOptimizations, output_dir=str(output_dir), **config.speed.enabled()),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
         *_samples(config, output_dir),  # before RunRecorder, whose clock then starts

@@ -24,7 +24,7 @@ SMALL_FILES = 64 * 2**20
 
 
 class NoRoomError(OSError):
-    """The disk cannot take a checkpoint; what was saved before is untouched."""
+    """The disk cannot take a checkpoint; earlier checkpoints are intact."""
 
 
 def expected_size(trainer: pl.Trainer) -> int:

@@ -175,5 +175,5 @@ def test_what_is_no_submitted_run_is_refused(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).status().state == "RUNNING"
     with pytest.raises(UserError, match=r"is a run on this machine"):
         look(str(tmp_path))
-    with pytest.raises(UserError, match=r"^lr=1 would change nothing: the run's config is in its folder; remove it$"):
+    with pytest.raises(UserError, match=r"^lr=1 has no effect: the run's config is in its folder; remove it$"):
         look(str(tmp_path), "task=job", "lr=1")

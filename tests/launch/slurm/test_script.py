@@ -218,13 +218,16 @@ def test_the_last_word_for_a_job_that_is_over(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("cluster.accelerator=auto", "cluster.accelerator (auto) cannot be found out from here; write gpu or cpu"),
+        (
+            "cluster.accelerator=auto",
+            "cluster.accelerator (auto) cannot be detected from this machine; write gpu or cpu",
+        ),
         ("cluster.nodes=0", "cluster.nodes (0) must be at least 1"),
         ("cluster.time=4h", "cluster.time (4h) must be in Slurm's form: MINUTES, HH:MM:SS or D-HH:MM:SS"),
         ("cluster.grace_seconds=70000", "cluster.grace_seconds (70000) must be at most 65535"),
         ("cluster.max_requeues=-1", "cluster.max_requeues (-1) must be at least 0"),
         ("cluster.account=' '", "cluster.account is empty; write a name, or null"),
-        ("cluster.container_mounts=[/a:/b]", "cluster.container_mounts (/a:/b) would change nothing without"),
+        ("cluster.container_mounts=[/a:/b]", "cluster.container_mounts (/a:/b) have no effect without"),
         ("cluster.options={--mem: 1G}", "cluster.options.--mem must be a long option of sbatch without its dashes"),
         ("cluster.options={time: 1}", "cluster.options.time is set by cluster.time; remove it"),
         ("cluster.options={output: x}", "cluster.options.output is needed by the batch script itself; remove it"),
