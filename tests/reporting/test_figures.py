@@ -145,6 +145,6 @@ def test_the_demonstration_is_three_ways_to_learn_from_one_start(
     ]
     assert shown.count(f"starts from  {ROOT / 'qwen_cl/demo/model'}\n") == 3
     assert shown.count(" seed=7 ") == 3
-    for override in ("peft=none lr=1e-3 replay=none", "peft=none lr=1e-3 replay=demo", "peft=lora lr=5e-4 replay=none"):
+    for override in ("peft=full lr=1e-3 replay=none", "peft=full lr=1e-3 replay=demo", "peft=lora lr=5e-4 replay=none"):
         assert override in shown
     assert not (tmp_path / "chain").exists()
