@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         rows = _write_tokens(common, json.loads((model / "config.json").read_text())["vocab_size"])
         for training in arguments.training:
             for micro in arguments.micro_batch:
-                for number, (framework, windows) in enumerate(_order(arguments.frameworks, arguments.runs)):
+                for number, (framework, windows) in enumerate(run_order(arguments.frameworks, arguments.runs)):
                     specification = {**common, "training": training, "micro_batch_size": micro, "rows": rows}
                     specification["timed_steps"] *= windows
                     directory = base / f"{training}-{micro}-{number}"
@@ -126,7 +126,7 @@ def measure(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     return results
 
 
-def _order(frameworks: list[str], runs: int) -> list[tuple[str, int]]:
+def run_order(frameworks: list[str], runs: int) -> list[tuple[str, int]]:
     """Return the framework of each run, and the factor on its number of timed steps.
 
     The two runs in the middle are of one framework and share a process: a compiled model takes one to two minutes to

@@ -38,6 +38,7 @@ SLOWEST = (
     "test_parallel",
     "test_run_stages",
     "test_hugging_face",
+    "test_errors",
     "test_run",
 )
 """The test files that start first, as each runs in one process and takes long."""

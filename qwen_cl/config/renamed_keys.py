@@ -47,7 +47,8 @@ STATUS_FIELDS = {
 """Fields of status.json."""
 SYNONYMS = ("peft.type",)
 """Keys whose earlier values stay valid names, which needs no line."""
-_reported: set[str] = set()
+reported: set[str] = set()
+"""The earlier names that this process has reported."""
 
 
 def rename_overrides(arguments: Iterable[str]) -> list[str]:
@@ -188,7 +189,7 @@ def _refuse_both(old: str, new: str) -> None:
 
 
 def _report(changes: Mapping[str, str]) -> None:
-    unknown = {old: new for old, new in changes.items() if old not in _reported}
+    unknown = {old: new for old, new in changes.items() if old not in reported}
     if unknown:
-        _reported.update(unknown)
+        reported.update(unknown)
         print(", ".join(f"{old} is now {new}" for old, new in unknown.items()), file=sys.stderr)

@@ -26,17 +26,17 @@ LOST = "results_queue should not be empty"
 
 _staged: list[Any] = []
 """What is being written, of the one checkpoint that may be."""
-_stock_preload = FileSystemWriterAsync.preload_tensors
 
 
 def hold_what_is_staged() -> None:
     """Keep it until the writers are through."""
-    replace(FileSystemWriterAsync, "preload_tensors", staticmethod(_preload))
+    stock = FileSystemWriterAsync.preload_tensors
 
+    def preload(write_buckets: Any, non_blocking: bool = True) -> Any:
+        _staged[:] = [stock(write_buckets, non_blocking)]
+        return _staged[0]
 
-def _preload(write_buckets: Any, non_blocking: bool = True) -> Any:
-    _staged[:] = [_stock_preload(write_buckets, non_blocking)]
-    return _staged[0]
+    replace(FileSystemWriterAsync, "preload_tensors", staticmethod(preload))
 
 
 class Writers:

@@ -54,7 +54,7 @@ def drawable_text(figure: Any) -> Iterator[None]:
 
     ticks = {id(tick) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklabels()}
     texts = [text for text in figure.findobj(Text) if text.get_text() and id(text) not in ticks]
-    families = [BUNDLED, *_families_for("".join(text.get_text() for text in texts))]
+    families = [BUNDLED, *families_for("".join(text.get_text() for text in texts))]
     for text in texts:
         text.set_parse_math(False)  # a "$" in a name is not math
         text.set_text(_readable(text.get_text(), families))
@@ -63,7 +63,7 @@ def drawable_text(figure: Any) -> Iterator[None]:
         yield
 
 
-def _families_for(text: str) -> list[str]:
+def families_for(text: str) -> list[str]:
     """Return the installed families, in the order of FAMILIES, that cover the characters the bundled font lacks."""
     missing = set(map(ord, text)) - _letters(BUNDLED)
     if not missing:

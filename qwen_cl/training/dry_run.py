@@ -84,14 +84,14 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "tokens per step",
-            f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{_padding(config)}",
+            f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{padding_note(config)}",
         ),
         ("learning rate", f"{config.lr:g}"),
         ("levers", ", ".join(name for name, taken in config.speed.enabled().items() if taken) or "none"),
     ]
 
 
-def _padding(config: RunConfig) -> str:
+def padding_note(config: RunConfig) -> str:
     if not isinstance(config.task, FinetuneConfig):
         return ""
     if has_static_shapes(config):

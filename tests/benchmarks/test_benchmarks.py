@@ -57,11 +57,11 @@ def test_what_cannot_be_measured_is_refused_first(said: str, rule: str) -> None:
 
 def test_the_order_of_the_frameworks() -> None:
     """A-B-C-C-B-A, where the two in the middle share a process."""
-    from benchmarks.throughput import _order
+    from benchmarks.throughput import run_order
 
-    assert _order(["a", "b", "c"], 2) == [("a", 1), ("b", 1), ("c", 2), ("b", 1), ("a", 1)]
-    assert _order(["a", "b", "c"], 1) == [("a", 1), ("b", 1), ("c", 1)]
-    assert _order(["a"], 2) == [("a", 1), ("a", 1)]
+    assert run_order(["a", "b", "c"], 2) == [("a", 1), ("b", 1), ("c", 2), ("b", 1), ("a", 1)]
+    assert run_order(["a", "b", "c"], 1) == [("a", 1), ("b", 1), ("c", 1)]
+    assert run_order(["a"], 2) == [("a", 1), ("a", 1)]
 
 
 @pytest.mark.slow

@@ -113,6 +113,7 @@ def test_a_printed_folder_can_be_pasted(folder: str) -> None:
     assert str(node.dir) == folder
 
 
+@pytest.mark.slow
 def test_the_launcher_itself(tmp_path: Path) -> None:
     """An odd folder and name, unquoted for Hydra."""
     folder = tmp_path / "日本 (1)=a$b'c"

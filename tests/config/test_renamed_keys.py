@@ -22,8 +22,8 @@ GIVEN = "{old} and {new} are both given, the earlier and today's name of one key
 
 
 @pytest.fixture(autouse=True)
-def nothing_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renamed_keys, "_reported", set())
+def nothing_reported() -> None:
+    renamed_keys.reported.clear()
 
 
 def test_every_new_name_is_a_key_and_no_earlier_one_is() -> None:
@@ -183,6 +183,7 @@ def test_a_command_with_both_names_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_over_an_earlier_name(tmp_path: Path) -> None:
     code, stdout, stderr = sweep(
         tmp_path / "sweep", "dry_run=true", "cluster.accelerator=cpu", "replay=demo", "replay.share=0.1,0.2"

@@ -119,6 +119,7 @@ def plan_hash(*said: str) -> str | None:
     return make_plan(compose_run("task=pretrain", "cluster.accelerator=cpu", *said)).data_hash
 
 
+@pytest.mark.slow
 def test_a_run_that_replays_or_retains_something_else_is_another(tmp_path: Path) -> None:
     (tmp_path / "old.jsonl").write_bytes(json_lines(["Something old."]))
     (tmp_path / "moved.jsonl").write_bytes(json_lines(["Something old."]))

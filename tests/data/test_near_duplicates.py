@@ -141,6 +141,7 @@ def test_nothing_left_to_validate_on_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
 def test_a_validation_set_of_its_own_keeps_them_and_says_so(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", LONG[:5])
@@ -163,6 +164,7 @@ def test_the_worker_has_the_same_split(tmp_path: Path) -> None:
     assert not folder.moved_rows.exists()
 
 
+@pytest.mark.slow
 def test_documents_are_moved_too_and_the_worker_is_told(tmp_path: Path) -> None:
     path = written(tmp_path / "b.jsonl", [*LONG[:11], *map(edited, LONG[:2])])
     plan = planned(path, "data.validation_fraction=0.4", "seed=1", kind="text")
@@ -181,6 +183,7 @@ def test_documents_are_moved_too_and_the_worker_is_told(tmp_path: Path) -> None:
     assert near_of(plan).moved
 
 
+@pytest.mark.slow
 def test_headings_of_a_text_file_do_not_stop_it(tmp_path: Path) -> None:
     """Short pieces that are there twice train; a long one that is there twice is refused as ever."""
     pieces: list[str] = []

@@ -175,6 +175,7 @@ def test_the_message_names_both_lines_the_counts_and_the_fix(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_unless_overlap_is_allowed(tmp_path: Path) -> None:
     lines = (ROOT / "qwen_cl/demo/data/instructions.train.jsonl").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "rows.jsonl"

@@ -113,6 +113,7 @@ def test_what_no_container_could_be_is_refused(override: str, message: str) -> N
     assert str(refused.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_submitted_says_so(tmp_path: Path) -> None:
     done = launch("cluster=kubernetes", "cluster.image=nemo:25.07", directory=tmp_path / "run")
     assert done.returncode == 2

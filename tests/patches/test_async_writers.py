@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,30 +78,45 @@ def steps(folder: RunFolder) -> list[int]:
 
 def test_steps_are_trained_while_a_checkpoint_is_written(runs: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    ended = train(folder, *LORA, fault=Both(AtWriting(2, until=4), note_staged))
+    ended = train(folder, *LORA, fault=Both(AtWriting(2, until=4), note_copies))
     assert ended.returncode == 0, ended.log[-2000:]
     assert measured(folder) == measured(runs[0])
     assert steps(folder) == [6, 4, 2]
-    staged = (folder.directory / "staged").read_text().split()
-    assert staged[:4] == ["1:0", "2:0", "3:1", "4:1"]  # memory that nobody else may have meanwhile
+    copies = (folder.directory / "copies").read_text().split()
+    assert copies[:4] == ["1:0", "2:0", "3:1", "4:1"]  # their memory is not reused while the writers read it
     for name in ("__0_0.distcp", "__0_1.distcp"):  # what was when the save began, not when it was written
         ours, theirs = (run.checkpoints / "step=2/weights" / name for run in (folder, runs[1]))
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def note_staged(folder: RunFolder) -> None:
-    from qwen_cl.patches import async_writers
+class Copies(list[Any]):
+    """A list that weak references may point to."""
 
-    stock = RunFolder.append_metrics
+
+def note_copies(folder: RunFolder) -> None:
+    """Note at each training step how many copies of tensors, made for writers, have not been released."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from qwen_cl.patches.async_writers import hold_what_is_staged
+
+    made: list[weakref.ref[Copies]] = []
+    stock_preload, stock_append = FileSystemWriterAsync.preload_tensors, RunFolder.append_metrics
+
+    def preload(write_buckets: Any, non_blocking: bool = True) -> Copies:
+        copies = Copies(stock_preload(write_buckets, non_blocking))
+        made.append(weakref.ref(copies))
+        return copies
 
     def append(this: RunFolder, line: dict[str, Any]) -> None:
         if "train/loss" in line:
-            with (folder.directory / "staged").open("a") as stream:
-                stream.write(f"{line['step']}:{len(async_writers._staged)} ")
-        stock(this, line)
+            with (folder.directory / "copies").open("a") as stream:
+                stream.write(f"{line['step']}:{sum(copies() is not None for copies in made)} ")
+        stock_append(this, line)
 
     patched: Any = RunFolder
     patched.append_metrics = append
+    FileSystemWriterAsync.preload_tensors = staticmethod(preload)
+    hold_what_is_staged()  # again, over the function that counts
 
 
 def test_without_it_training_waits(tmp_path: Path) -> None:

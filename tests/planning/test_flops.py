@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from qwen_cl.data.examples import Example
 from qwen_cl.models.architecture import Architecture, read_architecture
 from qwen_cl.models.reference import read_model_config
 from qwen_cl.planning.flops import peak_flops, training_flops
-from qwen_cl.training.callbacks.metrics import _work_of_step
 from tests.support.models import save_random_model
 
 LENGTH = 96
@@ -62,14 +59,6 @@ def test_an_adapter_is_what_torch_counts(directory: Path) -> None:
     expected = flops.of(LENGTH, LENGTH**2) - (2 * qkv + adapter_inputs) * LENGTH
     assert expected == pytest.approx(counted(model, LENGTH), rel=1e-3)
     assert flops.per_token < training_flops(architecture, None).per_token
-
-
-def test_conversations_that_share_a_sequence_attend_within_each() -> None:
-    alone, packed = Example(list(range(5)), ((1, 5),)), Example(list(range(9)), ((1, 4), (5, 9)), starts=(0, 4))
-    data = SimpleNamespace(global_batch_size=2, train_dataset=[None, None, alone, packed])
-    trainer: Any = SimpleNamespace(datamodule=data)
-    # Positions see themselves and what is before: 1 + 2 + 3 + 4 alone; 1 + 2 + 3 and again 1 + 2 + 3 + 4 packed.
-    assert _work_of_step(trainer, 1) == (4 + 3 + 4, 10 + 6 + 10)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Launched, launch
 from tests.support.hub import Hub, client_environment
 from tests.support.models import DEMO_MODEL, save_random_model
@@ -21,6 +23,7 @@ def layouts(done: Launched) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in row[:3]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_directory(tmp_path: Path) -> None:
     model = save_random_model(tmp_path / "model", family="qwen3", heads=6, kv_groups=3, layers=4, tied=False)
     (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", encoding="utf-8")
@@ -37,6 +40,7 @@ def test_a_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs/run").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_without_fetching_its_weights(tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}
     files["README.md"] = b"---\nlicense: mit\n---\n"

@@ -128,6 +128,7 @@ def test_stages_that_measured_nothing_are_compared_without_a_picture(tmp_path: P
     assert "only" in said.getvalue()
 
 
+@pytest.mark.slow
 def test_the_demonstration_is_three_ways_to_learn_from_one_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

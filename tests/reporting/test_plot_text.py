@@ -45,7 +45,7 @@ def test_without_a_font_names_are_in_ascii(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_font_of_the_system_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not plot_text._families_for("日本"):
+    if not plot_text.families_for("日本"):
         pytest.skip("this machine has no font with Japanese letters")
     drawn = _draw("日本 (1)=a$b'c", tmp_path / "report.png", monkeypatch)
     assert "日本 (1)=a$b'c" in drawn
@@ -53,4 +53,4 @@ def test_a_font_of_the_system_draws_them(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_latin_text_needs_no_other_font() -> None:
-    assert plot_text._families_for("Learning and forgetting, été") == []
+    assert plot_text.families_for("Learning and forgetting, été") == []

@@ -58,7 +58,7 @@ def _probe(out: Path, directory: Path, config: RunConfig) -> None:
     from qwen_cl.models.loading.nemo_shards import fill_from_nemo
 
     plan = make_plan(config)
-    model = _build(plan)
+    model = build_model(plan)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     checkpoint: Any
@@ -78,7 +78,7 @@ def _probe(out: Path, directory: Path, config: RunConfig) -> None:
         save_file({"logits": logits[..., : plan.architecture.vocab_size].contiguous()}, out / f"{directory.name}.st")
 
 
-def _build(plan: Any) -> Any:
+def build_model(plan: Any) -> Any:
     import fiddle
     from megatron.core import parallel_state
 

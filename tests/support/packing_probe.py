@@ -48,7 +48,7 @@ def changed_examples() -> list[Example]:
 
 
 def main(out: Path, directory: Path) -> None:
-    from tests.support.layout_probe import _build, run_config
+    from tests.support.layout_probe import build_model, run_config
 
     config = run_config("model=local", f"model.source='{directory}'", "task.sequence_length=128")
     from qwen_cl.planning.plan import make_plan
@@ -68,7 +68,7 @@ def main(out: Path, directory: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=0, world_size=1)
     parallel_state.initialize_model_parallel(1, 1)
     model_parallel_cuda_manual_seed(1)
-    model = _build(plan)
+    model = build_model(plan)
     fill(model.sharded_state_dict(), model.named_parameters(), Checkpoint(directory), plan.architecture)
     model.train()
     alone, packed, changed = (collate(make()) for make in (probe_examples, packed_examples, changed_examples))

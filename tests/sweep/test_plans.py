@@ -57,6 +57,7 @@ def dry_run(directory: Path, capsys: pytest.CaptureFixture[str], *said: str) -> 
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(tmp_path / "sweep", capsys, "peft=lora,none", "peft.rank=8,32", "lr=1e-4,3e-4")
     assert lines[0] == "peft.rank is dropped for peft=none, which has no such key"
@@ -74,6 +75,7 @@ def test_a_key_that_a_choice_lacks_is_left_out_there(tmp_path: Path, capsys: pyt
     assert lines[6].startswith("04-none-lr_0.0001 ")
 
 
+@pytest.mark.slow
 def test_a_sweep_on_slurm_shows_its_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "sweep"
     lines = dry_run(directory, capsys, "cluster=slurm", "lr=1e-4,2e-4", "cluster.devices=1,2")

@@ -79,6 +79,7 @@ def states(source: Proposals) -> list[str]:
     return [trial.state.name for trial in source.study.trials]
 
 
+@pytest.mark.slow
 def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     first = proposals(planner, directory, n_trials=4)
@@ -112,6 +113,7 @@ def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner,
     assert states(second) == ["COMPLETE", "FAIL", "COMPLETE", "RUNNING"]
 
 
+@pytest.mark.slow
 def test_a_point_proposed_again_is_not_run_again(planner: Planner, tmp_path: Path) -> None:
     source = proposals(planner, tmp_path / "sweep", space=["seed=1,2"], n_trials=8)
     only = [start(next_of(source)), start(next_of(source))]
@@ -124,6 +126,7 @@ def test_a_point_proposed_again_is_not_run_again(planner: Planner, tmp_path: Pat
     assert {trial.value for trial in source.study.trials} == {3.0, 2.0}
 
 
+@pytest.mark.slow
 def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path) -> None:
     source = proposals(planner, tmp_path / "sweep", "task.max_steps=40", n_trials=4, reduction_factor=2, min_steps=2)
     good, bad = start(next_of(source)), start(next_of(source))
@@ -145,6 +148,7 @@ def test_who_falls_behind_at_a_rung_is_stopped(planner: Planner, tmp_path: Path)
     assert later.next() is None
 
 
+@pytest.mark.slow
 def test_two_objectives_make_a_front(planner: Planner, tmp_path: Path) -> None:
     both: dict[str, Any] = {"objectives": ["val_loss", "forgetting"], "reduction_factor": None}
     source = proposals(planner, tmp_path / "sweep", n_trials=3, **both)

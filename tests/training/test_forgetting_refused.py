@@ -102,6 +102,7 @@ def test_a_broken_line_of_a_set_is_named(key: str, line: str, message: str, tmp_
         make_plan(compose_run("task=pretrain", f"{key}=files", f"{key}.{SETS[key]}={{english: '{path}'}}"))
 
 
+@pytest.mark.slow
 def test_the_launcher_says_it_in_one_line(tmp_path: Path) -> None:
     said, message = REFUSED["sum"]
     assert re.match(message, refuse("task=pretrain", *said, directory=tmp_path))

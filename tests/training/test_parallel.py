@@ -20,6 +20,8 @@ from tests.support.exporting import composed
 from tests.support.parallel_probe import Training
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},

@@ -57,7 +57,7 @@ def tokenize(
     processes = pool._processes  # the only list that includes processes which died at once
     try:
         for batch in _batches(documents):
-            under_way.append((pool.submit(_encode, [document.text for document in batch]), batch))
+            under_way.append((pool.submit(encode_texts, [document.text for document in batch]), batch))
             if len(under_way) > AHEAD * workers:
                 future, done = under_way.popleft()
                 yield _result(future, processes), done
@@ -122,7 +122,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: list[str]) -> TextBatch:
+def encode_texts(texts: list[str]) -> TextBatch:
     encodings = _Worker.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = [np.array([*encoding.ids, _Worker.eos_id], dtype=np.int32) for encoding in encodings]
     return TextBatch(

@@ -113,7 +113,7 @@ class RunRecorder(RunCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        tokens, pairs = _work_of_step(trainer, step - 1)
+        tokens, pairs = work_of_step(trainer.datamodule, step - 1)
         self.tokens += tokens
         self.pairs += pairs
         latest = self._on_its_way(step)
@@ -217,10 +217,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _work_of_step(trainer: pl.Trainer, step: int) -> tuple[int, int]:
-    """Tokens, and pairs of tokens that attend. The order of the rows is a function of seed and index, so any rank can
-    count for all."""
-    data = trainer.datamodule
+def work_of_step(data: Any, step: int) -> tuple[int, int]:
+    """Return the tokens of a step of a data module, and its pairs of tokens that attend. The order of the rows is a
+    function of seed and index, so any rank can count for all."""
     rows = range(step * data.global_batch_size, (step + 1) * data.global_batch_size)
     examples = [data.train_dataset[index] for index in rows]
     lengths = [stop - start - 1 for example in examples for start, stop in example.segments()]

@@ -53,7 +53,7 @@ class VerifyLogits(RunCallback):
         loss = total / tokens
         expected = torch.zeros((), device=torch.cuda.current_device())
         if trainer.is_global_zero:
-            expected += _transformers_loss(self.source, self.adapter, examples)
+            expected += transformers_loss(self.source, self.adapter, examples)
             self.folder.update_status(verified={"loss": loss, "transformers": float(expected)})
         torch.distributed.broadcast(expected, src=0)
         logger.info("Loss of a probe batch: %.6f here, %.6f by transformers", loss, expected)
@@ -95,7 +95,7 @@ def _probe_examples(dataset: Any) -> list[Example]:
 
 
 @torch.no_grad()
-def _transformers_loss(source: str, adapter: str | None, examples: list[Example]) -> float:
+def transformers_loss(source: str, adapter: str | None, examples: list[Example]) -> float:
     """In fp32 on the CPU, each row by itself; the model is gone when this returns. transformers reads the weights
     itself, and PEFT the adapter."""
     from transformers import AutoModelForCausalLM

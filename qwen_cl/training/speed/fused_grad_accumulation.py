@@ -29,7 +29,7 @@ def install(model: Any) -> int:
     if get_model_config(model[0]).gradient_accumulation_fusion:
         return 0
     groups = [
-        _Group(weights, _compiled())
+        GradientGroup(weights, _compiled())
         for part in model.modules()
         if isinstance(part, DistributedDataParallel) and not part.ddp_config.overlap_grad_reduce
         for weights in _grouped(part)
@@ -48,7 +48,7 @@ def _grouped(part: DistributedDataParallel) -> list[list[torch.nn.Parameter]]:
     return list(groups.values())
 
 
-class _Group:
+class GradientGroup:
     """Adds when all its weights have a gradient, at the latest when the backward pass ends."""
 
     def __init__(self, weights: list[torch.nn.Parameter], add: Add) -> None:
@@ -75,12 +75,12 @@ class _Group:
 
 
 @torch.no_grad()
-def _add(totals: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+def add_gradients(totals: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
     torch._foreach_add_(totals, gradients)
 
 
 @cache
 def _compiled() -> Add:
     """For the shapes of a layer once, and for each of the few that are in no layer."""
-    compiled: Add = torch.compile(_add, dynamic=False)
+    compiled: Add = torch.compile(add_gradients, dynamic=False)
     return compiled

@@ -53,7 +53,7 @@ def _forward(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
     layer, adapter = self.to_wrap, self.adapter
     down, up = adapter.linear_in.weight, adapter.linear_out.weight
     scale = adapter.alpha / adapter.dim
-    out = _JoinedProducts.apply(x.flatten(0, -2), layer.weight, layer.bias, down, up, scale)  # type: ignore[no-untyped-call]
+    out = joined_products(x.flatten(0, -2), layer.weight, layer.bias, down, up, scale)
     return out.view(*x.shape[:-1], -1), None
 
 
@@ -104,8 +104,17 @@ class _AddedProduct(torch.autograd.Function):
         return gradients[0], own @ up, own.flatten(0, -2).t() @ thin.flatten(0, -2), None
 
 
+def joined_products(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Return x W' + b + scale x D' U'. Shapes: x (tokens, in), weight W (out, in), down D (rank, in), up U (out, rank).
+    The weight and the bias get no gradient."""
+    out: torch.Tensor = _JoinedProducts.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _JoinedProducts(torch.autograd.Function):
-    """x W' + b + scale x D' U'. Shapes: x (tokens, in), weight W (out, in), down D (rank, in), up U (out, rank).
+    """The products of ``joined_products``.
 
     The thin columns are joined to whichever side saves the wider tensor.
     """

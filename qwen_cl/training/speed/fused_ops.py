@@ -27,7 +27,7 @@ def install(model: torch.nn.Module) -> None:
             replace(module, "get_query_key_value_tensors", MethodType(_query_key_value, module))
         elif type(module) is mlp.MLP and _is_swiglu(module.config):
             module.config.bias_activation_fusion = True  # Megatron then calls:
-            replace(mlp, "bias_swiglu_impl", _swiglu)
+            replace(mlp, "bias_swiglu_impl", swiglu)
 
 
 def _is_swiglu(config: Any) -> bool:
@@ -62,7 +62,7 @@ def _query_key_value(
     return query, key if self.k_layernorm is None else self.k_layernorm(key), value
 
 
-def _swiglu(both: torch.Tensor, bias: torch.Tensor | None, *others: Any) -> torch.Tensor:
+def swiglu(both: torch.Tensor, bias: torch.Tensor | None, *others: Any) -> torch.Tensor:
     """In place of ``bias_swiglu_impl``. Shapes: both (…, gates and values), returns (…, values)."""
     out: torch.Tensor = _SwiGLU.apply(both if bias is None else both + bias)  # type: ignore[no-untyped-call]
     return out
@@ -86,10 +86,10 @@ class _SwiGLU(torch.autograd.Function):
         gradient, share = gradients[0].to(exact), torch.sigmoid(gate)
         of_gate = (gradient * value * share * (1 + gate * (1 - share))).to(both.dtype)
         of_value = (gradient * gate * share).to(both.dtype)
-        return _in_parts(of_gate, of_value) if both.is_cuda else torch.cat((of_gate, of_value), dim=-1)
+        return concatenate_in_parts(of_gate, of_value) if both.is_cuda else torch.cat((of_gate, of_value), dim=-1)
 
 
-def _in_parts(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def concatenate_in_parts(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The two side by side."""
     step = -(-first.shape[-1] // (PARTS * ALIGNED)) * ALIGNED
     parts = (*torch.split(first, step, dim=-1), *torch.split(second, step, dim=-1))

@@ -46,11 +46,11 @@ except KeyboardInterrupt:
 """
 BUILD = """
 import sys
-from qwen_cl.data.corpus import tokens
+from qwen_cl.data.corpus import tokenizer_pool
 from qwen_cl.data.corpus.worker import main
 from tests.support import corpora
 if __name__ == "__main__":
-    tokens._encode = corpora.die_while_answering
+    tokenizer_pool.encode_texts = corpora.die_while_answering
     sys.exit(main())
 """
 STOPPED = ("interrupted", "killed", "builder", "worker")

@@ -149,6 +149,7 @@ def test_keys_are_inherited_but_for_those_of_the_launcher(monkeypatch: pytest.Mo
     assert "canary" not in render()
 
 
+@pytest.mark.slow
 def test_without_slurm_the_command_says_so(tmp_path: Path) -> None:
     done = launch(SLURM, "cluster.accelerator=cpu", directory=tmp_path / "run", environment={"PATH": str(tmp_path)})
     assert done.returncode == 2

@@ -45,6 +45,7 @@ def test_logits_equal_transformers_in_another_layout(
         assert (logits - expected).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_what_is_read_is_what_was_trained(base: Path) -> None:
     for name in NAMES:
         plan = plan_of(base / "checkpoints" / name)

@@ -23,7 +23,7 @@ from qwen_cl.models.config_files import copy_small_files
 from qwen_cl.models.formats.safetensors import Checkpoint, check_tensors
 from qwen_cl.models.formats.tensor_files import INDEX, SINGLE, weight_files
 from qwen_cl.models.reference import read_model_config, resolve
-from qwen_cl.training.callbacks.verify import _transformers_loss
+from qwen_cl.training.callbacks.verify import transformers_loss
 from tests.support.adapters import save_random_adapter
 from tests.support.exporting import composed
 from tests.support.models import save_random_model, write_index
@@ -108,8 +108,8 @@ def test_an_adapter_beside_the_model_is_not_verified_with_it(max_shard_size: str
         right = float(model(torch.tensor([examples[0].ids]), labels=torch.tensor([examples[0].ids])).loss)
     save_random_adapter(directory, directory)
     assert (directory / "adapter_config.json").is_file()
-    assert _transformers_loss(str(directory), None, examples) == pytest.approx(right, abs=1e-6)
-    assert abs(_transformers_loss(str(directory), str(directory), examples) - right) > 1e-3
+    assert transformers_loss(str(directory), None, examples) == pytest.approx(right, abs=1e-6)
+    assert abs(transformers_loss(str(directory), str(directory), examples) - right) > 1e-3
 
 
 def test_an_index_that_says_another_file_is_refused(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_a_file_that_went_missing_is_named_offline_and_fetched_online(name: str,
     assert machine.resolve(pinned["source"], weights=True) == pinned
 
 
+@pytest.mark.slow
 def test_a_cache_filled_by_another_tool_is_judged_by_its_files(machine: Machine) -> None:
     """Use a complete cache without a network, and refuse one that lacks a required file."""
     [directory, warnings] = by_huggingface_hub(machine, *WHOLE)

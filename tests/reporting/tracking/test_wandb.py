@@ -169,6 +169,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
     row("W&B is unreachable or refuses when a run starts", "the run logs offline, with a notice", "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -192,6 +193,7 @@ def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
     row("W&B fails during the run", "the run continues, and prints how to upload the rest", "nothing")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_nothing(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
     folder, status = failures["full disk"]
     files = [
@@ -212,6 +214,7 @@ def losses_of(record: Path) -> list[float]:
     return [line["history"]["item"]["train/loss"] for line in read_back(record)["history"]]
 
 
+@pytest.mark.slow
 def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, WandbRecord]]) -> None:
     """Check that trials are named by their differing values, and that one command uploads them all."""
     statuses = [failures[trial][1] for trial in TRIALS]
@@ -230,6 +233,7 @@ def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, WandbR
     assert all(str(record) in shown.stdout + shown.stderr for record in records)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_id(failures: dict[str, tuple[Path, WandbRecord]], tmp_path: Path) -> None:
     folder, status = failures["not there"]
     assert identify(compose_run(), RunFolder(folder)).id == status.id

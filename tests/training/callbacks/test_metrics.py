@@ -6,10 +6,12 @@ import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qwen_cl.data.examples import Example
 from qwen_cl.runs.folder import RunFolder
 from tests.conftest import ROOT
 from tests.support.interrupted_runs import AtRecord, losses, measured, overrides_of, train, whole_and_killed
@@ -25,19 +27,27 @@ class ReadLate:
     def __call__(self, folder: RunFolder) -> None:
         from qwen_cl.training.callbacks.metrics import RunRecorder
 
-        stock = RunRecorder._record
-
-        def record(self: Any, trainer: Any, step: Any, *measured: Any) -> None:
-            with (folder.directory / "recorded").open("a") as stream:
-                stream.write(f"{step.number}:{trainer.global_step} ")
-            waits = trainer.strategy.megatron_parallel[0].ddp_config.check_for_nan_in_grad
-            (folder.directory / "waits for each gradient").write_text(str(waits))
-            stock(self, trainer, step, *measured)
-
-        patched: Any = RunRecorder
-        patched.reads_late, patched._record = True, record
         if self.killed_at is not None:
             AtRecord(self.killed_at, signal.SIGKILL)(folder)
+        steps = [0]
+        stock_end, stock_append = RunRecorder.on_train_batch_end, RunFolder.append_metrics
+
+        def end(this: RunRecorder, trainer: Any, *others: Any) -> None:
+            steps.append(trainer.global_step)
+            waits = trainer.strategy.megatron_parallel[0].ddp_config.check_for_nan_in_grad
+            (folder.directory / "waits for each gradient").write_text(str(waits))
+            stock_end(this, trainer, *others)
+
+        def append(this: RunFolder, line: dict[str, Any]) -> None:
+            if "train/loss" in line:
+                with (folder.directory / "recorded").open("a") as stream:
+                    stream.write(f"{line['step']}:{steps[-1]} ")
+            stock_append(this, line)
+
+        patched: Any = RunRecorder
+        patched.reads_late, patched.on_train_batch_end = True, end
+        patched = RunFolder
+        patched.append_metrics = append
 
 
 @pytest.mark.slow
@@ -70,6 +80,7 @@ def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, 
 def _norms(out: Path) -> None:
     """Ours and Megatron's, of gradients to clip and of others; and what clipping leaves."""
     import torch
+    from megatron.core.optimizer import optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 
     from qwen_cl.training.setup import prepare
@@ -78,20 +89,32 @@ def _norms(out: Path) -> None:
     prepare(cpu=True)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=0, world_size=1)
     group = torch.distributed.group.WORLD
+    values = [
+        [torch.randn(shape, generator=torch.Generator().manual_seed(7)) * size for shape in (5, 40, 300)]
+        for size in (0.01, 3.0)
+    ]
+
+    def parameters_with(gradients: list[torch.Tensor]) -> list[Any]:
+        parameters: list[Any] = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient.clone()
+        return parameters
+
+    theirs, ours = ([parameters_with(gradients) for gradients in values] for _ in range(2))
+    norms = [
+        get_grad_norm_fp32([each.grad for each in parameters], grad_stats_parallel_group=group) for parameters in theirs
+    ]
+    for parameters, norm in zip(theirs, norms):
+        clip_grad_by_total_norm_fp32(parameters, 1.0, norm)
+    part: Any = torch.nn.Linear(1, 1)
+    part.config = SimpleNamespace(finalize_model_grads_func=None)
+    assert grad_norm.install(torch.nn.ModuleList([part])) == 2
     results = []
-    for size in (0.01, 3.0):
-        values = [torch.randn(shape, generator=torch.Generator().manual_seed(7)) * size for shape in (5, 40, 300)]
-        theirs: list[Any] = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
-        ours: list[Any] = [torch.nn.Parameter(torch.zeros_like(value)) for value in values]
-        for parameters in (theirs, ours):
-            for parameter, value in zip(parameters, values):
-                parameter.grad = value.clone()
-        norm = get_grad_norm_fp32([parameter.grad for parameter in theirs], grad_stats_parallel_group=group)
-        clip_grad_by_total_norm_fp32(theirs, 1.0, norm)
-        own = grad_norm.norm_on_device([parameter.grad for parameter in ours], group)
-        grad_norm._clip(ours, 1.0, own)
-        apart = [float((one.grad - two.grad).abs().max()) for one, two in zip(theirs, ours)]
-        changed = float((theirs[0].grad - values[0]).abs().max())
+    for parameters, reference, gradients, norm in zip(ours, theirs, values, norms):
+        own = grad_norm.norm_on_device([each.grad for each in parameters], group)
+        optimizer.clip_grad_by_total_norm_fp32(parameters, 1.0, own)  # ours now
+        apart = [float((one.grad - two.grad).abs().max()) for one, two in zip(reference, parameters)]
+        changed = float((reference[0].grad - gradients[0]).abs().max())
         results.append({"norm": norm, "own": float(own), "apart": max(apart), "changed": changed})
     out.write_text(json.dumps(results))
 
@@ -127,3 +150,12 @@ def test_reading_the_weights_shows_its_progress(tmp_path: Path) -> None:
     assert done == total
     file = (ROOT / "qwen_cl/demo/model/model.safetensors").read_bytes()
     assert int(total) == len(file) - 8 - int.from_bytes(file[:8], "little")  # all but its header
+
+
+def test_conversations_that_share_a_sequence_attend_within_each() -> None:
+    from qwen_cl.training.callbacks.metrics import work_of_step
+
+    alone, packed = Example(list(range(5)), ((1, 5),)), Example(list(range(9)), ((1, 4), (5, 9)), starts=(0, 4))
+    data = SimpleNamespace(global_batch_size=2, train_dataset=[None, None, alone, packed])
+    # Positions attend to themselves and to those before: 1 + 2 + 3 + 4 alone; 1 + 2 + 3 and 1 + 2 + 3 + 4 packed.
+    assert work_of_step(data, 1) == (4 + 3 + 4, 10 + 6 + 10)

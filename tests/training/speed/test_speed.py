@@ -121,7 +121,7 @@ def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monke
 @pytest.mark.parametrize("rank", [8, 5], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize("shape", [(24, 48), (48, 24), (24, 24)], ids=["narrows", "widens", "square"])
 def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, int]) -> None:
-    from qwen_cl.training.speed.fused_lora import _JoinedProducts
+    from qwen_cl.training.speed.fused_lora import joined_products
 
     torch.manual_seed(0)
     x, down, up = (
@@ -130,7 +130,7 @@ def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, in
     )
     weight, bias = torch.randn(*shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
     for added in (bias, None):
-        ours = _JoinedProducts.apply(x, weight, added, down, up, 0.5)  # type: ignore[no-untyped-call]
+        ours = joined_products(x, weight, added, down, up, 0.5)
         theirs = torch.nn.functional.linear(x, weight, added) + 0.5 * (x @ down.t()) @ up.t()
         torch.testing.assert_close(ours, theirs)
         weights = torch.randn_like(ours)
@@ -139,33 +139,32 @@ def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, in
 
 
 def test_gradients_of_a_layer_are_added_once_though_some_never_come() -> None:
-    from qwen_cl.training.speed.fused_grad_accumulation import _add, _Group
+    from qwen_cl.training.speed.fused_grad_accumulation import GradientGroup, add_gradients
 
     weights: list[Any] = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(3)]
     for weight in weights:
         weight.main_grad, weight.zero_out_wgrad = torch.zeros(2), True
-    group = _Group(weights, _add)
-    for used in ((0, 2), (2, 1, 0)):
+    GradientGroup(weights, add_gradients)
+    for used, totals in (((0, 2), [1, 0, 4]), ((2, 1, 0), [2, 2, 8])):
         sum(weights[number].sum() * 2**number for number in used).backward()
-        assert not group._waiting
-    assert [weight.main_grad[0].item() for weight in weights] == [2, 2, 8]
+        assert [weight.main_grad[0].item() for weight in weights] == totals
     assert [weight.grad_added_to_main_grad and not weight.zero_out_wgrad for weight in weights] == [True] * 3
 
 
 @pytest.mark.parametrize("width", [4, 640], ids=["narrow", "in parts"])
 def test_swiglu_in_a_form_for_the_compiler_is_megatrons(width: int) -> None:
-    from qwen_cl.training.speed.fused_ops import _in_parts, _swiglu
+    from qwen_cl.training.speed.fused_ops import concatenate_in_parts, swiglu
 
     torch.manual_seed(0)
     both = torch.randn(3, 2, 2 * width, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, 2, width, dtype=torch.float64)
     gate, value = both.chunk(2, dim=-1)
-    ours, theirs = _swiglu(both, None), torch.nn.functional.silu(gate) * value
+    ours, theirs = swiglu(both, None), torch.nn.functional.silu(gate) * value
     torch.testing.assert_close(ours, theirs)
     ours, theirs = (torch.autograd.grad((out * weights).sum(), both)[0] for out in (ours, theirs))
     torch.testing.assert_close(ours, theirs)
     halves = ours.chunk(2, dim=-1)
-    assert torch.equal(_in_parts(*halves), ours)
+    assert torch.equal(concatenate_in_parts(*halves), ours)
 
 
 def settled(config: RunConfig, kind: Accelerator, **keys: Any) -> SpeedConfig:
@@ -183,10 +182,10 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
     assert planned_speed.has_static_shapes(packed)
     task = default_config.task
     assert isinstance(task, FinetuneConfig)
-    assert "filled up" in preview._padding(packed)
+    assert "filled up" in preview.padding_note(packed)
     unpacked = replace(packed, task=replace(task, packing=False))
     assert not planned_speed.has_static_shapes(unpacked)
-    assert "padded to its longest" in preview._padding(unpacked)
+    assert "padded to its longest" in preview.padding_note(unpacked)
     in_fp32 = replace(default_config, cluster=replace(default_config.cluster, precision=Precision.fp32))
     assert taken(in_fp32) == set(planned_speed.RESOLVED) - {"compile", "cuda_graphs"}
     assert not planned_speed.has_static_shapes(replace(in_fp32, speed=settled(in_fp32, Accelerator.gpu)))
@@ -201,6 +200,7 @@ def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: 
         assert taken(composed("cluster.devices=2", *said)) == set(planned_speed.RESOLVED) - missing, layout
 
 
+@pytest.mark.slow
 def test_auto_takes_what_the_packages_that_are_there_are_known_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
