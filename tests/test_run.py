@@ -139,10 +139,10 @@ def test_dry_run_shows_the_recipe_and_leaves_nothing(arguments: list[str], tmp_p
     for fact in ("commit", "tokens per step", "memory", "tensor_parallel 1, pipeline_parallel 1"):
         assert fact in done.stdout
     assert ("#SBATCH --account=a" in done.stdout) == bool(arguments)
-    assert ("layers computed again (speed.activation_recompute)" in done.stdout) == bool(arguments)
-    levers = ["compile", "fused_linear_cross_entropy"] if arguments else []
-    levers += ["fused_lora", *(["fused_grad_accumulation", "activation_recompute"] if arguments else [])]
-    assert f"levers  {', '.join(levers)}, rope_cache, fused_adam, foreach_grad_clip\n" in done.stdout
+    assert ("layers recomputed (speed.activation_recompute)" in done.stdout) == bool(arguments)
+    enabled = ["compile", "fused_linear_cross_entropy"] if arguments else []
+    enabled += ["fused_lora", *(["fused_grad_accumulation", "activation_recompute"] if arguments else [])]
+    assert f"speed optimizations  {', '.join(enabled)}, rope_cache, fused_adam, foreach_grad_clip\n" in done.stdout
     # Transformer Engine's layers do not support packed segments.
     assert ("transformer_layer_spec=segment_layer_spec," in done.stdout) == (not arguments)
     assert ("transformer_layer_spec=layer_spec," in done.stdout) == bool(arguments)

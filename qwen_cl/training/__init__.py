@@ -1,1 +1,1 @@
-"""One training run: its preparation, its recipe, and its worker."""
+"""Prepare, build and run one training run."""

@@ -1,7 +1,8 @@
-"""What a dry run prints: facts first, the recipe after them.
+"""Print what a run would do: facts first, then the recipe.
 
-``python -m qwen_cl.training.dry_run CONFIG_FILE`` prints the recipe alone; it is a process of its own because NeMo,
-which takes seconds to import, must not be in the launcher's."""
+``python -m qwen_cl.training.dry_run CONFIG_FILE`` prints only the recipe. It is a separate process because NeMo, which
+takes seconds to import, must not be imported by the launcher.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ GIB = 2**30
 
 
 def print_plan(plan: Plan, folder: RunFolder, overrides: Sequence[str]) -> None:
-    """Print what a run would be. ``overrides`` are the command's own, which a container is given."""
+    """Print what a run would do. ``overrides`` are those of this command, which a container is given."""
     console = Console()
     report = [] if plan.data_report is None else summary(plan.data_report)
     print_facts([*_facts(plan), *chat_facts(plan.config.data), *report, *_memory(plan)], console)
@@ -68,7 +69,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         named = plan.files.train
         if isinstance(config.data, FileDataConfig) and is_hub_dataset(config.data.path):
             named = config.data.path
-        data = f"{named} (data_hash {(plan.data_hash or '')[:12]}…)"
+        data = f"{named} (sha256 {(plan.data_hash or '')[:12]}…)"
     return [
         ("model", plan.model.source),
         ("commit", plan.model.commit or "none: a local directory"),
@@ -87,7 +88,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"{task.global_batch_size} x {task.sequence_length} = {plan.tokens_per_step:,}{padding_note(config)}",
         ),
         ("learning rate", f"{config.lr:g}"),
-        ("levers", ", ".join(name for name, taken in config.speed.enabled().items() if taken) or "none"),
+        ("speed optimizations", ", ".join(name for name, on in config.speed.enabled().items() if on) or "none"),
     ]
 
 
@@ -95,7 +96,7 @@ def padding_note(config: RunConfig) -> str:
     if not isinstance(config.task, FinetuneConfig):
         return ""
     if has_static_shapes(config):
-        return ", filled up with padding (layers are compiled or recorded for one shape)"
+        return ", including padding (layers are compiled or captured for one shape)"
     return " at most (a micro batch is padded to its longest)"
 
 
@@ -111,9 +112,9 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
             total += "; too much: lower task.micro_batch_size, or raise cluster.tensor_parallel"
     parts = (
         f"weights {estimate.weights / GIB:.2f}, gradients and optimizer {estimate.gradients_and_optimizer / GIB:.2f}, "
-        f"activations of full rows {estimate.activations / GIB:.2f}"
+        f"activations of full sequences {estimate.activations / GIB:.2f}"
         + (
-            ", layers computed again (speed.activation_recompute)"
+            ", layers recomputed (speed.activation_recompute)"
             if config.speed.activation_recompute is When.always
             else ""
         )
@@ -149,7 +150,7 @@ def main(config_file: str, output_dir: str) -> None:
 
 
 def render_recipe(value: Any, indent: int = 0) -> str:
-    """A recipe as the Python that would build it, one argument a line, with classes by their short names."""
+    """Return a recipe as the Python code that would build it: one argument per line, classes by their short names."""
     import fiddle
 
     inner, outer = " " * (indent + 4), " " * indent

@@ -1,4 +1,4 @@
-"""A run's folder before its processes start: what it is, and all that they read."""
+"""Prepare a run's folder before its processes start: its record and its inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ from qwen_cl.runs.status import now
 
 
 def fetch_inputs(plan: Plan) -> Plan:
-    """Everything is here that the run reads: raw text is tokenized, the weights are fetched. Raises UserError."""
+    """Tokenize raw text and download the weights, so that all inputs of the run are local.
+
+    Raises:
+        UserError: an input is missing or invalid.
+    """
     if isinstance(plan.config.data, TextDataConfig):
         plan = with_text(plan, plan.config.data)
     return fetch_weights(plan)
@@ -39,10 +43,10 @@ def fetch_inputs(plan: Plan) -> Plan:
 def initialize_run_folder(
     plan: Plan, folder: RunFolder, progress: VerifyProgress | None = None, invocation: Invocation | None = None
 ) -> Resumption:
-    """Write everything that says what this run is, before it starts. Without ``invocation`` no command is recorded.
+    """Write the record and the inputs of a run before it starts. Without ``invocation`` no command is recorded.
 
     Raises:
-        UserError: the folder holds another run, or one that cannot be gone on with. Nothing was changed.
+        UserError: the folder holds another run, or one that cannot be resumed. Nothing was changed.
     """
     resumption = resume(folder, plan.config, _facts(plan), progress)
     folder.reserve_disk_space()
@@ -57,7 +61,7 @@ def initialize_run_folder(
         phase="starting",
         start=folder.status().start or now(),
         step=0 if resumption.checkpoint is None else resumption.checkpoint.step,
-        job=None,  # of an earlier start; whoever submits says which it is now
+        job=None,  # the job of an earlier start; submitting sets the new one
         model_source=plan.model.source,
         model_commit=plan.model.commit,
         model_fingerprint=_fingerprint(plan),
@@ -77,7 +81,7 @@ def initialize_run_folder(
 
 
 def _facts(plan: Plan) -> dict[str, str | None]:
-    """What the config alone does not tell of what a run is."""
+    """Return the properties of a run that its config alone does not determine."""
     return {
         "data.hash": plan.data_hash,
         "data.bos_token": plan.bos_token,
@@ -93,13 +97,13 @@ def _adapter_hash(plan: Plan) -> str | None:
 
 
 def _output_layer(plan: Plan) -> str | None:
-    """Where it is another than config.json says, which a run of an earlier version did not look at."""
-    own = plan.model.config.get(TIED) and not plan.architecture.tied_embeddings
-    return "its own, and not the embedding" if own else None
+    """Return a mark of an untied output layer that config.json calls tied; earlier versions did not record it."""
+    untied = plan.model.config.get(TIED) and not plan.architecture.tied_embeddings
+    return "its own, and not the embedding" if untied else None
 
 
 def _fingerprint(plan: Plan) -> str | None:
-    """Of a directory; a commit needs none."""
+    """Return the fingerprint of a local directory; a commit needs none."""
     return fingerprint(plan.model.directory) if plan.model.commit is None else None
 
 
@@ -120,8 +124,11 @@ def _trainable_parameters(plan: Plan) -> int:
 
 
 def write_worker_inputs(plan: Plan, folder: RunFolder) -> None:
-    """What the run's processes read: the config, and the tokenizer. Not the model's own directory, because NeMo
-    copies the tokenizer's into every checkpoint, weights and all. What an export carries on is kept too."""
+    """Write what the run's processes read: the config and the tokenizer, and the files that an export passes on.
+
+    The tokenizer is not read from the model's directory, because NeMo copies the tokenizer's directory into every
+    checkpoint, weights included.
+    """
     write_normalized_files(plan.model.directory, folder.tokenizer)
     write_small_files(plan.model.directory, folder.model_files)
     for directory in (folder.tokenizer, folder.model_files):

@@ -1,4 +1,4 @@
-"""From a run's config to an ordinary NeMo 2.0 recipe. Pure: builds and returns, starts nothing."""
+"""Build an ordinary NeMo 2.0 recipe from a run's config. Pure: builds and returns, starts nothing."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ from qwen_cl.training.callbacks.checkpoint import StepCheckpoint
 from qwen_cl.training.model.build import build_model
 
 MOST_WRITERS = 8
-"""As many files as qwen_cl/runs/manifest.py reads at once."""
+"""As many as the files that qwen_cl/runs/manifest.py reads at once."""
 
 
 def build_recipe(
     config: RunConfig, architecture: Architecture, folder: RunFolder, resume_from: str | None = None
 ) -> run.Partial:
-    """``config`` has its source pinned and its accelerator and precision settled (``plan.make_plan``). ``resume_from``
-    is the folder of a checkpoint of this run, of which every file is known to be what was saved."""
+    """Return the recipe of a run.
+
+    ``config`` has its source pinned and its accelerator and precision resolved (``plan.make_plan``). ``resume_from`` is
+    the folder of a verified checkpoint of this run.
+    """
     peft = _peft(config)
     tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(folder.tokenizer))
     parts = {
@@ -59,7 +62,7 @@ def build_recipe(
     }
     if peft is None and isinstance(config.training, PretrainConfig):
         return run.Partial(llm.pretrain, **parts)
-    # llm.pretrain takes no adapter; with one, finetune differs from it in nothing but that argument.
+    # llm.pretrain takes no adapter; with an adapter, llm.finetune differs only in that argument.
     return run.Partial(llm.finetune, **parts, peft=peft)
 
 
@@ -95,15 +98,18 @@ def _trainer(config: RunConfig, architecture: Architecture, output_dir: Path) ->
             sequence_parallel=cluster.sequence_parallel,
             ckpt_async_save=True,
             ckpt_torch_dist_multiproc=_writers(cluster.devices),
-            # torch's Adam keeps a scalar step, which the default format of the distributed optimizer refuses.
+            # The distributed optimizer's default format does not support the scalar step of torch's Adam.
             ckpt_optim_fully_reshardable=True,
         ),
     )
 
 
 def _writers(ranks: int) -> int:
-    """Processes of each rank that write a checkpoint, and threads that hash it: a core of what its host has for each,
-    and Megatron's two where there are few. One core hashes half a gigabyte a second, and disks take more."""
+    """Return the processes of each rank that write a checkpoint, and the threads that hash it.
+
+    One per core of the rank's share of the host, and at least Megatron's default of two. One core hashes half a
+    gigabyte per second, and disks are faster.
+    """
     return min(MOST_WRITERS, max(2, cpu_cores() // ranks))
 
 
@@ -152,13 +158,13 @@ def _mixture(config: RunConfig) -> dict[str, Any]:
 
 
 def _moved_rows(folder: RunFolder) -> list[int]:
-    """What the launcher has found to train although it would be held out; in most runs nothing."""
+    """Return the validation rows that the launcher found to be trained on; none in most runs."""
     moved: list[int] = json.loads(folder.moved_rows.read_text(encoding="utf-8")) if folder.moved_rows.exists() else []
     return moved
 
 
 def _text_target(folder: RunFolder) -> dict[str, Any] | str:
-    """What the launcher has tokenized; a dry run has nothing yet."""
+    """Return what the launcher has tokenized; a dry run has not tokenized anything."""
     if not folder.text_target.exists():
         return "tokenized when the run starts"
     target: dict[str, Any] = json.loads(folder.text_target.read_text(encoding="utf-8"))
@@ -168,7 +174,7 @@ def _text_target(folder: RunFolder) -> dict[str, Any] | str:
 def _log(config: RunConfig, output_dir: Path) -> run.Config:
     return run.Config(
         nl.NeMoLogger,
-        explicit_log_dir=str(output_dir / "nemo"),  # NeMo moves every file it finds here: not the run's own folder
+        explicit_log_dir=str(output_dir / "nemo"),  # separate from the run's folder, as NeMo moves all files in it
         update_logger_directory=False,
         log_global_rank_0_only=True,
         ckpt=run.Config(
@@ -207,7 +213,7 @@ def _schedule(config: RunConfig) -> run.Config:
     minimum = config.lr * task.min_lr_ratio
     if task.lr_schedule is LrSchedule.warmup_hold_decay:
         hold_steps = task.max_steps - task.warmup_steps - task.decay_steps
-        # Ratios that NeMo makes whole steps of again, by cutting.
+        # NeMo truncates these ratios to whole steps.
         ratios = [(steps + 0.5) / task.max_steps for steps in (task.warmup_steps, hold_steps)]
         return run.Config(
             WarmupHoldAnnealScheduler,

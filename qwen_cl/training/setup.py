@@ -1,4 +1,4 @@
-"""How Megatron runs here: on a CPU, and on a GPU without Transformer Engine."""
+"""Prepare Megatron for this machine: a CPU, or a GPU without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 @cache
 def prepare(*, cpu: bool) -> None:
-    """Before a recipe is built: everything that is changed in NeMo and Megatron, once per process."""
+    """Apply all patches of NeMo and Megatron. Called once per process, before a recipe is built."""
     from qwen_cl.patches.imports import import_megatron
 
     import_megatron()
@@ -15,7 +15,7 @@ def prepare(*, cpu: bool) -> None:
         from qwen_cl.patches import cpu_device as cpu_device
 
         cpu_device.install()
-    # NeMo leans on modules that importing wandb happens to import.
+    # NeMo depends on modules that wandb imports.
     import lightning.pytorch.loggers
     import lightning.pytorch.utilities.types  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Start a training run here, or submit it."""
+"""Start a training run on this machine, or submit it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ SLOW_TO_READ = 5e9
 
 
 def _start(plan: Plan, folder: RunFolder, invocation: Invocation, *, automatic: bool) -> None:
-    """Run it here. ``automatic``: its micro batch is ours to choose, also when the one that was chosen does not fit."""
+    """Run on this machine. ``automatic``: the micro batch was chosen for the user, and may be reduced if it does not
+    fit."""
     started = time.monotonic()
     console = Console()
 
     def attempt(config: RunConfig) -> None:
         tried = replace(plan, config=config)
         resumption = initialize_run_folder(tried, folder, _checking(console), invocation)
-        if config.resume is not plan.config.resume:  # ours, to go on with fewer rows
+        if config.resume is not plan.config.resume:  # set here, to resume with a smaller micro batch
             save_config(replace(config, resume=plan.config.resume), folder.config)
         _print_plan(tried, folder, console, resumption)
         if automatic:
@@ -95,19 +96,19 @@ def _print_plan(plan: Plan, folder: RunFolder, console: Console, resumption: Res
 
 
 def _checking(console: Console) -> VerifyProgress:
-    """Return what says so, once, where reading a checkpoint takes a while."""
-    said: list[int] = []
+    """Return a progress callback that prints one line if verifying a checkpoint will take a while."""
+    announced: list[int] = []
 
     def show(done: int, total: int) -> None:
-        if total > SLOW_TO_READ and not said:
-            said.append(total)
-            console.print(f"comparing a checkpoint of {decimal(total)} with its manifest …", highlight=False)
+        if total > SLOW_TO_READ and not announced:
+            announced.append(total)
+            console.print(f"verifying the checksums of a checkpoint of {decimal(total)} …", highlight=False)
 
     return show
 
 
 def _draw(plan: Plan, folder: RunFolder) -> None:
-    """However the run ended: what it measured until then is worth a look."""
+    """Draw the report of what was recorded, however the run ended."""
     if folder.metrics_file.exists():
         title = f"{folder.directory.parent.name}/{folder.directory.name}, {plan.model.source}"
         draw_report(read_metrics(folder), title, folder.report)

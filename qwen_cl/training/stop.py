@@ -1,4 +1,4 @@
-"""Asking a run to stop."""
+"""Handle requests to stop a run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 from qwen_cl.runs.failure import FailureKind
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm sends before a job's time is up (``sbatch --signal=USR1@SECONDS``)."""
+"""SIGUSR1 is what Slurm sends before a job's time limit (``sbatch --signal=USR1@SECONDS``)."""
 
 REASONS = {
     None: None,
     FailureKind.time_limit: "task.max_time is up",
     FailureKind.interrupted: "stopped on request",
 }
-"""Where ranks have different ones, the last of them counts."""
+"""If ranks have different reasons, the last in this order counts."""
 
 
 class Preempted(BaseException):
-    """The process was asked to stop before training began. No Exception: libraries swallow those while they import."""
+    """A stop request came before training began. Not an Exception, because libraries suppress those on import."""
 
 
 class StopRequest:
-    """Signals set a flag that training reads between steps, and so does the clock: nothing is saved from a handler."""
+    """A flag that signals and the time limit set, and that training reads between steps: nothing is saved in a
+    handler."""
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        """``max_seconds`` is counted from now on."""
+        """Start the time limit of ``max_seconds``."""
         self.kind: FailureKind | None = None
-        """Why to stop, once there is a request."""
+        """The reason to stop, or None."""
         self.training = False
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._group: Any = None
@@ -46,31 +47,34 @@ class StopRequest:
         return self.kind is not None
 
     def begin_training(self) -> None:
-        """From now on a signal waits for the end of the step. Lightning has put its own handlers in between, which
-        would raise from wherever training is."""
+        """Defer signals to the end of a step from now on, and replace Lightning's handlers, which raise anywhere."""
         self.training = True
         self.listen()
         import torch
 
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            self._group = torch.distributed.new_group(backend="gloo")  # a wish is on the host, and waits for no GPU
+            self._group = torch.distributed.new_group(backend="gloo")  # on the host, which does not wait for the GPU
 
     def agreed(self) -> bool:
-        """Whether any rank was asked. Every rank calls this after each step, for a signal reaches them at different
-        ones, and all must stop at the same."""
+        """Return whether any rank has a stop request.
+
+        Every rank calls this after each step: a signal reaches the ranks at different steps, and all must stop after
+        the same.
+        """
         if self._group is None:
             return self.requested
         import torch
 
         kinds = list(REASONS)
-        asked = torch.tensor(kinds.index(self.kind) if self.requested else 0)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        self.kind = kinds[int(asked)]
+        request = torch.tensor(kinds.index(self.kind) if self.requested else 0)
+        torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        self.kind = kinds[int(request)]
         return self.requested
 
     @property
     def came_before_training(self) -> bool:
-        """Whatever went wrong after that may be its doing: an import that was cut short fails later, and elsewhere."""
+        """Return whether a request came before training; it may have caused any later error, such as a broken
+        import."""
         return self.kind is not None and not self.training
 
     def listen(self) -> None:

@@ -1,6 +1,6 @@
-"""One process of a run: ``python -m qwen_cl.training.worker RUN_DIRECTORY``, one per rank.
+"""Run one process of a run: ``python -m qwen_cl.training.worker RUN_DIRECTORY``, one per rank.
 
-This module stays light: a run that is asked to stop while NeMo is imported says so.
+This module imports little at the start, so that a stop request while NeMo is imported is recorded.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ def main(directory: str) -> int:
     try:
         with folder.worker_lock() if _rank() == 0 else nullcontext():
             return _run(config, folder, stop)
-    except UserError as error:  # another process writes to the folder: its status is not ours to write
+    except UserError as error:  # another process holds the folder and writes its status
         print(error, file=sys.stderr)
         return error.exit_code
 
 
 def _run(config: RunConfig, folder: RunFolder, stop: StopRequest) -> int:
-    """Returns the exit code, which says on rank 0 how the run ended."""
+    """Run to the end and return the exit code; rank 0 records how the run ended."""
     try:
         heartbeat.start_heartbeat()
         _train(config, folder, stop)
     except Preempted as error:
         folder.finish(State.PREEMPTED, f"stopped by {error} before training began", FailureKind.interrupted)
         return EXIT_PREEMPTED
-    except BaseException as error:  # the folder must say why, whatever it was
+    except BaseException as error:  # any failure must be recorded
         traceback.print_exc()
         if stop.came_before_training:
             folder.finish(State.PREEMPTED, "stopped before training began", FailureKind.interrupted)
@@ -79,7 +79,7 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
     if _rank() == 0:
         folder.update_status(phase="importing NeMo")
     require_compiler(config)
-    gc.disable()  # a tenth of the time NeMo takes to import
+    gc.disable()  # saves a tenth of NeMo's import time
     prepare(config)
     from qwen_cl.training.callbacks.base import RunContext, build_bound
     from qwen_cl.training.callbacks.metrics import peak_memory_gib
@@ -98,7 +98,7 @@ def _train(config: RunConfig, folder: RunFolder, stop: StopRequest) -> None:
 
 @contextmanager
 def _wandb_logger(config: RunConfig, folder: RunFolder) -> Iterator[WandbLogger | None]:
-    """Of the first rank, which speaks for all."""
+    """Start W&B on rank 0."""
     if _rank() != 0:
         yield None
         return
@@ -111,10 +111,10 @@ def _wandb_logger(config: RunConfig, folder: RunFolder) -> Iterator[WandbLogger 
 
 
 def prepare(config: RunConfig) -> None:
-    """Import NeMo and Megatron, changed for the device this run is on."""
+    """Import NeMo and Megatron, patched for the device of this run."""
     from qwen_cl.training import setup
 
-    logging.basicConfig(format="[qwen_cl] %(message)s")  # after what others have set up, which stays
+    logging.basicConfig(format="[qwen_cl] %(message)s")  # retains handlers that others have set up
     logging.getLogger("qwen_cl").setLevel(logging.INFO)
     setup.prepare(cpu=config.cluster.accelerator is Accelerator.cpu)
 

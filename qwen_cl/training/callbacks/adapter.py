@@ -1,4 +1,4 @@
-"""What surrounds the training of a run: its seed, the vocabulary's padding, the adapter at the end."""
+"""Save the adapter at the end of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen_cl.runs.folder import RunFolder
 
 
 class SaveAdapter(pl.Callback):
-    """Writes the trained adapter in PEFT's format when training ends."""
+    """The export of the trained adapter in PEFT's format when training ends."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class SaveAdapter(pl.Callback):
         self.directory = Path(directory)
         self.source, self.base_adapter, self.adapter = source, base_adapter, adapter
         self.on_answers = on_answers
-        """The run learns answers of conversations, and so how they end."""
+        """The run trains on assistant turns, and so learns where they end."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:

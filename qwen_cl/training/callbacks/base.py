@@ -1,4 +1,4 @@
-"""What the callbacks of a run have in common: the objects of their process, and the first batch."""
+"""The base of a run's callbacks: the objects of their process, and hooks of the first batch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class RunContext:
-    """The objects of one process that its callbacks work with. A recipe cannot name them: it is data."""
+    """The objects of one process that its callbacks use. A recipe cannot contain them, because it is data."""
 
     stop: StopRequest | None = None
     wandb_logger: WandbLogger | None = None
-    """W&B, on rank 0 of a run that has it."""
+    """The W&B logger, on rank 0 if W&B is enabled."""
     adapter: Any = None
-    """NeMo's PEFT, which makes the adapters; None in full fine-tuning."""
+    """NeMo's PEFT transform; None in full fine-tuning."""
     recorder: RunRecorder | None = None
-    """Comes with the recorder, when it is bound."""
+    """Set when the recorder is bound."""
 
 
 class Bound:
-    """What is handed the context of its process before training."""
+    """A callback that is given the context of its process before training."""
 
     context = RunContext()
 
@@ -41,8 +41,10 @@ class RunCallback(Bound, pl.Callback):
     _started = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Call the hooks below, once. Not earlier: with an adapter, NeMo has only just changed the model, and made or
-        loaded the optimizer's state."""
+        """Call the hooks below once.
+
+        Not earlier: with an adapter, NeMo has only just changed the model, and created or loaded the optimizer's state.
+        """
         if self._started:
             return
         self._started = True
@@ -54,16 +56,16 @@ class RunCallback(Bound, pl.Callback):
         """Act before the first batch of this process."""
 
     def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act before the first batch of the run: a resumed run does not."""
+        """Act before the first batch of the run, but not of a resumed run."""
 
 
 def build_bound(recipe: Any, context: RunContext) -> Any:
-    """Build a recipe, and hand its callbacks the context. Returns what runs it when it is called."""
+    """Build a recipe and bind its callbacks to the context. Returns the function that runs it."""
     import fiddle
 
     task = fiddle.build(recipe)
     context.adapter = task.keywords.get("peft")
     for callback in (*task.keywords["trainer"].callbacks, task.keywords["log"].ckpt):
-        if isinstance(callback, Bound):  # Lightning has added some of its own
+        if isinstance(callback, Bound):  # Lightning adds callbacks of its own
             callback.bind(context)
     return task

@@ -1,4 +1,4 @@
-"""The callbacks of a run's recipe, in their order."""
+"""Build the callbacks of a run's recipe, in their order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qwen_cl.training.callbacks.vocabulary import MaskPaddedVocabulary
 from qwen_cl.training.speed.callback import SpeedOptimizations
 
 VERIFIED_PARAMETERS = 10**9
-"""Up to so many, model.verify=auto compares with transformers: a few seconds, and 4 GB of memory at most."""
+"""Up to this size, model.verify=auto compares with transformers: a few seconds, and 4 GB of memory at most."""
 
 
 def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
@@ -42,7 +42,7 @@ def build_callbacks(config: RunConfig, architecture: Architecture, output_dir: P
         run.Config(SpeedOptimizations, output_dir=str(output_dir), **config.speed.enabled()),
         run.Config(MaskPaddedVocabulary, vocab_size=architecture.vocab_size),
         *_verification(config, architecture, output_dir),
-        *_samples(config, output_dir),  # before RunRecorder, whose clock then starts
+        *_samples(config, output_dir),  # before RunRecorder, which then starts its timer
         run.Config(
             RunRecorder,
             output_dir=str(output_dir),
@@ -73,7 +73,7 @@ def _adapter(config: RunConfig, output_dir: Path) -> list[run.Config]:
 
 def _samples(config: RunConfig, output_dir: Path) -> list[run.Config]:
     task = config.training
-    if not task.sample_prompts or isinstance(config.data, MockDataConfig):  # nobody reads random tokens
+    if not task.sample_prompts or isinstance(config.data, MockDataConfig):  # random tokens are not readable
         return []
     prompts, new_tokens = task.sample_prompts, task.sample_tokens
     return [run.Config(RecordSamples, output_dir=str(output_dir), prompts=prompts, new_tokens=new_tokens)]
@@ -81,7 +81,7 @@ def _samples(config: RunConfig, output_dir: Path) -> list[run.Config]:
 
 def _verification(config: RunConfig, architecture: Architecture, output_dir: Path) -> list[run.Config]:
     mode = config.model.verify
-    if mode is VerifyMode.none or isinstance(config.data, MockDataConfig):  # random tokens tell nothing
+    if mode is VerifyMode.none or isinstance(config.data, MockDataConfig):  # the loss of random tokens has no meaning
         return []
     small = count_parameters(expected_shapes(architecture)) <= VERIFIED_PARAMETERS
     readable = not is_nemo_checkpoint(local_directory(config.model.source))  # by transformers

@@ -1,8 +1,8 @@
-"""Saving while a run trains: a checkpoint appears whole, with the sha256 of each of its files, or not at all.
+"""Save checkpoints during training: each appears complete, with the sha256 of all its files, or not at all.
 
-With ``task.async_save`` training goes on as soon as the state is copied: Megatron's writers are processes of their own
-(qwen_cl/patches/async_writers.py), and a thread of each rank hashes. What is left to all ranks together, such as
-giving the checkpoint its name, is done between steps, once all are through.
+With ``task.async_save`` training resumes as soon as the state is copied: Megatron's writers are separate processes
+(qwen_cl/patches/async_writers.py), and a thread of each rank hashes. What all ranks do together, such as publishing the
+checkpoint, happens between steps, once all writers have finished.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ class _Unfinished:
 
 
 class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
-    """Every so many steps, and at the end of training whatever ended it; with the optimizer's state each time, so that
-    all of them can be gone on from.
+    """The checkpoints every so many steps and at the end of training, each with the optimizer's state to resume from.
 
-    What NeMo's own class knows of the checkpoints there are, it writes into each: here the disk says it. And NeMo adds
-    a callback that finishes asynchronous saves, where there is none: this is one.
+    NeMo's class records the existing checkpoints in each checkpoint; here they are read from the disk. And NeMo adds a
+    callback that finishes asynchronous saves if there is none: this class is one.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
         )
         self.directory = Path(dirpath)
         self.interval, self.keep_last, self.keep_best = every_n_train_steps, keep_last, keep_best
-        self.waits = not async_save  # NeMo's own name for it says that of the strategy, which always is
+        self.waits = not async_save  # NeMo's attribute is that of the strategy, which is always asynchronous
         self._saved_step = self._needed = 0
         self._writers: Writers | None = None
         self._unfinished: _Unfinished | None = None
@@ -86,7 +85,7 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
             clear_leftovers(self.directory)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not NeMo's: it writes the checkout's diff, whatever that holds, beside its logs.
+        # Replaces NeMo's, which writes the diff of the checkout, secrets included, to its logs.
         pl.callbacks.ModelCheckpoint.on_train_start(self, trainer, pl_module)
         self._saved_step = trainer.global_step
         self._writers = Writers(trainer.strategy.checkpoint_io.async_calls_queue)
@@ -109,46 +108,48 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
         self.finish(trainer, wait=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """What was saved before is not lost by what came after; of several ranks, others may be past helping."""
+        """Finish the checkpoint that is being written, so that a later failure does not lose it; other ranks may be
+        gone."""
         if trainer.world_size > 1:
             if self._writers is not None:
                 self._writers.end()
             return
         try:
             self.finish(trainer, wait=True)
-        except (RuntimeError, OSError) as error:  # the run has its reason already
-            logger.warning("The checkpoint that was being written is lost too: %s", error)
+        except (RuntimeError, OSError) as error:  # the run already has its reason
+            logger.warning("The checkpoint that was being written could not be finished: %s", error)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Begin to, unless this step is saved, and wait for it where training may not go on; every rank calls.
+        """Start a checkpoint, unless this step is saved, and wait for it if training may not continue; every rank
+        calls.
 
         Raises:
             FloatingPointError: the last step's loss or gradient is not finite.
-            SaveError: on every rank, where one of them cannot write: the disk is full, or would be.
+            SaveError: on every rank, if one of them cannot write: the disk is full, or would be.
         """
         step = trainer.global_step
         if step in (self._saved_step, 0):
             return
-        self.finish(trainer, wait=True)  # the one before: never two at a time
+        self.finish(trainer, wait=True)  # the previous one: never two at a time
         if (recorder := self.context.recorder) is not None:
-            recorder.settle(trainer)  # raises where the step is not finite: the last good checkpoint stays the newest
+            recorder.record_last_step(trainer)  # raises if the step is not finite: nothing is saved
         partial = partial_path(self.directory, step)
         self._together(trainer, partial, lambda: self._begin(trainer))
         self._together(trainer, partial, lambda: self._write(trainer, partial))
         self._unfinished = _Unfinished(step, None if recorder is None else recorder.val_loss_at(step), partial)
         self._saved_step = step
-        if not _everywhere(trainer, self._may_go_on()):
+        if not _everywhere(trainer, self._may_continue()):
             self.finish(trainer, wait=True)
 
     def finish(self, trainer: pl.Trainer, *, wait: bool) -> None:
-        """What has been begun, as far as it goes without waiting; every rank calls.
+        """Finish a started checkpoint, as far as possible without waiting unless ``wait``; every rank calls.
 
         Raises:
-            SaveError: on every rank, where one of them cannot write.
+            SaveError: on every rank, if one of them cannot write.
         """
         if (unfinished := self._unfinished) is None:
             return
-        self._unfinished = None  # whatever is raised, it ends here
+        self._unfinished = None  # it ends here, also with an error
         partial = unfinished.partial
         if unfinished.hashes is None:
             writers, through = self._writers, list[bool]()
@@ -159,23 +160,24 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
         if unfinished.hashes is None or not (wait or _everywhere(trainer, unfinished.hashes.done())):
             self._unfinished = unfinished
             return
-        hashes, own = unfinished.hashes, dict[str, str]()
+        hashes, own_hashes = unfinished.hashes, dict[str, str]()
         every: list[dict[str, str]] = [{}] * trainer.world_size
-        self._together(trainer, partial, lambda: own.update(hashes.result()))
-        torch.distributed.all_gather_object(every, own)
+        self._together(trainer, partial, lambda: own_hashes.update(hashes.result()))
+        torch.distributed.all_gather_object(every, own_hashes)
         self._together(trainer, partial, lambda: self._publish(trainer, unfinished, every))
 
-    def _may_go_on(self) -> bool:
-        """While the writers of this rank write. On a CPU what they read, and training changes, is there twice."""
+    def _may_continue(self) -> bool:
+        """Return whether training may continue while this rank's writers write. On a CPU they read a copy of the
+        state."""
         return not self.waits and psutil.virtual_memory().available > self._needed
 
     def _together(self, trainer: pl.Trainer, partial: Path, action: Callable[[], Any]) -> None:
-        """Do it on every rank; where one of them fails, all of them do, and nothing half-written is left."""
+        """Run ``action`` on every rank. If one rank fails, all fail, and no partial checkpoint remains."""
         fault: BaseException | None = None
         heartbeat.progress()
         try:
             action()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
             fault = error
         faults: list[tuple[str, FailureKind] | None] = [None] * trainer.world_size
         torch.distributed.all_gather_object(
@@ -207,7 +209,7 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
         partial = saved.partial
         files = {
             name: SavedFile((partial / name).stat().st_size, digest)
-            for name, digest in sorted(item for own in hashes for item in own.items())
+            for name, digest in sorted(item for each in hashes for item in each.items())
         }
         write_checkpoint_manifest(partial, CheckpointManifest(saved.step, saved.val_loss, files))
         publish(partial, self.directory / f"step={saved.step}")
@@ -224,5 +226,5 @@ def _everywhere(trainer: pl.Trainer, done: bool) -> bool:
 
 
 def _hash_own(partial: Path, rank: int, ranks: int) -> dict[str, str]:
-    """Each rank hashes its share."""
+    """Return the sha256 of this rank's share of the files."""
     return hash_files(partial, file_names(partial)[rank::ranks])

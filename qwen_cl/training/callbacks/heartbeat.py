@@ -1,4 +1,4 @@
-"""Tells the parent of the ranks that this one gets on."""
+"""Report progress to the supervisor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_cl.launch import heartbeat
 
 
 class HeartbeatCallback(pl.Callback):
-    """Steps while they are made; before and after them, whatever the process does is progress."""
+    """The report of each training step. Before and after training, any activity of the process counts as progress."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         heartbeat.start_step_tracking()

@@ -1,4 +1,4 @@
-"""What a run measures of itself: metrics.jsonl, W&B, and how far it is."""
+"""Record a run's metrics: metrics.jsonl, W&B, and its progress."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from qwen_cl.training.model.evaluation import sum_losses
 from qwen_cl.training.model.loss import TokenWeightedLoss
 
 LOSS, GRADIENT = "reduced_train_loss", "grad_norm"
-"""NeMo's names of what it logs and is recorded here."""
+"""NeMo's names of the logged values that are recorded."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """One that is computed, or on its way through the GPU."""
+    """A step that is computed, or still running on the GPU."""
 
     number: int
     lr: float
     tokens: int
-    """Of the run, to the end of this step; and pairs of tokens that attend."""
+    """Tokens of the run up to the end of this step, and pairs of tokens that attend."""
     pairs: int
     values: dict[str, torch.Tensor]
-    """On the host, once ``read`` is over."""
+    """On the host, once ``read`` is done."""
     read: torch.cuda.Event | None
 
 
 class RunRecorder(RunCallback):
-    """Writes metrics.jsonl, W&B and the run's progress; validates before the first step.
+    """The recorder of metrics.jsonl, W&B and the run's progress; validates before the first step.
 
-    Every loss is the mean over the tokens that count. Throughput counts the tokens of the rows, not their padding.
+    Every loss is the mean over loss tokens. Throughput counts the tokens of examples without padding.
     """
 
     reads_late = False
-    """What a step measured is read when the next one is on its way, so that the GPU waits for nobody: on a GPU."""
+    """Read a step's values while the next step is running, so that the GPU does not wait. Only on a GPU."""
 
     def __init__(
         self, output_dir: str, log_interval: int, val_check_interval: int, flops_per_token: float, flops_per_pair: float
@@ -73,7 +73,7 @@ class RunRecorder(RunCallback):
         self.tokens, self.pairs = state_dict["tokens"], state_dict["pairs"]
 
     def val_loss_at(self, step: int) -> float | None:
-        """Of the target's validation set, if it was measured at this step."""
+        """Return the loss of the target's validation set, if it was evaluated at this step."""
         measured, loss = self._measured
         return loss if measured == step else None
 
@@ -82,14 +82,14 @@ class RunRecorder(RunCallback):
         context.recorder = self
 
     def on_weights_read(self, done: int, total: int) -> None:
-        """Say how far it is, a few times a second while the model loads, on rank 0."""
+        """Report progress a few times a second while the model loads, on rank 0."""
         self.folder.update_status(phase=f"loading the model: {decimal(done)} of {decimal(total)}")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.reads_late = self.reads_late or torch.cuda.is_available()
         trainer.strategy.on_weights_read = self.on_weights_read  # qwen_cl/models/loading/nemo_hooks.py
         replace(pl_module, "_training_loss_reduction", TokenWeightedLoss())
-        replace(pl_module, "log", self._keep)  # Lightning would wait for the GPU with each value, for a progress bar
+        replace(pl_module, "log", self._keep)  # Lightning would wait for the GPU for each value
 
     def _keep(self, name: str, value: Any, **options: Any) -> None:
         if name in (LOSS, GRADIENT):
@@ -102,12 +102,12 @@ class RunRecorder(RunCallback):
 
     def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluate(trainer)
-        # What other callbacks did before is no training either.
+        # The time of earlier callbacks is not training time.
         self._since = (self.clock.start(), self.tokens, self.pairs)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, index)
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next step's is there already
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the step it is that of the next
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,29 +117,29 @@ class RunRecorder(RunCallback):
         self.tokens += tokens
         self.pairs += pairs
         latest = self._on_its_way(step)
-        self.settle(trainer)  # the step before
+        self.record_last_step(trainer)  # the previous step
         self._unread = latest
         validates = step % self.val_check_interval == 0 or step == trainer.max_steps
         if validates or not self.reads_late:
-            self.settle(trainer)
+            self.record_last_step(trainer)
         if validates:
             self._evaluate(trainer)
         if self.context.stop is not None and self.context.stop.agreed():
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.settle(trainer)
+        self.record_last_step(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        with suppress(Exception):  # the run has its reason already
-            self.settle(trainer)
+        with suppress(Exception):  # the run already has its reason
+            self.record_last_step(trainer)
 
-    def settle(self, trainer: pl.Trainer) -> None:
-        """Read what the last step measured, if nobody has, and record it if its turn is. Waits for the GPU.
+    def record_last_step(self, trainer: pl.Trainer) -> None:
+        """Read and record the last step's values, if that is not done. Waits for the GPU.
 
         Raises:
-            FloatingPointError: its loss or gradient is not finite. The gradient too, because where its norm is not, the
-                loss still was, and the weights are no longer.
+            FloatingPointError: its loss or gradient is not finite. The gradient counts too: if its norm is not finite,
+            the weights are corrupted although the loss was finite.
         """
         if self._unread is None:
             return
@@ -161,7 +161,7 @@ class RunRecorder(RunCallback):
         return _Step(step, self._lr, self.tokens, self.pairs, values, self.clock.mark())
 
     def _evaluate(self, trainer: pl.Trainer) -> None:
-        """Every named set at the same step, in one line: what was learnt beside what was forgotten."""
+        """Evaluate all named sets at the same step, in one record: the target beside the retention sets."""
         paused = time.monotonic()
         record: dict[str, Any] = {}
         for scored in trainer.datamodule.evaluation_sets:
@@ -195,7 +195,7 @@ class RunRecorder(RunCallback):
         self._write(trainer, step.number, step.tokens, record, ended)
 
     def _peak_flops(self, trainer: pl.Trainer) -> float | None:
-        """Of all devices; None on a CPU, in fp32, and on a GPU that qwen_cl/planning/flops.py does not know."""
+        """Return the peak of all devices; None on a CPU, in fp32, and on a GPU that planning/flops.py does not list."""
         if not torch.cuda.is_available() or not str(trainer.precision).startswith("bf16"):
             return None
         peak = peak_flops(torch.cuda.get_device_name())
@@ -211,15 +211,17 @@ class RunRecorder(RunCallback):
 
 
 def peak_memory_gib() -> float:
-    """Of this rank: allocated on its GPU, or resident in its process."""
+    """Return this rank's peak: allocated on its GPU, or resident in its process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def work_of_step(data: Any, step: int) -> tuple[int, int]:
-    """Return the tokens of a step of a data module, and its pairs of tokens that attend. The order of the rows is a
-    function of seed and index, so any rank can count for all."""
+    """Return the tokens of a step of a data module, and its pairs of tokens that attend.
+
+    The order of the examples is a function of seed and index, so any rank can count for all.
+    """
     rows = range(step * data.global_batch_size, (step + 1) * data.global_batch_size)
     examples = [data.train_dataset[index] for index in rows]
     lengths = [stop - start - 1 for example in examples for start, stop in example.segments()]

@@ -1,4 +1,4 @@
-"""Answers before and after training: ``samples.jsonl``, and a W&B table."""
+"""Record answers before and after training: ``samples.jsonl``, and a W&B table."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from qwen_cl.training.callbacks.base import RunCallback
 from qwen_cl.training.model.greedy import can_sample, continue_greedily
 
 TEXT_PROMPT = 32
-"""Tokens of a raw text that are given; the model goes on from there."""
+"""Tokens of a raw text that are used as a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A prompt and its expected answer."""
+
     prompt: list[int]
     expected: list[int]
     stops: frozenset[int]
 
 
 class RecordSamples(RunCallback):
-    """The first prompts of the target's validation set, answered greedily at step 0 and when training ends."""
+    """The answers to the first prompts of the target's validation set, decoded greedily at step 0 and the end of
+    training."""
 
     def __init__(self, output_dir: str, prompts: int, new_tokens: int) -> None:
         self.folder = RunFolder(output_dir)
@@ -37,7 +40,7 @@ class RecordSamples(RunCallback):
 
     def on_step_zero(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not can_sample():
-            print("no samples: they need whole rows on a rank (cluster.context_parallel 1)")
+            print("no samples: they require cluster.context_parallel=1")
         self._take(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,25 +50,25 @@ class RecordSamples(RunCallback):
             self.context.wandb_logger.log_table("samples", *self._table(), trainer.global_step)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Of the file, which also has what was answered before the run was cut off."""
+        """Return the table of the file, which includes samples from before an interruption."""
         answers: dict[int, list[dict[str, Any]]] = {}
         for line in self.folder.samples.read_text(encoding="utf-8").splitlines():
             answers.setdefault((record := json.loads(line))["step"], []).append(record)
         rows = [
-            [asked[0]["prompt"], asked[0]["expected"], *(record["answer"] for record in asked)]
-            for asked in zip(*answers.values())
+            [records[0]["prompt"], records[0]["expected"], *(record["answer"] for record in records)]
+            for records in zip(*answers.values())
         ]
         return ["prompt", "expected", *(f"step {step}" for step in answers)], rows
 
     def _take(self, trainer: pl.Trainer) -> None:
         if not can_sample():
             return
-        asked = self._questions(trainer)
+        questions = self._questions(trainer)
         ids = continue_greedily(
             trainer.strategy.megatron_parallel,
-            [question.prompt for question in asked],
+            [question.prompt for question in questions],
             self.new_tokens,
-            [question.stops for question in asked],
+            [question.stops for question in questions],
         )
         if not trainer.is_global_zero:
             return
@@ -87,21 +90,20 @@ class RecordSamples(RunCallback):
     def _decoded(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
         tokenizer = trainer.datamodule.tokenizer.tokenizer
         return [
-            (_decode(tokenizer, asked.prompt), _decode(tokenizer, asked.expected)) for asked in self._questions(trainer)
+            (_decode(tokenizer, each.prompt), _decode(tokenizer, each.expected)) for each in self._questions(trainer)
         ]
 
 
 def question_of(
     example: Example, eos: int, new_tokens: int, bos: int | None = None, ends: Sequence[int] | None = None
 ) -> Question:
-    """Of a conversation all before its first answer, of a text its beginning. An answer ends with one of ``ends``; not
-    given, where the set's does.
+    """Return the prompt and answer of an example: a conversation up to its first answer, or the beginning of a text.
 
-    ``bos``: what the tokenizer begins a text with. A sequence that starts in the middle of a document is asked as a
-    text of its own.
+    An answer ends with one of ``ends``, by default with the last token of its loss span. ``bos`` is the tokenizer's
+    start token. A packed sequence that starts in the middle of a document is prompted as a text of its own.
     """
     start, stop = example.loss_spans[0]
-    between = bos is not None and example.ids[:2] == [eos, bos]  # it starts with the end of the document before
+    between = bos is not None and example.ids[:2] == [eos, bos]  # starts with the previous document's end
     if start == 1 or between:
         ids = example.ids[1:] if between else example.ids
         if bos is not None and ids[0] != bos:
@@ -109,8 +111,8 @@ def question_of(
         start = max(1, min(TEXT_PROMPT, len(ids) // 2))
         return Question(ids[:start], ids[start : start + new_tokens], frozenset({eos}))
     stops = frozenset({eos, *([example.ids[stop - 1]] if ends is None else ends)})
-    kept = stop - 1 if example.ids[stop - 1] in stops else stop
-    return Question(example.ids[:start], example.ids[start:kept], stops)
+    end = stop - 1 if example.ids[stop - 1] in stops else stop
+    return Question(example.ids[:start], example.ids[start:end], stops)
 
 
 def _first(examples: Sequence[Example], count: int) -> range:
@@ -118,5 +120,5 @@ def _first(examples: Sequence[Example], count: int) -> range:
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """With special tokens where there are any: a prompt is what the model was given."""
+    """Decode with special tokens, as they are part of the prompt."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""When a step ended, though nobody waited for it: by the GPU's own clock."""
+"""Measure when a step ended without waiting for it, by the GPU's clock."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 
 
 class StepClock:
-    """Counts on from a moment at which the GPU was waited for, and from step to step: in an event's fp32 milliseconds a
-    longer stretch would lose digits. Times are those of ``time.monotonic``; on a CPU a step has ended when it is asked.
+    """A clock that advances from step to step with the GPU's events.
+
+    Event times are fp32 milliseconds, which lose digits over long intervals. Times are those of ``time.monotonic``; on
+    a CPU a step has ended when it is read.
     """
 
     def __init__(self) -> None:
@@ -17,7 +19,7 @@ class StepClock:
         self._event: torch.cuda.Event | None = None
 
     def start(self) -> float:
-        """Now, after all that the GPU was given."""
+        """Wait for the GPU, and return the time."""
         self._event = self.mark()
         if self._event is not None:
             self._event.synchronize()
@@ -25,7 +27,7 @@ class StepClock:
         return self._at
 
     def mark(self) -> torch.cuda.Event | None:
-        """The end of what the GPU was given so far; None on a CPU."""
+        """Return an event at the end of the work queued on the GPU so far; None on a CPU."""
         if not torch.cuda.is_available():
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -33,7 +35,7 @@ class StepClock:
         return event
 
     def wait(self, event: torch.cuda.Event | None) -> float:
-        """Until then; returns when that was."""
+        """Wait for the event, and return its time."""
         if event is None:
             return time.monotonic()
         event.synchronize()

@@ -1,4 +1,4 @@
-"""``model.verify=logits``: the model in Megatron's shards computes what transformers computes from the same files."""
+"""Verify the loaded model: ``model.verify=logits`` compares its loss with that of transformers on the same files."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from qwen_cl.training.model.evaluation import sum_losses
 logger = logging.getLogger(__name__)
 PROBE_ROWS, PROBE_TOKENS = 2, 128
 LEAST_KNOWLEDGE = 0.5
-"""Nats below chance that a trained model has at least, on some text it was given."""
+"""Nats by which a trained model's loss is below chance, at least on one of the probed texts."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""Of the mean loss. Measured on a CPU: below 1e-5 in fp32, below 1e-2 in bf16 against transformers in fp32."""
+"""Allowed difference of the mean loss. Measured on a CPU: below 1e-5 in fp32, below 1e-2 in bf16 against fp32."""
 
 
 class VerificationError(RuntimeError):
-    """Megatron's model is another function than transformers'."""
+    """The loaded model does not compute what transformers computes, or has random weights."""
 
 
 class VerifyLogits(RunCallback):
-    """Compares the loss of a few rows before the first step; an adapter is there already, and adds nothing yet.
+    """The comparison of the loss of a few examples before the first step. A new adapter does not change the loss yet.
 
-    A resumed run is not compared: what it trained is in its weights.
+    A resumed run is not compared, because its weights are trained.
     """
 
     def __init__(self, source: str, adapter: str | None, output_dir: str, precision: str) -> None:
@@ -58,16 +58,17 @@ class VerifyLogits(RunCallback):
         torch.distributed.broadcast(expected, src=0)
         logger.info("Loss of a probe batch: %.6f here, %.6f by transformers", loss, expected)
         tolerance = TOLERANCE[self.precision]
-        if not abs(loss - float(expected)) <= tolerance:  # nan is no match either
+        if not abs(loss - float(expected)) <= tolerance:  # also true for NaN
             raise VerificationError(
                 f"model.verify: the loss of a probe batch is {loss:.4f} and transformers has "
-                f"{float(expected):.4f} for the same files and tokens (at most {tolerance:g} apart is allowed); what "
-                "would be trained is not this model"
+                f"{float(expected):.4f} for the same files and tokens (allowed difference: {tolerance:g}); the "
+                "loaded model is not the published one"
             )
 
 
 class CheckLossBelowChance(RunCallback):
-    """Stops a run whose first losses are those of random weights, on the training text and on every set it measures."""
+    """The refusal of a run whose first losses, on the training text and all evaluation sets, are those of random
+    weights."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -83,21 +84,20 @@ class CheckLossBelowChance(RunCallback):
         if not best < chance - LEAST_KNOWLEDGE:
             raise VerificationError(
                 f"model.verify: the loss before the first step is {best:.2f} at best, and that of random weights is "
-                f"about {chance:.2f} (the logarithm of the vocabulary): the weights of this model are not in it; if "
-                "they are meant to be random, write model.verify=none"
+                f"about {chance:.2f} (the logarithm of the vocabulary): its weights were not loaded; if "
+                "they are meant to be random, set model.verify=none"
             )
 
 
 def _probe_examples(dataset: Any) -> list[Example]:
-    """The start of the first training rows, every token of which counts: it is the weights that are looked at."""
+    """Return the start of the first training examples with all tokens as loss tokens, as the weights are verified."""
     starts = [dataset[number].ids[:PROBE_TOKENS] for number in range(min(PROBE_ROWS, len(dataset)))]
     return [Example(ids, ((1, len(ids)),)) for ids in starts]
 
 
 @torch.no_grad()
 def transformers_loss(source: str, adapter: str | None, examples: list[Example]) -> float:
-    """In fp32 on the CPU, each row by itself; the model is gone when this returns. transformers reads the weights
-    itself, and PEFT the adapter."""
+    """Return the loss by transformers and PEFT in fp32 on the CPU, one example at a time, and free the model."""
     from transformers import AutoModelForCausalLM
 
     directory = local_directory(source)
@@ -125,8 +125,10 @@ def transformers_loss(source: str, adapter: str | None, examples: list[Example])
 
 @contextmanager
 def _model_alone(directory: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """A folder of links to the files that are the model: transformers would load an adapter that lies beside them. It
-    has the config too: where it lacks one, transformers 5 fails for want of a generation config."""
+    """Yield a folder of links to the weights with the config: transformers would load an adapter in the same folder.
+
+    Without a config, transformers 5 fails because it finds no generation config.
+    """
     files = weight_files(directory)
     if [path.name for path in files] != [SINGLE]:
         files.append(directory / INDEX)

@@ -1,4 +1,4 @@
-"""Mask the padded rows of the vocabulary."""
+"""Mask the padding of the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen_cl.training.model.loss import mask_padded_vocabulary
 
 
 class MaskPaddedVocabulary(pl.Callback):
-    """See :func:`qwen_cl.training.model.loss.mask_padded_vocabulary`."""
+    """The mask of the padded vocabulary: see :func:`qwen_cl.training.model.loss.mask_padded_vocabulary`."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

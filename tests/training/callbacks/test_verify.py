@@ -40,7 +40,7 @@ def test_one_changed_row_of_one_weight_stops_the_run_before_its_first_step(tmp_p
     assert abs(verified["loss"] - verified["transformers"]) > 1e-3
     assert re.fullmatch(
         r"VerificationError: model\.verify: the loss of a probe batch is [\d.]+ and transformers has [\d.]+ for the "
-        r"same files and tokens \(at most 0\.001 apart is allowed\); what would be trained is not this model",
+        r"same files and tokens \(allowed difference: 0\.001\); the loaded model is not the published one",
         str(status.reason),
     )
     assert not list(folder.checkpoints.glob("*"))
