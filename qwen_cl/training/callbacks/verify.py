@@ -84,7 +84,7 @@ class CheckLossBelowChance(RunCallback):
         if not best < chance - LEAST_KNOWLEDGE:
             raise VerificationError(
                 f"model.verify: the loss before the first step is {best:.2f} at best, and that of random weights is "
-                f"about {chance:.2f} (the logarithm of the vocabulary): its weights were not loaded; if "
+                f"about {chance:.2f} (the logarithm of the vocabulary): it has no trained weights; if "
                 "they are meant to be random, set model.verify=none"
             )
 

@@ -1,1 +1,1 @@
-"""The Megatron model, its training step, and its loss."""
+"""Build the Megatron model, its training step, and its loss."""

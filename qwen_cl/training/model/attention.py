@@ -1,7 +1,7 @@
-"""The layers of the model: Transformer Engine's where it is installed, else Megatron's own with torch's attention.
+"""Choose the model's layers: Transformer Engine's if it is installed, else Megatron's with torch's attention.
 
-NeMo's stock local layers cannot train on a GPU without apex and keep the whole score matrix; torch's
-scaled_dot_product_attention picks a flash kernel and keeps nothing.
+NeMo's stock local layers cannot train on a GPU without apex, and store the whole score matrix; torch's
+scaled_dot_product_attention uses a flash kernel, which does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from qwen_cl.training.model.context_parallel import attend_across_ranks
 
 
 class CausalAttention(torch.nn.Module):
-    """Megatron's core attention over torch's kernels. Causal always: rows are padded at their end only."""
+    """The core attention of Megatron's layers with torch's kernels. Always causal: sequences are padded at their end
+    only."""
 
     def __init__(self, config: GPTConfig, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
@@ -37,11 +38,14 @@ class CausalAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Shapes: query (sequence, batch, heads, width), key and value with KV groups for heads; returns
-        (sequence, batch, heads * width).
+        """Compute causal attention.
 
-        ``attention_mask`` is no mask but the ``segments`` of a packed batch (qwen_cl/data/datamodule.py): Megatron
-        hands it through to here as it is."""
+        Shapes: query (sequence, batch, heads, width), key and value with KV groups for heads; returns (sequence, batch,
+        heads * width).
+
+        ``attention_mask`` is not a mask but the ``segments`` of a packed batch (qwen_cl/data/datamodule.py), which
+        Megatron passes on unchanged.
+        """
         sequence, batch, heads, width = query.shape
         dropout = self.dropout if self.training else 0.0
         if parallel_state.get_context_parallel_world_size() > 1:
@@ -61,7 +65,8 @@ class CausalAttention(torch.nn.Module):
         return out.reshape(sequence, batch, heads * width)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Shapes: (batch, heads, sequence, width). Where there are more keys than queries, they begin earlier."""
+        """Attend over (batch, heads, sequence, width). With more keys than queries, the queries are the last
+        positions."""
         if query.shape[2] == key.shape[2]:
             mask, is_causal = None, True
         else:
@@ -80,27 +85,28 @@ class CausalAttention(torch.nn.Module):
     def _attend_by_segment(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, dropout: float
     ) -> torch.Tensor:
-        """Shapes: (tokens of the batch, heads, width). On any device and in any type, a call for each segment."""
-        ends = sorted(set(segments.tolist()))  # without those that are empty
+        """Attend over (tokens of the batch, heads, width), one call per segment: for any device and dtype."""
+        ends = sorted(set(segments.tolist()))  # without empty segments
         sizes = [stop - start for start, stop in pairwise(ends)]
-        # Parts of one split, put together at once: the gradient of a slice, or of what is written into one, is as large
-        # as the whole.
+        # One split and one concatenation: the gradient of each slice, or of each write to a slice, would be as large as
+        # the whole tensor.
         parts = []
-        for own in zip(*(torch.split(tensor, sizes) for tensor in (query, key, value))):
-            own_query, own_key, own_value = (part.transpose(0, 1)[None] for part in own)
-            parts.append(self._attend(own_query, own_key, own_value, dropout)[0].transpose(0, 1))
+        for segment in zip(*(torch.split(tensor, sizes) for tensor in (query, key, value))):
+            segment_query, segment_key, segment_value = (part.transpose(0, 1)[None] for part in segment)
+            parts.append(self._attend(segment_query, segment_key, segment_value, dropout)[0].transpose(0, 1))
         return torch.cat(parts)
 
     def _attend_by_kernel(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, longest: int
     ) -> torch.Tensor:
-        """One flash kernel for all segments. ``longest`` bounds them: their true maximum would wait for the GPU."""
-        repeats = query.shape[1] // key.shape[1]  # torch 2.11's kernel takes as many heads of keys as of queries
+        """Attend within all segments with one flash kernel. ``longest`` is an upper bound: the maximum would sync the
+        GPU."""
+        repeats = query.shape[1] // key.shape[1]  # torch 2.11's kernel has no grouped queries
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         out = varlen_attn(
             query, key, value, segments, segments, longest, longest, scale=self.softmax_scale, window_size=(-1, 0)
         )
-        assert isinstance(out, torch.Tensor)  # a pair only where its statistics are asked for
+        assert isinstance(out, torch.Tensor)  # a tuple only if the statistics are requested
         return out
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -108,12 +114,12 @@ class CausalAttention(torch.nn.Module):
 
 
 def layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """What NeMo's ``transformer_layer_spec`` asks for."""
+    """Return the layers for NeMo's ``transformer_layer_spec``."""
     return transformer_engine_layer_spec(config) if HAVE_TE else segment_layer_spec(config)
 
 
 def segment_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec:
-    """Layers that keep attention within segments; Transformer Engine's would take them for a mask."""
+    """Return layers whose attention stays within segments; Transformer Engine's would use them as a mask."""
     spec = local_layer_spec(config)
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec

@@ -1,4 +1,4 @@
-"""The architecture a config.json describes as NeMo's own model class for that family."""
+"""Build NeMo's model class of a family from the architecture that a config.json describes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def build_model(config: RunConfig, architecture: Architecture, tokenizer: run.Co
             old_context_len=scaling.original_max_position_embeddings,
         )
     if family.nemo_window:
-        fields.update(window_size=None, cp_comm_type=None)  # sequences are held below the window (plan.py)
+        fields.update(window_size=None, cp_comm_type=None)  # sequences are limited to the window (plan.py)
     if config.cluster.pipeline_parallel > 1:
-        # Micro batches are padded to their own longest row, so stages must tell each other their shapes; Megatron
-        # asks for this dispatcher then, though nothing here has experts.
+        # Micro batches are padded to their longest sequence, so stages exchange shapes; Megatron requires this
+        # dispatcher for that, even without experts.
         fields.update(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall")
     return run.Config(model, config=run.Config(model_config, **fields, **_execution(config)), tokenizer=tokenizer)
 
 
 def leave_unset(tensor: torch.Tensor) -> torch.Tensor:
-    """In place of Megatron's random initialisation of weights that are read from a file before their first use."""
+    """Skip Megatron's random initialization: the weights are read from a file before their first use."""
     return tensor
 
 
@@ -68,11 +68,11 @@ def _execution(config: RunConfig) -> dict[str, Any]:
         "transformer_layer_spec": segment_layer_spec if config.training.is_packed else layer_spec,
         "forward_step_fn": forward_step,
         "data_step_fn": data_step,
-        "calculate_per_token_loss": True,  # each token weighs the same, however rows fall into micro batches
-        "cross_entropy_loss_fusion": not fp32,  # its backward casts gradients to bf16 whatever the precision
+        "calculate_per_token_loss": True,  # each token weighs the same in every micro batch
+        "cross_entropy_loss_fusion": not fp32,  # its backward always casts gradients to bf16
         "apply_rope_fusion": HAVE_TE,
-        "persist_layer_norm": False,  # torch's norms, which stand in without Transformer Engine, refuse it
-        # Drawing random weights takes longer than reading the true ones, which coverage makes sure of.
+        "persist_layer_norm": False,  # not supported by torch's norms
+        # Random initialization takes longer than loading, and loading is checked to set every weight.
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), leave_unset),
         "use_cpu_initialization": config.cluster.accelerator is Accelerator.cpu,
         "params_dtype": torch.float32 if fp32 else torch.bfloat16,

@@ -1,4 +1,4 @@
-"""The loss of a set by the model that is being trained, in whatever layout it is, between two steps."""
+"""Evaluate the loss of a set during training, between two steps, in any layout."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ BATCHES_AT_ONCE = 16
 
 @torch.no_grad()
 def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -> tuple[float, int]:
-    """Nats of all counted tokens and their number, the same on every rank. ``model`` is NeMo's MegatronParallel."""
+    """Return the sum of the losses in nats and the number of loss tokens, the same on every rank.
+
+    ``model`` is NeMo's MegatronParallel.
+    """
     training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-    batches = _own_share(list(longest_first(examples, micro_batch_size)))
+    batches = _local_share(list(longest_first(examples, micro_batch_size)))
     for start in range(0, len(batches), BATCHES_AT_ONCE):
         heartbeat.progress()
         some = [collate(batch) for batch in batches[start : start + BATCHES_AT_ONCE]]
-        for loss in _losses(model, some):  # nothing but on the last pipeline stage
+        for loss in _losses(model, some):  # only on the last pipeline stage
             sums[0] += loss
-        if parallel_state.get_context_parallel_rank() == 0:  # the others have the same rows
+        if parallel_state.get_context_parallel_rank() == 0:  # the others have the same examples
             sums[1] += sum(float(batch["loss_mask"].sum()) for batch in some)
     model.train(training)
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -38,13 +41,13 @@ def sum_losses(model: Any, examples: Sequence[Example], micro_batch_size: int) -
     return float(sums[0]), int(sums[1])
 
 
-def _own_share(batches: list[list[Example]]) -> list[list[Example]]:
+def _local_share(batches: list[list[Example]]) -> list[list[Example]]:
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return batches[rank::size]
 
 
 def _losses(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Not compiled, also where training is: rows have every length, and each may be compiled for anew."""
+    """Return the losses of the batches, not compiled: examples of every length could each cause a compilation."""
 
     def step(iterator: Any, chunk: torch.nn.Module) -> Any:
         needed: Any = data_step(iterator)

@@ -1,4 +1,4 @@
-"""What the model that is being trained writes, between two steps."""
+"""Decode greedily with the model in training, between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_cl.patches.cpu_device import without_function_mode
 
 
 def can_sample() -> bool:
-    """Where rows are whole: the context of each token is on the rank that computes it."""
+    """Return whether each rank has whole sequences, which decoding needs."""
     return bool(parallel_state.get_context_parallel_world_size() == 1)
 
 
@@ -22,11 +22,12 @@ def can_sample() -> bool:
 def continue_greedily(
     model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stops: Sequence[frozenset[int]]
 ) -> list[list[int]]:
-    """The likeliest token each time, at most ``new_tokens``, up to and without the first that is in the prompt's
-    ``stops``; the same on every rank, each of which calls this. ``model`` is NeMo's MegatronParallel.
+    """Return the greedy continuation of each prompt: at most ``new_tokens``, up to the first of its ``stops``.
 
-    Every token costs a forward pass over all before it: fine for a few short answers, and it needs no cache that the
-    attention of training would have to know of.
+    The result is the same on every rank, and every rank must call. ``model`` is NeMo's MegatronParallel.
+
+    Each token costs a full forward pass: fast enough for a few short answers, and it needs no KV cache in the training
+    attention.
     """
     training = model.training
     model.eval()
@@ -46,7 +47,7 @@ def continue_greedily(
 
 
 def _likeliest(model: Any, rows: Sequence[Sequence[int]]) -> list[int]:
-    """The next token of each; padding at the end is seen by no token before it."""
+    """Return the most likely next token of each sequence. Padding at the end does not affect earlier tokens."""
     width, device = padded_width([len(row) for row in rows]), torch.cuda.current_device()
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     positions = torch.arange(width, device=device).expand(len(rows), width).contiguous()
@@ -58,7 +59,7 @@ def _likeliest(model: Any, rows: Sequence[Sequence[int]]) -> list[int]:
             logits = chunk(input_ids=tokens, position_ids=positions, attention_mask=None)
         return logits, lambda logits, non_loss_data: _best_of_all_parts(logits[each, ends])
 
-    with torch.compiler.set_stance("force_eager"):  # rows grow with each token
+    with torch.compiler.set_stance("force_eager"):  # sequences grow with each token
         outputs = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=None if len(model) == 1 else [None] * len(model),
@@ -69,14 +70,16 @@ def _likeliest(model: Any, rows: Sequence[Sequence[int]]) -> list[int]:
             forward_only=True,
             collect_non_loss_data=True,
         )
-    found = outputs[0] if outputs else torch.full_like(ends, -1)  # none but on the last pipeline stage
+    found = outputs[0] if outputs else torch.full_like(ends, -1)  # only the last pipeline stage has outputs
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return found.tolist()
 
 
 def _best_of_all_parts(logits: torch.Tensor) -> torch.Tensor:
-    """Of each row the place of its largest logit, the first of several, in the whole vocabulary. Shape: (rows, this
-    rank's part of the vocabulary)."""
+    """Return the index of each row's largest logit in the whole vocabulary, the first of several.
+
+    Shape: (rows, this rank's part of the vocabulary).
+    """
     group, size = parallel_state.get_tensor_model_parallel_group(), logits.shape[1]
     best, place = logits.float().max(dim=-1)
     bests = best.new_empty(group.size() * len(best))

@@ -1,6 +1,6 @@
-"""The loss of a global batch: the mean over its loss tokens, with the padded vocabulary masked out.
+"""Compute the loss of a global batch: the mean over its loss tokens, with the padded vocabulary masked.
 
-Losses of single tokens come from Megatron's model (step.py), or from speed/fused_linear_cross_entropy.py.
+The losses of single tokens come from Megatron's model (step.py), or from speed/fused_linear_cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 
 
 class TokenWeightedLoss(MaskedTokenLossReduction):
-    """NeMo's reduction over a global batch, by tokens; NeMo's own averages the means of its micro batches."""
+    """The mean over the loss tokens of a global batch; NeMo averages the means of its micro batches."""
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         if not losses_reduced_per_micro_batch:
@@ -28,26 +28,26 @@ class TokenWeightedLoss(MaskedTokenLossReduction):
 
 
 def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Keep rows that only pad the vocabulary out of the softmax; a zero logit is not a small one.
+    """Exclude the rows that pad the vocabulary from the softmax, where a logit of zero would count.
 
-    Changes nothing on the stages without an output layer and on ranks whose slice holds no padding. Output layers say
-    as ``kept_rows`` how many of their rows are tokens.
+    Has no effect on stages without an output layer and on ranks whose slice has no padding. Output layers get the
+    attribute ``vocabulary_rows``, the number of their rows that are tokens.
     """
     for module in model.modules():
         if not isinstance(module, GPTModel) or not module.post_process:
             continue
         rows = module.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first = rows * parallel_state.get_tensor_model_parallel_rank()
-        kept = max(0, min(rows, vocab_size - first))
-        module.output_layer.kept_rows = kept
-        if kept < rows:
-            module.output_layer.register_forward_hook(_masking_hook(kept))
+        valid = max(0, min(rows, vocab_size - first))
+        module.output_layer.vocabulary_rows = valid
+        if valid < rows:
+            module.output_layer.register_forward_hook(_masking_hook(valid))
 
 
-def _masking_hook(kept: int) -> Any:
+def _masking_hook(valid: int) -> Any:
     def hook(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        padding = torch.arange(logits.shape[-1], device=logits.device) >= kept
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= valid
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
 
     return hook

@@ -17,9 +17,12 @@ Batch = dict[str, torch.Tensor]
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
-    """Keep what this pipeline stage needs. NeMo's own version insists on an attention mask without Transformer
-    Engine; attention here is causal by construction, and every stage needs the segments of a packed batch. Of each row,
-    a context parallel rank keeps its two pieces; segments stay those of whole rows."""
+    """Return the tensors of a micro batch that this pipeline stage needs, on the device.
+
+    NeMo's version requires an attention mask without Transformer Engine; attention here is always causal, and every
+    stage needs the segments of a packed batch. A context parallel rank keeps its two pieces of each sequence; the
+    segments stay those of whole sequences.
+    """
     batch = next(dataloader_iter)
     if isinstance(batch, tuple):
         batch = batch[0]
@@ -33,19 +36,20 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor | None]:
 
 
 def _on_device(tensor: torch.Tensor) -> torch.Tensor:
-    """From pinned memory, else the copy would wait for all that the GPU has to do before it."""
+    """Copy from pinned memory, as any other copy would wait for the queued work of the GPU."""
     pinned = tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_cuda else tensor
     return pinned.cuda(non_blocking=True)
 
 
 def forward_step(model: GPTModel, batch: Batch) -> torch.Tensor:
-    """Loss of every token, shape (batch, sequence), on the last stage; of those that do not count it means nothing."""
-    labels, counted = batch["labels"], batch["loss_mask"]
+    """Return the loss of every token, shape (batch, sequence), on the last stage; undefined for tokens that are
+    masked."""
+    labels, loss_mask = batch["labels"], batch["loss_mask"]
     with without_function_mode():
         return model(
             input_ids=batch["tokens"],
             position_ids=batch["position_ids"],
             attention_mask=batch.get("segments"),
-            # NeMo's model takes no mask; Megatron's loss takes any label outside the vocabulary.
-            labels=labels if labels is None else labels.masked_fill(counted == 0, IGNORE_INDEX),
+            # NeMo's model accepts no mask, but Megatron's loss accepts any label outside the vocabulary.
+            labels=labels if labels is None else labels.masked_fill(loss_mask == 0, IGNORE_INDEX),
         )

@@ -1,1 +1,1 @@
-"""Speed optimizations that need no Transformer Engine."""
+"""Apply speed optimizations that need no Transformer Engine."""

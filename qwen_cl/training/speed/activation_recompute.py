@@ -1,8 +1,7 @@
-"""Layers that keep their input alone, and compute the rest once more when the backward pass comes to them
-(arXiv 1604.06174).
+"""Recompute activations: layers store only their input, and recompute the rest in the backward pass (arXiv 1604.06174).
 
-Megatron's own (``recompute_granularity=full``) is of the kind that gives no gradient to what is inside where the input
-needs none, as with LoRA on a frozen embedding; torch's other kind does.
+Megatron's implementation (``recompute_granularity=full``) is reentrant checkpointing, which yields no gradients inside
+a layer whose input needs none, as with LoRA on a frozen embedding; torch's non-reentrant checkpointing does.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from qwen_cl.patches.registry import replace
 
 
 def install(model: torch.nn.Module) -> int:
-    """In every layer; returns how many."""
+    """Recompute in every layer; return their number."""
     layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
         replace(layer, "forward", MethodType(_forward, layer))

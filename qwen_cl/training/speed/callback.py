@@ -1,4 +1,4 @@
-"""Puts the levers of the group ``speed`` into a run's model and optimizer."""
+"""Apply the speed optimizations of the group ``speed`` to a run's model and optimizer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from qwen_cl.training.speed.cuda_graphs import CudaGraphSchedule
 
 
 class SpeedOptimizations(RunCallback):
-    """See :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without. status.json says under
-    ``speed_optimizations`` what is in place, and on how many things."""
+    """The optimizations of :class:`qwen_cl.config.speed.SpeedConfig`. Checkpoints are the same with and without.
+
+    status.json has under ``speed_optimizations`` what is applied, and to how many modules or tensors.
+    """
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class SpeedOptimizations(RunCallback):
         if self.fused_lora:
             done["fused_lora"] = fused_lora.fuse_lora(model)
         if self.fused_linear_cross_entropy:
-            # Its own steps are many and small: on a GPU they pay only compiled, whatever the layers are.
+            # It consists of many small operations, which on a GPU are only faster when compiled.
             compiled = self.compile or torch.cuda.is_available()
             done["fused_linear_cross_entropy"] = fused_linear_cross_entropy.install(model, compiled)
         if self.activation_recompute:
@@ -83,7 +85,7 @@ class SpeedOptimizations(RunCallback):
             self.folder.update_status(speed_optimizations={name: count for name, count in done.items() if count})
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
-        """NeMo takes what this returns for the step."""
+        """Return the step for NeMo to run, with the schedule of CUDA graphs if they are enabled."""
         if self._schedule is None or step.forward_only:
             return step
         fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(MegatronStep)}
@@ -100,10 +102,10 @@ class _ScheduledStep(MegatronStep):
 
 
 def fuse_adam(optimizer: Any, fused: bool) -> int:
-    """Of torch's Adam; Transformer Engine's and apex's are fused already. Returns how many are fused now.
+    """Set whether torch's Adam is fused (Transformer Engine's and apex's always are), and return how many are.
 
-    What was read from a checkpoint says how the optimizer was set that wrote it, and has its step count where that
-    optimizer wanted it: with the parameter if fused, else on the CPU.
+    A checkpoint restores the setting of the optimizer that wrote it, and its step count where that setting needs it: on
+    the parameter's device if fused, else on the CPU.
     """
     count = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

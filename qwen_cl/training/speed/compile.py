@@ -1,8 +1,8 @@
-"""torch.compile of transformer layers, each as one graph.
+"""Compile transformer layers with torch.compile, each as one graph.
 
-A layer is a few dozen small operations around its matrix products. Run one by one they cost more time to start than
-to compute, and each reads and writes whole activations; compiled they are a handful of kernels. All layers of a model
-share one compiled graph, because they differ in their weights alone.
+A layer has a few dozen small operations around its matmuls. Run separately, they take longer to launch than to compute,
+and each reads and writes whole activations; compiled they are a handful of kernels. All layers of a model share one
+compiled graph, because they differ only in their weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from qwen_cl.training.speed.tensor_parallel import is_split
 
 
 def compile_layers(model: torch.nn.Module) -> int:
-    """Compile every layer at its next call, and return how many there are. Parameters keep their names.
+    """Compile every layer at its next call, and return their number. Parameters keep their names.
 
-    ``fullgraph`` makes an operation that cannot be compiled an error rather than a slow run. Shapes are compiled as
-    they are first seen; from the second length on, lengths are symbols, so that rows of every length share a graph.
+    ``fullgraph`` makes an operation that cannot be compiled an error rather than a slow run. The first shape is
+    compiled as static; from the second length on, lengths are dynamic, so that all lengths share a graph.
     """
     _silence_group_getter()
     fused_ops.install(model)
@@ -33,27 +33,27 @@ def compile_layers(model: torch.nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
     for layer in layers:
         if is_split():
-            _leave_out_products(layer)
+            _exclude_parallel_linear(layer)
         layer.compile(fullgraph=not is_split())
     return len(layers)
 
 
-def _leave_out_products(layer: TransformerLayer) -> None:
-    """Products of a part of a weight talk to other ranks while they compute, which no graph can hold: a layer is then
-    a graph before, between and after them."""
-    products = [module for module in layer.modules() if isinstance(module, AdapterWrapper)]
-    adapted = {id(part) for wrapper in products for part in wrapper.modules() if part is not wrapper}
-    products += [
+def _exclude_parallel_linear(layer: TransformerLayer) -> None:
+    """Exclude tensor parallel linear layers, whose communication cannot be in a graph: a layer becomes several
+    graphs."""
+    excluded = [module for module in layer.modules() if isinstance(module, AdapterWrapper)]
+    adapted = {id(part) for wrapper in excluded for part in wrapper.modules() if part is not wrapper}
+    excluded += [
         module
         for module in layer.modules()
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and id(module) not in adapted
     ]
-    for module in products:
+    for module in excluded:
         replace(module, "forward", torch.compiler.disable(module.forward))  # type: ignore[no-untyped-call]
 
 
 def _silence_group_getter() -> None:
-    """megatron/core/utils.py warns of a deprecation on each call, and a warning cannot be a part of a graph."""
+    """Replace a getter of megatron/core/utils.py that warns on each call, as a warning cannot be in a graph."""
     replace_everywhere(utils, "get_tensor_model_parallel_group_if_none", _group_or_default)
 
 

@@ -1,8 +1,8 @@
-"""Gradients of a micro batch added to those of the step, for all weights of a layer by one compiled kernel.
+"""Add the gradients of a micro batch to those of the step, with one compiled kernel per layer.
 
-megatron/core/distributed/distributed_data_parallel.py adds one after another, bf16 to fp32: an operation for which
-torch has no fast kernel (of 66 ms a micro batch, 5 of Qwen2.5-0.5B on an H200), and for LoRA's many small weights one
-more launch each.
+megatron/core/distributed/distributed_data_parallel.py adds one after another, bf16 to fp32: an operation without a fast
+kernel in torch (of 66 ms per micro batch, 5 for Qwen2.5-0.5B on an H200), and with LoRA's many small weights one launch
+each.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Add = Callable[[list[torch.Tensor], list[torch.Tensor]], None]
 
 
 def install(model: Any) -> int:
-    """Returns how many weights' gradients are added so.
+    """Fuse the accumulation, and return the number of weights.
 
-    Megatron takes a gradient whose weight says ``grad_added_to_main_grad`` for one that a fused product has added; of
-    a shared embedding only the output layer's, which ``zero_out_wgrad`` says. Where it has such products, they stay;
-    and where it sends a gradient as soon as it is there, none can wait for another.
+    Megatron skips the gradient of a weight with ``grad_added_to_main_grad``, assuming that a fused matmul has added it;
+    for a shared embedding only that of the output layer, by ``zero_out_wgrad``. Where Megatron fuses the matmul itself,
+    or sends each gradient as soon as it is ready, nothing is changed.
     """
     if get_model_config(model[0]).gradient_accumulation_fusion:
         return 0
@@ -38,7 +38,7 @@ def install(model: Any) -> int:
 
 
 def _grouped(part: DistributedDataParallel) -> list[list[torch.nn.Parameter]]:
-    """The weights of each layer, and each of the others alone."""
+    """Return the weights grouped by layer; each of the others is a group of its own."""
     layers = [module for module in part.modules() if isinstance(module, TransformerLayer)]
     layer_of = {id(weight): id(layer) for layer in layers for weight in layer.parameters()}
     groups: dict[int, list[torch.nn.Parameter]] = {}
@@ -49,7 +49,7 @@ def _grouped(part: DistributedDataParallel) -> list[list[torch.nn.Parameter]]:
 
 
 class GradientGroup:
-    """Adds when all its weights have a gradient, at the latest when the backward pass ends."""
+    """A group of weights, added once all have a gradient, at the latest at the end of the backward pass."""
 
     def __init__(self, weights: list[torch.nn.Parameter], add: Add) -> None:
         self.weights, self._add = weights, add
@@ -67,7 +67,7 @@ class GradientGroup:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        """In one order, whichever they came in: what is compiled is so for shapes in an order."""
+        """Add in a fixed order, as each order of shapes would be compiled separately."""
         waiting, self._waiting = dict(sorted(self._waiting.items())), {}
         weights: list[Any] = [self.weights[number] for number in waiting]
         if weights:
@@ -81,6 +81,6 @@ def add_gradients(totals: list[torch.Tensor], gradients: list[torch.Tensor]) -> 
 
 @cache
 def _compiled() -> Add:
-    """For the shapes of a layer once, and for each of the few that are in no layer."""
+    """Return the compiled function, specialized for the shapes of a layer and of each weight outside layers."""
     compiled: Add = torch.compile(add_gradients, dynamic=False)
     return compiled

@@ -1,8 +1,8 @@
-"""The output layer and its cross entropy together, some tokens at a time.
+"""Compute the output layer and its cross entropy together, one chunk of tokens at a time.
 
-Logits of a whole micro batch are the largest tensor of a small model by far: tokens x vocabulary, kept in fp32 beside
-the softmax. Here they exist for a chunk of tokens only, whose gradient is made at once (Liger, arXiv 2410.10989,
-section 3.2).
+The logits of a whole micro batch are by far the largest tensor of a small model: tokens x vocabulary, stored in fp32
+beside the softmax. Here they exist only for a chunk of tokens, whose gradient is computed at once (Liger, arXiv
+2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from qwen_cl.config.speed import LOSS_CHUNK_BYTES
 from qwen_cl.patches.registry import replace
 from qwen_cl.training.model.loss import IGNORE_INDEX
-from qwen_cl.training.speed.tensor_parallel import whole_input
+from qwen_cl.training.speed.tensor_parallel import gather_input
 
 
 def install(model: torch.nn.Module, compiled: bool) -> int:
-    """In every part of the model that has an unchanged output layer of its own; returns how many."""
+    """Fuse every unmodified output layer with its loss; return their number."""
     parts = [module for module in model.modules() if isinstance(module, GPTModel) and module.post_process]
     parts = [part for part in parts if not part.mtp_process and not _is_changed(part.output_layer)]
     for part in parts:
@@ -33,8 +33,8 @@ def install(model: torch.nn.Module, compiled: bool) -> int:
 
 
 def _is_changed(layer: ColumnParallelLinear) -> bool:
-    """By something else than what keeps padding out of the softmax, which only some ranks have."""
-    padded = layer.kept_rows < layer.output_size_per_partition
+    """Return whether the layer has hooks other than the mask of the padded vocabulary, which only some ranks have."""
+    padded = layer.vocabulary_rows < layer.output_size_per_partition
     return len(layer._forward_hooks) > padded
 
 
@@ -46,18 +46,20 @@ def _postprocess(stock: Any, compiled: bool) -> Any:
         labels: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Shapes: hidden_states (positions, batch, width), labels (batch, positions), as the losses. Under sequence
-        parallelism a rank comes with its own of the positions."""
+        """Return the losses, shape (batch, positions), like labels.
+
+        Shape of hidden_states: (positions, batch, width). Under sequence parallelism a rank has its own positions.
+        """
         if labels is None:
             out: torch.Tensor = stock(hidden_states, *others, labels=labels, **options)
             return out
         tied = self.share_embeddings_and_output_weights
-        hidden = whole_input(hidden_states, self.output_layer.sequence_parallel)
+        hidden = gather_input(hidden_states, self.output_layer.sequence_parallel)
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        kept = self.output_layer.kept_rows
+        rows = self.output_layer.vocabulary_rows
         losses = linear_cross_entropy(
             hidden.flatten(0, 1),
-            weight if kept == len(weight) else weight[:kept],
+            weight if rows == len(weight) else weight[:rows],
             labels.t().flatten(),
             compiled,
             parallel_state.get_tensor_model_parallel_group(),
@@ -76,11 +78,11 @@ def linear_cross_entropy(
     group: torch.distributed.ProcessGroup | None = None,
     first: int = 0,
 ) -> torch.Tensor:
-    """Nats of each token, fp32, shape (tokens,); 0 where the label is NOT_COUNTED.
+    """Return the loss of each token in nats: fp32, shape (tokens,), 0 where the label is IGNORE_INDEX.
 
-    Shapes: hidden (tokens, width), weight (vocabulary, width), labels (tokens,). Only the sum of the losses may be
-    differentiated, times whatever factor: the gradients are made before it is known. With a group, ``weight`` is this
-    rank's part of the vocabulary, from label ``first`` on, and hidden's gradient is what this part makes.
+    Shapes: hidden (tokens, width), weight (vocabulary, width), labels (tokens,). Only the sum of the losses, times any
+    factor, may be differentiated: the gradients are computed before the factor is known. With a group, ``weight`` is
+    this rank's part of the vocabulary, which starts at label ``first``, and hidden's gradient is that of this part.
     """
     losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compiled, group, first)  # type: ignore[no-untyped-call]
     return losses
@@ -119,8 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_gradient, weight_gradient, labels = ctx.saved_tensors
-        counted = labels != IGNORE_INDEX
-        factor = (gradients[0] * counted).sum() / counted.sum().clamp(min=1)  # the same for all that count
+        has_loss = labels != IGNORE_INDEX
+        factor = (gradients[0] * has_loss).sum() / has_loss.sum().clamp(min=1)  # the same for all loss tokens
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient * factor.to(hidden_gradient.dtype)
         if weight_gradient is not None:
@@ -133,14 +135,14 @@ def _scaled(gradient: torch.Tensor, factor: torch.Tensor, wanted: torch.dtype) -
 
 
 def _chunk_size(tokens: int, weight: torch.Tensor) -> int:
-    """Tokens of each of as few chunks as there can be, all alike but for rounding."""
+    """Return the tokens per chunk: as few chunks as possible, of equal size except for rounding."""
     most = max(1, LOSS_CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
     chunks = -(-tokens // most)
     return -(-tokens // chunks) if chunks else 1
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """In fp32, also where the factors are not, if this PyTorch's product can."""
+    """Add a matmul in fp32, also with factors of a lower precision if this PyTorch supports it."""
     if left.dtype is not torch.float32 and _adds_in_fp32(left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
@@ -164,25 +166,25 @@ Scored = tuple[torch.Tensor, torch.Tensor]
 def _scoring(
     with_gradient: bool, compiled: bool, group: torch.distributed.ProcessGroup | None, first: int
 ) -> Callable[[torch.Tensor, torch.Tensor], Scored]:
-    """Of logits and labels the losses, and the gradient of their sum for the logits, in the logits' type."""
+    """Return a function from logits and labels to the losses and the gradient of their sum, in the logits' dtype."""
     if group is not None and group.size() > 1:
-        return partial(_of_all_parts, group=group, first=first, with_gradient=with_gradient, run=_run(compiled))
+        return partial(_across_ranks, group=group, first=first, with_gradient=with_gradient, run=_run(compiled))
     if not with_gradient:
         return _losses_only
     return partial(_run(compiled), _losses_and_gradient)
 
 
 def _losses_only(logits: torch.Tensor, labels: torch.Tensor) -> Scored:
-    total, own = _sums(logits, labels)
-    return (total - own) * (labels != IGNORE_INDEX), labels
+    total, label_logit = _sums(logits, labels)
+    return (total - label_logit) * (labels != IGNORE_INDEX), labels
 
 
 def _losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> Scored:
-    total, own = _sums(logits, labels)
-    return (total - own) * (labels != IGNORE_INDEX), _gradient(logits, labels, labels, total)
+    total, label_logit = _sums(logits, labels)
+    return (total - label_logit) * (labels != IGNORE_INDEX), _gradient(logits, labels, labels, total)
 
 
-def _of_all_parts(
+def _across_ranks(
     logits: torch.Tensor,
     labels: torch.Tensor,
     group: torch.distributed.ProcessGroup,
@@ -190,34 +192,34 @@ def _of_all_parts(
     with_gradient: bool,
     run: Callable[..., Any],
 ) -> Scored:
-    """Of the parts of a row that ranks hold, two numbers a token are exchanged."""
-    held = labels - first  # those of other parts are below 0 or above the last
+    """Return the losses and the gradient of a vocabulary split over ranks, which exchange two numbers per token."""
+    held = labels - first  # labels of other ranks are out of range
     sums = torch.stack(run(_sums, logits, held))
     parts = sums.new_empty(group.size() * 2, len(labels))
     torch.distributed.all_gather_into_tensor(parts, sums, group=group)
-    total, own = parts[::2].logsumexp(0), parts[1::2].sum(0)
-    losses = (total - own) * (labels != IGNORE_INDEX)
+    total, label_logit = parts[::2].logsumexp(0), parts[1::2].sum(0)
+    losses = (total - label_logit) * (labels != IGNORE_INDEX)
     return losses, run(_gradient, logits, held, labels, total) if with_gradient else labels
 
 
 def _sums(logits: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token the logsumexp of its logits, and the logit of its label, 0 where that is not among them."""
-    at, there = _place(held, logits)
-    return logits.float().logsumexp(-1), torch.where(there, logits.gather(1, at)[:, 0].float(), 0)
+    """Return the logsumexp of each token's logits, and the logit of its label, 0 if the label is on another rank."""
+    column, is_local = _place(held, logits)
+    return logits.float().logsumexp(-1), torch.where(is_local, logits.gather(1, column)[:, 0].float(), 0)
 
 
 def _gradient(logits: torch.Tensor, held: torch.Tensor, labels: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """The label's own is put in afterwards, in place of a comparison for every logit."""
-    counted = labels != IGNORE_INDEX
-    total = total.masked_fill(~counted, torch.inf)  # all others become 0
+    """Return the gradient for the logits. The label's entry is set at the end, instead of comparing every logit."""
+    has_loss = labels != IGNORE_INDEX
+    total = total.masked_fill(~has_loss, torch.inf)  # all others become 0
     gradient = (logits.float() - total[:, None]).exp().to(logits.dtype)
-    at, there = _place(held, logits)
-    own = (logits.gather(1, at)[:, 0].float() - total).exp() - (there & counted).float()
-    return gradient.scatter_(1, at, own[:, None].to(gradient.dtype))
+    column, is_local = _place(held, logits)
+    at_label = (logits.gather(1, column)[:, 0].float() - total).exp() - (is_local & has_loss).float()
+    return gradient.scatter_(1, column, at_label[:, None].to(gradient.dtype))
 
 
 def _place(held: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token's label its column, of shape (tokens, 1) and any where there is none, and whether there is."""
+    """Return the column of each label, shape (tokens, 1) and clamped to the range, and whether it was in the range."""
     last = logits.shape[1] - 1
     return held.clamp(0, last)[:, None], (held >= 0) & (held <= last)
 
@@ -227,7 +229,7 @@ def _run(compiled: bool) -> Callable[..., Any]:
 
 
 def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """For any number of tokens at once, and for this vocabulary alone: kernels whose row length is open are slow."""
+    """Run compiled for any number of tokens and a fixed vocabulary: kernels with a dynamic row length are slow."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.dim():
             torch._dynamo.maybe_mark_dynamic(argument, 0)

@@ -1,9 +1,9 @@
-"""LoRA's two thin products, joined with the product of the layer they adapt.
+"""Fuse LoRA's two low-rank matmuls with the matmul of the adapted layer.
 
-Apart, the adapter's output is another tensor as wide as the layer's, written, read and added; joined, the thin product
-is some more columns of the wide one, which cost next to nothing. Under tensor parallelism the adapter also sends what
-the layer sends anyway: its input's gradient, or its output. Here it goes with the layer's, and only what is as thin as
-the rank is sent for the adapter alone.
+Separately, the adapter's output is another tensor as wide as the layer's that is written, read and added; fused, it is
+some more columns of the wide matmul, which cost almost nothing. Under tensor parallelism the adapter also communicates
+what the layer communicates anyway: its input's gradient, or its output. Fused, they are sent together, and only tensors
+of the width of the rank are sent for the adapter alone.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch.nn.functional import linear
 
 from qwen_cl.patches.registry import replace
-from qwen_cl.training.speed.tensor_parallel import is_split, whole_input
+from qwen_cl.training.speed.tensor_parallel import is_split, gather_input
 
 ALIGNED = 8
-"""Columns of bf16 that fill 16 bytes, which fast kernels for products ask of every row."""
+"""Columns of bf16 in 16 bytes, the alignment of rows that fast matmul kernels need."""
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
-    """In every adapted layer that allows it; returns how many. Weights stay where they are, under their names."""
-    joined = [module for module in model.modules() if type(module) is LoRALinear and _can_be_joined(module)]
+    """Fuse every adapted layer that allows it; return their number. Weights keep their places and names."""
+    joined = [module for module in model.modules() if type(module) is LoRALinear and _can_be_fused(module)]
     for module in joined:
         by_rows = isinstance(module.to_wrap, ColumnParallelLinear)
-        of_a_part = _forward_of_rows if by_rows else _forward_of_columns
+        of_a_part = _forward_column_parallel if by_rows else _forward_row_parallel
         replace(module, "forward", MethodType(of_a_part if is_split() else _forward, module))
     return len(joined)
 
 
-def _can_be_joined(module: LoRALinear) -> bool:
+def _can_be_fused(module: LoRALinear) -> bool:
     layer, adapter = module.to_wrap, module.adapter
     return (
         type(layer) in (ColumnParallelLinear, RowParallelLinear)
@@ -53,22 +53,24 @@ def _forward(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
     layer, adapter = self.to_wrap, self.adapter
     down, up = adapter.linear_in.weight, adapter.linear_out.weight
     scale = adapter.alpha / adapter.dim
-    out = joined_products(x.flatten(0, -2), layer.weight, layer.bias, down, up, scale)
+    out = fused_matmuls(x.flatten(0, -2), layer.weight, layer.bias, down, up, scale)
     return out.view(*x.shape[:-1], -1), None
 
 
-def _forward_of_rows(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """Of a column parallel layer, of which a rank has rows of weight, down and up. Shapes: x (positions, batch, in), as
-    the layer takes it."""
+def _forward_column_parallel(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Run a column parallel layer, of which a rank has rows of weight, down and up. Shape of x: (positions, batch,
+    in)."""
     layer, adapter = self.to_wrap, self.adapter
-    x = whole_input(x, layer.sequence_parallel)
+    x = gather_input(x, layer.sequence_parallel)
     thin = mappings.gather_from_tensor_model_parallel_region(linear(x, adapter.linear_in.weight))
     return _added(linear(x, layer.weight, layer.bias), thin, adapter, first=0), None
 
 
-def _forward_of_columns(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """Of a row parallel layer, of which a rank has columns of weight and down, and rows of up. Shapes: x (positions,
-    batch, a rank's part of in)."""
+def _forward_row_parallel(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Run a row parallel layer, of which a rank has columns of weight and down, and rows of up.
+
+    Shape of x: (positions, batch, a rank's part of in).
+    """
     layer, adapter = self.to_wrap, self.adapter
     thin = mappings.reduce_from_tensor_model_parallel_region(linear(x, adapter.linear_in.weight))
     first = parallel_state.get_tensor_model_parallel_rank() * len(adapter.linear_out.weight)
@@ -82,12 +84,12 @@ def _forward_of_columns(self: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor
 
 def _added(out: torch.Tensor, thin: torch.Tensor, adapter: ParallelLinearAdapter, first: int) -> torch.Tensor:
     thin = mappings.copy_to_tensor_model_parallel_region(thin) * (adapter.alpha / adapter.dim)
-    whole: torch.Tensor = _AddedProduct.apply(out, thin, adapter.linear_out.weight, first)  # type: ignore[no-untyped-call]
-    return whole
+    total: torch.Tensor = _AddMatmul.apply(out, thin, adapter.linear_out.weight, first)  # type: ignore[no-untyped-call]
+    return total
 
 
-class _AddedProduct(torch.autograd.Function):
-    """thin U' added to some of the columns of what there is, from ``first`` on, in place."""
+class _AddMatmul(torch.autograd.Function):
+    """The sum of ``out`` and thin U' in the columns from ``first`` on, in place."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor, thin: torch.Tensor, up: torch.Tensor, first: int) -> torch.Tensor:
@@ -100,23 +102,25 @@ class _AddedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         thin, up = ctx.saved_tensors
-        own = gradients[0].narrow(-1, ctx.first, len(up))
-        return gradients[0], own @ up, own.flatten(0, -2).t() @ thin.flatten(0, -2), None
+        columns = gradients[0].narrow(-1, ctx.first, len(up))
+        return gradients[0], columns @ up, columns.flatten(0, -2).t() @ thin.flatten(0, -2), None
 
 
-def joined_products(
+def fused_matmuls(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return x W' + b + scale x D' U'. Shapes: x (tokens, in), weight W (out, in), down D (rank, in), up U (out, rank).
-    The weight and the bias get no gradient."""
-    out: torch.Tensor = _JoinedProducts.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
+    """Return x W' + b + scale x D' U'. The weight and the bias get no gradient.
+
+    Shapes: x (tokens, in), weight W (out, in), down D (rank, in), up U (out, rank).
+    """
+    out: torch.Tensor = _FusedMatmuls.apply(x, weight, bias, down, up, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-class _JoinedProducts(torch.autograd.Function):
-    """The products of ``joined_products``.
+class _FusedMatmuls(torch.autograd.Function):
+    """The autograd function of ``fused_matmuls``.
 
-    The thin columns are joined to whichever side saves the wider tensor.
+    The low-rank columns are concatenated on the side that saves the wider tensor.
     """
 
     @staticmethod
@@ -156,8 +160,11 @@ class _JoinedProducts(torch.autograd.Function):
 
 
 def _plus_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """In place, where ``total`` is nobody else's. In a graph the sum becomes a part of the next kernel, while addmm's
-    would be a copy of ``total`` first: Inductor has no product that adds to what is there."""
+    """Add a matmul, in place outside of graphs.
+
+    In a graph the sum is fused into the next kernel, while addmm would first copy ``total``: Inductor has no matmul
+    that accumulates in place.
+    """
     return total + left @ right if torch.compiler.is_compiling() else total.addmm_(left, right)
 
 

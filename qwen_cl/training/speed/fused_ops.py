@@ -1,7 +1,7 @@
-"""Operations of a layer in forms from which Inductor makes kernels that read and write everything once.
+"""Rewrite operations of a layer so that Inductor generates kernels that read and write each tensor once.
 
-The values are the same. Whether a form is a good one shows in the generated code alone (``TORCH_LOGS=output_code``):
-what is said of it here holds for torch 2.11. Where Inductor changes, results stay right and speed may fall.
+The values are the same. Whether a form is fast shows only in the generated code (``TORCH_LOGS=output_code``); the
+comments here hold for torch 2.11. With another Inductor the results stay correct, but may be slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from qwen_cl.patches.registry import replace
 
 PARTS, ALIGNED = 5, 64
-"""Of each half of a gradient; Inductor writes more than 8 parts of a tensor where they belong."""
+"""Parts of each half of a gradient, and their alignment; Inductor writes more than 8 parts in place."""
 
 
 def install(model: torch.nn.Module) -> None:
@@ -31,7 +31,7 @@ def install(model: torch.nn.Module) -> None:
 
 
 def _is_swiglu(config: Any) -> bool:
-    """As ``MLP.forward`` computes it without any further number."""
+    """Return whether ``MLP.forward`` computes a plain SwiGLU."""
     return (
         config.gated_linear_unit
         and config.activation_func is silu
@@ -49,8 +49,11 @@ def _query_key_value(
     split_qkv: bool = True,
     **others: Any,
 ) -> Any:
-    """As ``SelfAttention.get_query_key_value_tensors``, which splits before it tells heads apart: Inductor's kernels
-    then divide to find every element's place, and load them one by one. Shapes: (positions, batch, heads, width)."""
+    """Replace ``SelfAttention.get_query_key_value_tensors``, which splits before it separates the heads.
+
+    Inductor's kernels then divide to find each element's place, and load single elements. Shapes: (positions, batch,
+    heads, width).
+    """
     if not split_qkv:
         return SelfAttention.get_query_key_value_tensors(self, hidden_states, key_value_states, split_qkv, **others)
     mixed, _ = self.linear_qkv(hidden_states)
@@ -63,14 +66,14 @@ def _query_key_value(
 
 
 def swiglu(both: torch.Tensor, bias: torch.Tensor | None, *others: Any) -> torch.Tensor:
-    """In place of ``bias_swiglu_impl``. Shapes: both (…, gates and values), returns (…, values)."""
+    """Replace ``bias_swiglu_impl``. Shapes: both (…, gates and values), returns (…, values)."""
     out: torch.Tensor = _SwiGLU.apply(both if bias is None else both + bias)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) value. Of a gradient in two parts Inductor makes every element under a mask, and reads all that either
-    part needs: twice as much."""
+    """The product silu(gate) value. For a gradient in two parts Inductor would read the inputs of both for every
+    element."""
 
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def concatenate_in_parts(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The two side by side."""
+    """Concatenate the two halves in parts."""
     step = -(-first.shape[-1] // (PARTS * ALIGNED)) * ALIGNED
     parts = (*torch.split(first, step, dim=-1), *torch.split(second, step, dim=-1))
     return torch.cat(parts, dim=-1)

@@ -1,11 +1,11 @@
-"""What Megatron does with gradients after the passes, for all of them at once and without waiting for the GPU.
+"""Compute the gradient norm and clip all gradients at once, without waiting for the GPU.
 
-Without Transformer Engine and apex, megatron/core/utils.py takes the norm of one gradient after another and waits for
-the GPU after each (``local_multi_tensor_l2_norm``), then multiplies them one by one. With them it still waits for the
-norm, to know whether to clip (megatron/core/optimizer/clip_grads.py), and until the optimizer's kernels are started the
-GPU has nothing to do. Before that it waits to see whether any token counted (``finalize_model_grads``), and to look for
-a NaN in each bucket (``check_grads``); a gradient with one has a norm that is none, which is read with the loss and
-ends the run (qwen_cl/training/callbacks/metrics.py).
+Without Transformer Engine and apex, megatron/core/utils.py computes the norm of one gradient after another and waits
+for the GPU after each (``local_multi_tensor_l2_norm``), then scales them one by one. With them it still waits for the
+norm, to decide whether to clip (megatron/core/optimizer/clip_grads.py), and the GPU is idle until the optimizer's
+kernels are launched. Before that it waits for the number of loss tokens (``finalize_model_grads``) and for a NaN check
+of each bucket (``check_grads``); here a NaN shows in the norm, which is read with the loss and ends the run
+(qwen_cl/training/callbacks/metrics.py).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _stock_norm, _stock_clip = clip_grads.get_grad_norm_fp32, clip_grads.clip_grad_b
 
 
 def install(model: Any) -> int:
-    """Norm and clipping in place of Megatron's own for want of a library, never of a library's; returns how many of the
-    two are ours."""
+    """Replace norm and clipping where Megatron uses its own fallback for a missing library; return how many of the
+    two."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module.ddp_config.check_for_nan_in_grad = False
@@ -45,7 +45,7 @@ def install(model: Any) -> int:
 
 
 def _finalize(stock: Any, model: Any, num_tokens: torch.Tensor | None = None, *rest: Any, **more: Any) -> None:
-    """As ``finalize_model_grads``, which divides by the tokens that counted on all ranks, if there are any."""
+    """Run ``finalize_model_grads`` without its wait: divide by the loss tokens of all ranks, or by 1 without any."""
     stock(model, None, *rest, **more)
     if num_tokens is None:
         return
@@ -57,7 +57,7 @@ def _finalize(stock: Any, model: Any, num_tokens: torch.Tensor | None = None, *r
 
 
 def _norm(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: Any = None) -> Any:
-    """As ``get_grad_norm_fp32``, but for gradients on a GPU it is a tensor there, of shape ()."""
+    """Replace ``get_grad_norm_fp32``; the norm of gradients on a GPU is a tensor of shape () there."""
     grads = [grads_for_norm] if isinstance(grads_for_norm, torch.Tensor) else list(grads_for_norm)
     elsewhere = any(get_data_parallel_group_if_dtensor(grad) is not None for grad in grads)
     if norm_type != 2 or elsewhere or not all(grad.is_cuda for grad in grads) or not grads:
@@ -66,7 +66,7 @@ def _norm(grads_for_norm: Any, norm_type: float = 2, grad_stats_parallel_group: 
 
 
 def norm_on_device(grads: Sequence[torch.Tensor], group: Any) -> torch.Tensor:
-    """Euclidean, over the gradients of all ranks of the group; shape ()."""
+    """Return the Euclidean norm over the gradients of all ranks of the group; shape ()."""
     squared = get_total_norm(grads).float() ** 2
     torch.distributed.all_reduce(squared, group=group)
     return squared.sqrt()
@@ -81,20 +81,20 @@ def _clip(parameters: Any, max_norm: float, total_norm: Any, use_decoupled_grad:
 
 
 def scale_on_device(grads: Sequence[torch.Tensor], max_norm: float, total_norm: torch.Tensor) -> None:
-    """In place, by what clips them; by 1 where there is nothing to clip, because nobody knows yet."""
+    """Clip in place, multiplying by 1 if there is nothing to clip, as the norm is not known on the host."""
     torch._foreach_mul_(list(grads), (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
 
 
 def _l2_norm(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
-    """As ``amp_C.multi_tensor_l2norm``: of all tensors together, shape (1,), left on its device."""
+    """Replace ``amp_C.multi_tensor_l2norm``: one norm of all tensors, shape (1,), on their device."""
     return get_total_norm(tensor_lists[0]).float().reshape(1), None
 
 
 def _scale(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float | torch.Tensor
 ) -> None:
-    """As ``amp_C.multi_tensor_scale``: the second list becomes the first times ``scale``."""
+    """Replace ``amp_C.multi_tensor_scale``: the second list becomes the first times ``scale``."""
     source, destination = tensor_lists
     torch._foreach_copy_(destination, torch._foreach_mul(source, scale))

@@ -1,7 +1,7 @@
-"""Sines and cosines of rotary positions, once per pass.
+"""Compute sines and cosines of rotary positions once per micro batch.
 
-megatron/core/models/common/embeddings/rope_utils.py works them out from the angles in every layer, for queries and
-again for keys, in fp32.
+megatron/core/models/common/embeddings/rope_utils.py computes them from the angles in every layer, for queries and again
+for keys, in fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen_cl.patches.registry import replace
 
 
 def install(model: torch.nn.Module) -> int:
-    """In every part of the model that has the plain rotary embedding; returns how many."""
+    """Cache them for every plain rotary embedding of the model; return their number."""
     found = 0
     for module in model.modules():
         if isinstance(module, GPTModel) and _is_plain(module):
@@ -43,7 +43,7 @@ def _is_plain(model: GPTModel) -> bool:
 
 def _tables(stock: Any) -> Any:
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Shape (2, positions, 1, 1, width): cosines, then sines, in fp32."""
+        """Return cosines, then sines, in fp32, shape (2, positions, 1, 1, width)."""
         angles = stock(*args, **kwargs)
         return torch.stack((angles.cos(), angles.sin()))
 
@@ -51,7 +51,8 @@ def _tables(stock: Any) -> Any:
 
 
 def _apply(t: torch.Tensor, freqs: torch.Tensor, config: Any, cu_seqlens: Any = None, **options: Any) -> torch.Tensor:
-    """Shapes: t (positions, batch, heads, width); freqs as of :func:`_tables`, or the angles of any other model."""
+    """Rotate t, of shape (positions, batch, heads, width), by freqs of :func:`_tables`, or by the angles of another
+    model."""
     if freqs.dim() != 5:
         turned: torch.Tensor = apply_rotary_pos_emb(t, freqs, config, cu_seqlens, **options)
         return turned

@@ -1,4 +1,4 @@
-"""What the layers of a model do to their input under tensor parallelism, for products of ours that stand for them."""
+"""Handle a layer's input under tensor parallelism, for matmuls that replace those of the layer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ def is_split() -> bool:
     return bool(parallel_state.get_tensor_model_parallel_world_size() > 1)
 
 
-def whole_input(x: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
-    """As ColumnParallelLinear has it (megatron/core/tensor_parallel/layers.py): every position on every rank, and its
-    gradient the sum of what the ranks' parts of a weight make. Shape: (positions, batch, width), under sequence
-    parallelism a rank's own of the positions."""
-    whole: torch.Tensor = (
+def gather_input(x: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+    """Return the input as ColumnParallelLinear has it: all positions on every rank, with the gradient summed over
+    ranks.
+
+    Shape: (positions, batch, width); under sequence parallelism x has this rank's positions.
+    """
+    gathered: torch.Tensor = (
         gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
         if sequence_parallel
         else copy_to_tensor_model_parallel_region(x)
     )
-    return whole
+    return gathered

@@ -61,8 +61,8 @@ def test_weights_that_know_nothing_are_refused_before_the_first_step(tmp_path: P
     assert (status.state, status.step) == ("FAILED", 0)
     said = re.fullmatch(
         r"VerificationError: model\.verify: the loss before the first step is ([\d.]+) at best, and that of random "
-        r"weights is about ([\d.]+) \(the logarithm of the vocabulary\): its weights were not loaded; if "
-        r"they are meant to be random, write model\.verify=none",
+        r"weights is about ([\d.]+) \(the logarithm of the vocabulary\): it has no trained weights; if "
+        r"they are meant to be random, set model\.verify=none",
         str(status.reason),
     )
     assert said is not None, status.reason

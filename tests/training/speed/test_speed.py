@@ -121,7 +121,7 @@ def test_losses_by_chunks_are_torchs_own(chunk_bytes: int, compiled: bool, monke
 @pytest.mark.parametrize("rank", [8, 5], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize("shape", [(24, 48), (48, 24), (24, 24)], ids=["narrows", "widens", "square"])
 def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, int]) -> None:
-    from qwen_cl.training.speed.fused_lora import joined_products
+    from qwen_cl.training.speed.fused_lora import fused_matmuls
 
     torch.manual_seed(0)
     x, down, up = (
@@ -130,7 +130,7 @@ def test_joined_products_are_those_of_two_layers(rank: int, shape: tuple[int, in
     )
     weight, bias = torch.randn(*shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
     for added in (bias, None):
-        ours = joined_products(x, weight, added, down, up, 0.5)
+        ours = fused_matmuls(x, weight, added, down, up, 0.5)
         theirs = torch.nn.functional.linear(x, weight, added) + 0.5 * (x @ down.t()) @ up.t()
         torch.testing.assert_close(ours, theirs)
         weights = torch.randn_like(ours)
