@@ -1,1 +1,1 @@
-"""Everything that is replaced in NeMo, Megatron, and torch."""
+"""Replace parts of NeMo, Megatron, and torch, as listed in table.yaml."""

@@ -1,4 +1,4 @@
-"""The table of all replaced names, in Markdown: ``python -m qwen_cl.patches``."""
+"""Print the table of all replaced names, in Markdown: ``python -m qwen_cl.patches``."""
 
 from qwen_cl.patches.registry import package_of, patches
 

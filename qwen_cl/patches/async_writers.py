@@ -1,8 +1,8 @@
-"""The processes that write a checkpoint while training goes on.
+"""Fix the processes that write a checkpoint during training.
 
-They are forked, so that what is on the host they see as it was then. What comes from a GPU is staged in pinned memory,
-which they share with this process: it is held until they are through. (megatron-core 0.15 gives it back at once, and
-whoever gets it next writes into the checkpoint: NVIDIA/Megatron-LM, pull request 2288.)
+They are forked, so they see host memory as it was then. Tensors from a GPU are staged in pinned memory that they share
+with this process; it must not be released until they have finished. (megatron-core 0.15 releases it at once, and its
+next user overwrites the checkpoint: NVIDIA/Megatron-LM, pull request 2288.)
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from qwen_cl.patches.registry import replace
 
 LOST_AFTER = 10.0
-"""Seconds. The process that waits for the others takes the result of one that is through at once."""
+"""Seconds. The process that waits for the writers takes the result of a finished one at once."""
 ASK_EVERY = 0.05
 LOST = "results_queue should not be empty"
-"""What Megatron says, of each rank, where its processes left nothing."""
+"""Megatron's error on each rank whose writers left no result."""
 
 
 _staged: list[Any] = []
-"""What is being written, of the one checkpoint that may be."""
+"""The tensors of the checkpoint that is being written; there is at most one."""
 
 
-def hold_what_is_staged() -> None:
-    """Keep it until the writers are through."""
+def retain_staged_tensors() -> None:
+    """Retain staged tensors until the writers have finished."""
     stock = FileSystemWriterAsync.preload_tensors
 
     def preload(write_buckets: Any, non_blocking: bool = True) -> Any:
@@ -40,26 +40,26 @@ def hold_what_is_staged() -> None:
 
 
 class Writers:
-    """Of one rank, and one checkpoint at a time."""
+    """The writers of one rank, for one checkpoint at a time."""
 
     def __init__(self, calls: AsyncCallsQueue) -> None:
         self.calls = calls
         self._ended: float | None = None
 
     def end(self) -> None:
-        """Whatever they were writing: this process could not end before them."""
+        """Terminate the writers, as this process could not end before them."""
         for call in self.calls.async_calls:
             call.async_caller.close(abort=True)
 
-    def are_through(self, *, wait: bool) -> bool:
-        """On all ranks, and the index of what they wrote is there too; every rank calls.
+    def are_finished(self, *, wait: bool) -> bool:
+        """Return whether the writers of all ranks have finished and the index is written; every rank must call.
 
         Raises:
-            CheckpointException: on every rank, where one of them failed, or was killed.
+            CheckpointException: on every rank, if a writer of any rank failed or was killed.
         """
         try:
             while not self.calls.maybe_finalize_async_calls(blocking=False):
-                self._give_up_lost_ones()
+                self._end_if_killed()
                 if not wait:
                     return False
                 time.sleep(ASK_EVERY)
@@ -69,8 +69,8 @@ class Writers:
                 self._ended = None
                 _staged.clear()
 
-    def _give_up_lost_ones(self) -> None:
-        """Where a process that writes was killed, the one that started it waits forever."""
+    def _end_if_killed(self) -> None:
+        """End the writers if one was killed, as the process that started it would wait forever."""
         waiting = self.calls.async_calls[0].async_caller.process
         writing = False
         if waiting is not None and waiting.is_alive():

@@ -1,8 +1,8 @@
-"""Run megatron-core where there is no GPU.
+"""Run megatron-core without a GPU.
 
-megatron-core and NeMo name the device "cuda" in some dozen places. Sending those to the CPU is all that separates
-them from running there, with the same modules, optimizer and checkpoints. A function mode catches the device
-arguments; the rest are names in ``torch.cuda`` that have a plain meaning without a GPU.
+megatron-core and NeMo name the device "cuda" in some dozen places. Mapping those to the CPU is all it takes to run the
+same modules, optimizer and checkpoints there. A function mode maps the device arguments; the rest are names in
+``torch.cuda`` with a plain meaning without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Maps the device "cuda" to the CPU and drops memory pinning, in every torch call made under it."""
+    """The function mode that maps the device "cuda" to the CPU, without pinned memory, in every torch call under it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -45,7 +45,7 @@ def _to_cpu(value: Any) -> Any:
 
 
 class _Stream:
-    """Work on a CPU is in order, so a stream has nothing to do."""
+    """A stream without effect, as the work on a CPU is in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -58,7 +58,7 @@ class _Stream:
 
 
 def install() -> None:
-    """Once per process, before NeMo is imported."""
+    """Enter the function mode and replace names of ``torch.cuda``. Called once per process, before NeMo is imported."""
     meanings: dict[str, Any] = {
         "current_device": lambda: CPU,
         "synchronize": lambda *args: None,
@@ -71,16 +71,16 @@ def install() -> None:
     for name, meaning in meanings.items():
         replace(torch.cuda, name, meaning)
     replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
-    # Megatron compiles its small fusions at their first call: on a CPU that takes seconds and a C++ compiler, and gains
-    # nothing.
+    # Megatron compiles its small fusions at their first call: on a CPU that needs seconds and a C++ compiler, for no
+    # benefit.
     compiler.disable = True
     mode: Any = CudaMeansCpu()
-    mode.__enter__()  # for the life of the process
+    mode.__enter__()  # never exited
     _replace_rng_tracker()
 
 
 def _replace_rng_tracker() -> None:
-    """Megatron's tracker saves and restores the GPU's generator; here each named state is the CPU's own."""
+    """Replace Megatron's tracker, which saves the state of the GPU's generator, by one of the CPU's generator."""
     from megatron.core.tensor_parallel import random
 
     class CpuRngStatesTracker(random.CudaRNGStatesTracker):
@@ -108,8 +108,10 @@ def _replace_rng_tracker() -> None:
 
 
 def without_function_mode() -> contextlib.AbstractContextManager[None]:
-    """For code known not to name a device: the mode costs a tiny model a fifth of its time. Rotary embeddings name one
-    where rows are spread over context parallel ranks."""
+    """Disable the mode for code that names no device: it costs a tiny model a fifth of its time.
+
+    Rotary embeddings do name one under context parallelism.
+    """
     from megatron.core import parallel_state
 
     on_cpu = torch.cuda.Stream is cast(Any, _Stream)

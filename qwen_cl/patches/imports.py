@@ -1,4 +1,4 @@
-"""Importing megatron-core and NeMo without what their imports do, and bring in, for other uses than ours."""
+"""Import megatron-core and NeMo without side effects and dependencies that training does not need."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from qwen_cl.patches.registry import replace
 
 
 def import_megatron() -> None:
-    """Before anything else of Megatron or NeMo is imported; idempotent."""
+    """Import Megatron. Called before any other import of Megatron or NeMo; repeating a call has no effect."""
     _restore_product()
     _skip_lepton()
     _skip_inference_library()
 
 
 def _restore_product() -> None:
-    """megatron/core/dist_checkpointing calls ``numpy.product``, which numpy 2 has no more: where an image brings that,
-    runs on several GPUs would train until their first checkpoint, and fail there."""
+    """Restore ``numpy.product``, which numpy 2 removed and megatron/core/dist_checkpointing calls.
+
+    Without it, runs on several GPUs would train until their first checkpoint, and fail there.
+    """
     import numpy
 
     if not hasattr(numpy, "product"):
@@ -29,8 +31,9 @@ def _restore_product() -> None:
 
 
 def _skip_inference_library() -> None:
-    """``megatron/core/inference/unified_memory.py`` compiles a CUDA library on import, for inference. That takes half a
-    minute where there is an nvcc, and where there is one and no GPU it ends in an IndexError. Training never uses it.
+    """Skip the CUDA library that ``megatron/core/inference/unified_memory.py`` compiles on import.
+
+    It takes half a minute with nvcc, and fails with an IndexError without a GPU. Training never uses it.
     """
     import warnings
 
@@ -50,14 +53,16 @@ def _skip_inference_library() -> None:
 
 
 def _skip_lepton() -> None:
-    """``nemo_run/core/execution/lepton.py`` imports the client of a service, and with it a web server, to name its
-    classes. No cluster of ours is on it, and in a process that trains nobody submits."""
+    """Skip the client of a cloud service that ``nemo_run/core/execution/lepton.py`` imports, with a web server.
+
+    A training process submits nothing.
+    """
     if "leptonai" not in sys.modules and not any(isinstance(finder, _Unused) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Unused())
 
 
 class _Unused(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds leptonai's modules, which have every name and do nothing."""
+    """The importer of placeholders for leptonai's modules, which have every name."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
         if name.partition(".")[0] != "leptonai":
@@ -79,7 +84,7 @@ class _UnusedModule(types.ModuleType):
 
 
 class _UnusedType(type):
-    """A class that can be named, and whose states can, but nothing more."""
+    """A placeholder class: it can be named, but not used."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""Makes NeMo's LoRA and DoRA right without Transformer Engine and on layers with a bias."""
+"""Fix NeMo's LoRA and DoRA without Transformer Engine and on layers with a bias."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _stock_init_weight_magnitude = dora.ParallelLinearDoRAAdapter.init_weight_magnit
 
 def install() -> None:
     if not HAVE_TE:
-        # megatron-core's Transformer Engine module fills itself with mocks when the real one is missing, so NeMo
-        # takes it for present and looks into the mocks.
+        # megatron-core's Transformer Engine module has mocks if Transformer Engine is missing, so NeMo considers it
+        # present and uses the mocks.
         replace(lora, "te", types.SimpleNamespace(Linear=type("NoTransformerEngine", (), {})))
         replace(utils, "HAVE_TE", False)
     replace(dora.DoRALinear, "forward", _dora_forward)
@@ -29,8 +29,10 @@ def install() -> None:
 
 
 def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """DoRA scales the weight, not the bias (arXiv 2402.09353, equation 5); NeMo 2.7 scales both, which for
-    Qwen's q, k and v is another function than the one PEFT computes from the same adapter."""
+    """Scale the weight but not the bias, as in DoRA (arXiv 2402.09353, equation 5) and PEFT.
+
+    NeMo 2.7 scales both, which differs from PEFT for the biased q, k and v of Qwen.
+    """
     linear_output, bias, layernorm_output = self.base_linear_forward(x)
     added = getattr(self.to_wrap, "bias", None) if bias is None else None
     if added is not None and added.numel():
@@ -45,9 +47,12 @@ def _dora_forward(self: dora.DoRALinear, x: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _norm_of_whole_rows(self: dora.DoRALinear) -> torch.Tensor:
-    """NeMo 2.7 takes the norm of the columns this rank holds. Under tensor parallelism the two layers that are split
-    that way (linear_proj, linear_fc2) then train another function on each rank, and a checkpoint keeps the first's."""
-    norm: torch.Tensor = _stock_weight_norm(self)  # of the columns held here
+    """Return the norm of whole rows of the weight.
+
+    NeMo 2.7 takes the norm of the columns on this rank. Under tensor parallelism the layers that are split by columns
+    (linear_proj, linear_fc2) then compute different functions on each rank, and a checkpoint has that of the first.
+    """
+    norm: torch.Tensor = _stock_weight_norm(self)  # of this rank's columns
     if not self.adapter.input_is_parallel or parallel_state.get_tensor_model_parallel_world_size() == 1:
         return norm
     squares = norm.float().square()
@@ -56,9 +61,11 @@ def _norm_of_whole_rows(self: dora.DoRALinear) -> torch.Tensor:
 
 
 def _init_weight_magnitude(self: dora.ParallelLinearDoRAAdapter, value: torch.Tensor) -> None:
-    """NeMo 2.7 does not say how magnitudes are spread. Those of split outputs then count in the gradient's norm on one
-    rank alone, and under sequence parallelism, where a rank sees a part of what linear_proj and linear_fc2 put out,
-    nobody sums the parts of the others' gradients."""
+    """Set the tensor parallel attributes of the magnitudes, which NeMo 2.7 does not.
+
+    Without them, the magnitudes of split outputs count in the gradient norm on one rank only; and under sequence
+    parallelism, where a rank has a part of the outputs of linear_proj and linear_fc2, their gradients are not summed.
+    """
     _stock_init_weight_magnitude(self, value)
     if self.input_is_parallel:
         self.weight_magnitude.sequence_parallel = self.config.sequence_parallel

@@ -1,4 +1,4 @@
-"""Megatron's norms without Transformer Engine or apex, under sequence parallelism too."""
+"""Make Megatron's norms work without Transformer Engine or apex, also under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _stock_new = WrappedTorchNorm.__new__
 
 
 def install() -> None:
-    """Replace Megatron's wrapper of torch's norms.
+    """Replace Megatron's wrapper of torch's norms, which refuses them under sequence parallelism.
 
-    Megatron refuses torch's norms under sequence parallelism, where a rank has a part of each row: the norm of a token
-    is no other there, but the gradient of the norm's weight is a part too, and must be summed. Megatron does that for
-    parameters that are marked so, as apex's norms mark theirs.
+    There a rank has some of the positions: the norm of a token is the same, but the gradient of the norm's weight must
+    be summed over ranks. Megatron does that for parameters that are marked, as apex's norms mark theirs.
     """
     replace(WrappedTorchNorm, "__new__", _of_any_rows)
 

@@ -1,6 +1,6 @@
-"""The one way to replace an upstream name, and only while upstream's code is the code that it was written for.
+"""Replace upstream names, and only while upstream's code is the code that the replacement was written for.
 
-Upstream's code is read from its files: nothing is imported, so the launcher can check too, before a run starts.
+Upstream's code is read from its files without importing it, so the launcher can check it before a run starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSIONS = {
     "nemo": ("nemo_toolkit", "==2.7.3"),
     "lightning": ("lightning", "==2.4.0"),
 }
-"""The package of each top-level module, and its versions whose code is known."""
+"""The package of each top-level module, and its supported versions."""
 
 
 class UpstreamChanged(Exception):
@@ -38,13 +38,13 @@ class Patch:
 
     name: str
     by: str
-    """The file of ours that replaces it."""
+    """The file of qwen_cl that replaces it."""
     why: str
     code: str
     """MODULE:NAME, or MODULE, of the upstream code that the replacement was written for."""
     fingerprint: str
     cpu: bool = False
-    """Replaced on a CPU alone."""
+    """Replaced only on a CPU."""
 
 
 def replace(owner: Any, name: str, new: Any) -> None:
@@ -55,7 +55,7 @@ def replace(owner: Any, name: str, new: Any) -> None:
         LookupError: the table does not list the name.
     """
     require_known_code(_listed(owner, name))
-    if isinstance(inspect.getattr_static(type(owner), name, None), property):  # which one object cannot replace
+    if isinstance(inspect.getattr_static(type(owner), name, None), property):  # cannot be set on one object
         owner.__class__ = type(type(owner).__name__, (type(owner),), {name: new})
     else:
         setattr(owner, name, new)
@@ -65,13 +65,13 @@ def replace_everywhere(owner: ModuleType, name: str, new: Any) -> None:
     """Replace a function also in the modules of its package that have imported it by its name."""
     stock, package = getattr(owner, name), owner.__name__.partition(".")[0]
     replace(owner, name, new)
-    for key, module in list(sys.modules.items()):  # by its key there: what compiled packages add has no __name__
+    for key, module in list(sys.modules.items()):  # by key: modules of compiled packages may lack __name__
         if key.partition(".")[0] == package and vars(module).get(name) is stock:
             setattr(module, name, new)
 
 
 def check_installed(*, cpu: bool) -> None:
-    """Check all that a run may replace, in the packages that are installed here. Imports none of them.
+    """Check all names that a run may replace, in the installed packages. Imports none of them.
 
     Raises:
         UpstreamChanged: some upstream code is not the code that a replacement was written for.
@@ -83,7 +83,7 @@ def check_installed(*, cpu: bool) -> None:
 
 @cache
 def patches() -> dict[str, Patch]:
-    """Return all that may be replaced, by name (qwen_cl/patches/table.yaml)."""
+    """Return all replacements by name (qwen_cl/patches/table.yaml)."""
     files = yaml.safe_load(resources.files("qwen_cl.patches").joinpath("table.yaml").read_text(encoding="utf-8"))
     return {
         name: Patch(**{"name": name, "by": by, "code": name, **entry})
@@ -94,13 +94,17 @@ def patches() -> dict[str, Patch]:
 
 @cache
 def require_known_code(patch: Patch) -> None:
-    """Raises UpstreamChanged where the package is installed and has other code."""
+    """Check the code of one replacement, if the package is installed.
+
+    Raises:
+        UpstreamChanged: it has other code.
+    """
     if _folders(patch.code) and fingerprint(patch.code) != patch.fingerprint:
         package, versions = package_of(patch)
         installed = next((each.version for each in metadata.distributions(name=package)), "(unknown version)")
         name, code = patch.name.replace(":", "."), patch.code.replace(":", ".")
         raise UpstreamChanged(
-            f"{package} {installed} is not supported: its {code} is not that of {package}{versions}, "
+            f"{package} {installed} is not supported: its {code} differs from that of {package}{versions}, "
             f"for which qwen_cl replaces {name}; run pip install --force-reinstall --no-deps '{package}{versions}'"
         )
 
@@ -111,7 +115,7 @@ def package_of(patch: Patch) -> tuple[str, str]:
 
 
 def fingerprint(code: str) -> str | None:
-    """Return 12 digits of the sha256 of the source of MODULE:NAME, or of a whole MODULE; None where there is none."""
+    """Return 12 digits of the sha256 of the source of MODULE:NAME, or of a whole MODULE; None if it does not exist."""
     module, _, path = code.partition(":")
     source = _source(module)
     lines = [] if source is None else source.splitlines(keepends=True)
@@ -124,7 +128,7 @@ def fingerprint(code: str) -> str | None:
 
 
 def _listed(owner: Any, name: str) -> Patch:
-    """Find a name in the table, which has it under the class that defines it."""
+    """Return the patch of a name, which the table lists under the class that defines it."""
     if isinstance(owner, ModuleType):
         names = [f"{owner.__name__}:{name}"]
     else:
@@ -137,7 +141,7 @@ def _listed(owner: Any, name: str) -> Patch:
 
 
 def _folders(code: str) -> list[str]:
-    """Where the package is installed; empty where it is not."""
+    """Return the folders of the installed package; empty if it is not installed."""
     spec = importlib.util.find_spec(code.partition(":")[0].partition(".")[0])
     return list(spec.submodule_search_locations or []) if spec else []
 
@@ -153,14 +157,12 @@ def _source(module: str) -> str | None:
 
 
 def _block(lines: list[str], name: str) -> list[str]:
-    """Cut the first function or class of that name out, with its decorators."""
+    """Return the lines of the first function or class of that name, with its decorators."""
     first = _start(lines, name)
     if first == len(lines):
         return []
     block = inspect.getblock(lines[first:])
-    while not block[-1].strip() or block[-1].lstrip().startswith(
-        "#"
-    ):  # of what follows: Python's versions differ in it
+    while not block[-1].strip() or block[-1].lstrip().startswith("#"):  # Python versions differ in trailing lines
         block.pop()
     while first and lines[first - 1].lstrip().startswith("@"):
         first -= 1
@@ -169,6 +171,6 @@ def _block(lines: list[str], name: str) -> list[str]:
 
 
 def _start(lines: list[str], name: str) -> int:
-    """The number of the line that defines it, or of lines where none does."""
+    """Return the line number of the definition, or the number of lines if there is none."""
     start = re.compile(rf"\s*(async def|def|class) {name}\b")
     return next((number for number, line in enumerate(lines) if start.match(line)), len(lines))

@@ -1,4 +1,4 @@
-"""Checkpoints without a server process to save them, and, to resume from them, without Transformer Engine or a GPU."""
+"""Save checkpoints without a manager process, and resume torch's Adam without Transformer Engine or a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from qwen_cl.patches import optimizer_state
-from qwen_cl.patches.async_writers import hold_what_is_staged
+from qwen_cl.patches.async_writers import retain_staged_tensors
 from qwen_cl.patches.registry import replace
 
 _stock_state_dict = DistributedOptimizer.state_dict
@@ -22,14 +22,14 @@ _stock_set_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def install(*, cpu: bool) -> None:
-    """Replace what saves and loads a checkpoint's optimizer.
+    """Replace how the optimizer's state is saved and loaded.
 
-    Megatron spawns a manager for what its writers report, which imports torch again: three seconds of a laptop's first
-    checkpoint.
+    Megatron spawns a manager process for the results of its writers, which imports torch again: three seconds of the
+    first checkpoint.
     """
-    hold_what_is_staged()
+    retain_staged_tensors()
     optimizer_state.install()
-    replace(filesystem_async, "_get_write_results_queue", Report)  # one for each save of each rank
+    replace(filesystem_async, "_get_write_results_queue", WriteResult)  # one for each save of each rank
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _resume_torch_adam()
     if cpu:
@@ -38,35 +38,39 @@ def install(*, cpu: bool) -> None:
         replace(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)  # NeMo moves it to the GPU it is on
 
 
-class Report:
-    """One object that a forked process leaves for its parent, of any size, whether or not the parent is waiting."""
+class WriteResult:
+    """One object of any size that a forked process leaves for its parent, without waiting for it."""
 
     def __init__(self) -> None:
-        self.file = open(os.memfd_create("report"), "w+b")  # noqa: SIM115  as long as this object
+        self.file = open(os.memfd_create("report"), "w+b")  # noqa: SIM115  closed with this object
 
-    def put(self, report: Any) -> None:
+    def put(self, result: Any) -> None:
         try:
-            text = pickle.dumps(report)
+            text = pickle.dumps(result)
             pickle.loads(text)
-        except Exception:  # an exception whose class cannot be made again
-            text = pickle.dumps(RuntimeError(str(report)))
+        except Exception:  # an exception that cannot be unpickled
+            text = pickle.dumps(RuntimeError(str(result)))
         self.file.write(text)
         self.file.flush()
 
     def get_nowait(self) -> Any:
-        """Raises queue.Empty where none was left."""
+        """Return the object.
+
+        Raises:
+            queue.Empty: there is none.
+        """
         self.file.seek(0)
         try:
             return pickle.load(self.file)
-        except Exception:  # nothing, or the half of it
+        except Exception:  # nothing, or an incomplete object
             raise queue.Empty from None
 
 
 def _resume_torch_adam() -> None:
-    """Torch's Adam counts the steps of each parameter in a tensor, which megatron-core 0.15 gets wrong three times.
+    """Fix three faults of megatron-core 0.15 with torch's Adam, which has a step tensor per parameter.
 
-    It asks a new optimizer for the step of a state that is not made yet; when it loads, it looks for a step beside the
-    moments, where it saved none; and it gives every parameter the same tensor, which Adam then counts up once for each.
+    It reads the step of a state that does not exist yet; on loading, it expects a step beside the moments, which it did
+    not save; and it gives every parameter the same tensor, which Adam then increments once per parameter.
     """
     replace(DistributedOptimizer, "state_dict", _state_dict)
     replace(DistributedOptimizer, "load_state_dict", _load_state_dict)

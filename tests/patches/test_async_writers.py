@@ -97,7 +97,7 @@ def note_copies(folder: RunFolder) -> None:
     """Note at each training step how many copies of tensors, made for writers, have not been released."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from qwen_cl.patches.async_writers import hold_what_is_staged
+    from qwen_cl.patches.async_writers import retain_staged_tensors
 
     made: list[weakref.ref[Copies]] = []
     stock_preload, stock_append = FileSystemWriterAsync.preload_tensors, RunFolder.append_metrics
@@ -116,7 +116,7 @@ def note_copies(folder: RunFolder) -> None:
     patched: Any = RunFolder
     patched.append_metrics = append
     FileSystemWriterAsync.preload_tensors = staticmethod(preload)
-    hold_what_is_staged()  # again, over the function that counts
+    retain_staged_tensors()  # again, over the function that counts
 
 
 def test_without_it_training_waits(tmp_path: Path) -> None:

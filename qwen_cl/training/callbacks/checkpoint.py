@@ -152,10 +152,10 @@ class StepCheckpoint(Bound, nl.ModelCheckpoint, AsyncFinalizerCallback):
         self._unfinished = None  # it ends here, also with an error
         partial = unfinished.partial
         if unfinished.hashes is None:
-            writers, through = self._writers, list[bool]()
+            writers, finished = self._writers, list[bool]()
             assert writers is not None
-            self._together(trainer, partial, lambda: through.append(writers.are_through(wait=wait)))
-            if through[0]:
+            self._together(trainer, partial, lambda: finished.append(writers.are_finished(wait=wait)))
+            if finished[0]:
                 unfinished.hashes = self._thread.submit(_hash_own, partial, trainer.global_rank, trainer.world_size)
         if unfinished.hashes is None or not (wait or _everywhere(trainer, unfinished.hashes.done())):
             self._unfinished = unfinished

@@ -20,7 +20,7 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch.nn.functional import linear
 
 from qwen_cl.patches.registry import replace
-from qwen_cl.training.speed.tensor_parallel import is_split, gather_input
+from qwen_cl.training.speed.tensor_parallel import gather_input, is_split
 
 ALIGNED = 8
 """Columns of bf16 in 16 bytes, the alignment of rows that fast matmul kernels need."""
