@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from qwen_cl.config.errors import UserError
@@ -25,6 +23,7 @@ from qwen_cl.config.saved import load_config, save_config
 from qwen_cl.config.store import GROUPS, register_schemas
 from qwen_cl.planning.plan import make_plan
 from qwen_cl.run import TASKS
+from tests.support.composed_configs import MANDATORY, STAGE, compose_config, compose_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -34,17 +33,6 @@ PARTS = sorted(CONF.glob("*/_*.yaml"))
 """What the choices of a group share; none is a choice."""
 GROUP_CHOICES = [path for path in CHOICES if path.parent.name != "experiment"]
 EXPERIMENTS = [path for path in CHOICES if path.parent.name == "experiment"]
-STAGE: dict[str, Any] = {"init_from": None, "overrides": [], "eval_sets": []}
-"""What a stage is that says nothing but its name."""
-MANDATORY: dict[str, Any] = {
-    "model.source": "/models/mine",
-    "data.path": "/data/train.jsonl",
-    "cluster.image": "nemo:25.07",
-    "task.run": "/outputs/run",
-    "task.stages": [{"name": "only", **STAGE}],
-    "replay.datasets": {"english": "/data/old.jsonl"},
-    "retention.eval_sets": {"english": "/data/english.jsonl"},
-}
 # Eight devices do not share a batch of 16 in eights.
 BESIDE = {"cluster=slurm": ["task.global_batch_size=64"]}
 # Their line is explained by the one above it, or says all there is to say.
@@ -56,20 +44,6 @@ WITHOUT_COMMENT = {
 
 def choice_name(path: Path) -> str:
     return f"{path.parent.name}={path.stem}"
-
-
-@functools.cache  # composing is most of what these tests take; nothing changes what is returned
-def compose_config(*overrides: str) -> DictConfig:
-    register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", list(overrides))
-    for key in OmegaConf.missing_keys(config):
-        OmegaConf.update(config, key, MANDATORY[key], force_add=True)
-    return config
-
-
-def compose_run(*overrides: str) -> RunConfig:
-    return cast(RunConfig, OmegaConf.to_object(compose_config(*overrides)))
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:

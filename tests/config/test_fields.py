@@ -20,7 +20,8 @@ from qwen_cl.config.store import GROUPS
 from qwen_cl.config.task.training import TrainingConfig
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.resume import FACTS, resume
-from tests.config.test_compose import BESIDE, GROUP_CHOICES, choice_name, compose_run
+from tests.config.test_compose import BESIDE, GROUP_CHOICES, choice_name
+from tests.support.composed_configs import compose_run
 
 Change = tuple[str, RunConfig, RunConfig]
 """A key, and a config without and with another value of it."""

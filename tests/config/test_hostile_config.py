@@ -16,8 +16,8 @@ from qwen_cl.config.errors import UserError
 from qwen_cl.config.hydra_errors import refuse_added_keys
 from qwen_cl.config.saved import read_run_config, save_config
 from qwen_cl.config.store import GROUPS, register_schemas
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT
+from tests.support.composed_configs import compose_run
 from tests.support.fault_table import Row
 
 KEYS = ["", *(f"{group}." for group in GROUPS), "wandb."]

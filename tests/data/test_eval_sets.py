@@ -18,9 +18,9 @@ from qwen_cl.data.eval_sets import local_sets, read_sets
 from qwen_cl.data.rows import Text
 from qwen_cl.data.set_files import set_hash, with_set_hashes
 from qwen_cl.planning.plan import make_plan
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT
 from tests.data.corpus.test_documents import run_python
+from tests.support.composed_configs import compose_run
 from tests.support.corpora import FORMS, TEXTS, json_lines, zstd
 from tests.support.dataset_hub import DatasetHub
 from tests.support.hub import client_environment

@@ -18,8 +18,8 @@ from qwen_cl.data.chat.conversations import Conversation, pair
 from qwen_cl.data.eval_sets import read_sets
 from qwen_cl.data.rows import RowFiles, Text, read_rows, row_files
 from qwen_cl.inference.prompts import read_prompts
-from tests.config.test_compose import compose_run
 from tests.conftest import launch
+from tests.support.composed_configs import compose_run
 
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 

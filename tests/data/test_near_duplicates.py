@@ -19,7 +19,7 @@ from qwen_cl.planning.plan import Plan, make_plan, with_text
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.training.prepare import write_worker_inputs
 from qwen_cl.training.recipe import build_recipe
-from tests.config.test_compose import compose_run
+from tests.support.composed_configs import compose_run
 from tests.training.test_forgetting import demo_rows
 
 LONG = [row["text"] for row in demo_rows("text.train.jsonl", 12)]

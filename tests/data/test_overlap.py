@@ -17,9 +17,9 @@ from qwen_cl.data.overlap import Overlap, find_overlap
 from qwen_cl.data.rows import RowFiles, Text, read_rows, row_location
 from qwen_cl.data.statistics_text import summary
 from qwen_cl.planning.plan import Plan, make_plan, with_text
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, launch
 from tests.data.test_datamodule import files, tokenizer
+from tests.support.composed_configs import compose_run
 
 SENTENCE = "明治の初めに東京で生まれた祖父は、若いころ海を渡り、長いあいだ外国の港町で時計を直して暮らしたそうです。"
 

@@ -12,8 +12,8 @@ import yaml
 from qwen_cl.config.errors import UserError
 from qwen_cl.launch.containers import render_container
 from qwen_cl.runs.folder import RunFolder
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, launch
+from tests.support.composed_configs import compose_run
 
 OVERRIDES = ["experiment=smoke", "name=a b", "lr=1e-3"]
 FOLDER = RunFolder("/runs/My Runs/20250101-120000")

@@ -15,8 +15,8 @@ from qwen_cl.data.examples import load_data_tokenizer
 from qwen_cl.models.base_record import BaseMismatchError, record_base, recorded_base, require_same_base
 from qwen_cl.models.tokenizer_checks import check_tokenizer, tokenizer_hash
 from qwen_cl.planning.plan import make_plan
-from tests.config.test_compose import compose_run
 from tests.conftest import Launched
+from tests.support.composed_configs import compose_run
 from tests.support.models import DEMO_MODEL
 
 CONFIG: dict[str, Any] = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))

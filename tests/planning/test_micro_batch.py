@@ -23,8 +23,8 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.sweep.slots import Slot
 from qwen_cl.sweep.trial import hash_config
 from qwen_cl.training.prepare import initialize_run_folder
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT
+from tests.support.composed_configs import compose_run
 from tests.support.interrupted_runs import losses, overrides_of, plan, whole_and_killed, worker
 from tests.support.ranks import run_ranks
 

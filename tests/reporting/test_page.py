@@ -24,8 +24,8 @@ from qwen_cl.reporting.page import render_page
 from qwen_cl.reporting.report import report
 from qwen_cl.reporting.run_summary import read_trials
 from qwen_cl.runs.folder import RunFolder
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, Launched, launch
+from tests.support.composed_configs import compose_run
 from tests.support.invocations import invocation
 from tests.support.wandb_server import wandb_server
 

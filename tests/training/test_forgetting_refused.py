@@ -9,8 +9,8 @@ import pytest
 
 from qwen_cl.config.errors import UserError
 from qwen_cl.planning.plan import make_plan
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT
+from tests.support.composed_configs import compose_run
 from tests.test_errors import refuse
 from tests.training.test_forgetting import DATA
 

@@ -28,8 +28,8 @@ from qwen_cl.data.mixing import Mixture
 from qwen_cl.inference.self_replay import sampled_file, with_sampled_text
 from qwen_cl.planning.plan import make_plan
 from qwen_cl.runs.folder import RunFolder
-from tests.config.test_compose import compose_run
 from tests.conftest import Launched, launch, launch_once
+from tests.support.composed_configs import compose_run
 from tests.support.models import save_random_model
 from tests.support.reference_loss import Reference
 from tests.training.test_forgetting import demo_rows

@@ -11,8 +11,8 @@ import pytest
 from qwen_cl.config.errors import UserError
 from qwen_cl.data.corpus.cache import Corpus
 from qwen_cl.planning.plan import make_plan
-from tests.config.test_compose import compose_run
 from tests.support.building import built, corpus_with_blanks, documents_of, expected_ids, tokenizer
+from tests.support.composed_configs import compose_run
 from tests.support.corpora import FORMS, TEXTS, json_lines
 
 

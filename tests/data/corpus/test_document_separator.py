@@ -26,9 +26,9 @@ from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.resume import resume
 from qwen_cl.runs.status import State
 from qwen_cl.sweep.trial import hash_config
-from tests.config.test_compose import compose_run
 from tests.support.bos_tokenizers import KINDS, save_tokenizer
 from tests.support.building import tokenizer
+from tests.support.composed_configs import compose_run
 from tests.support.corpora import json_lines, source, zstd
 from tests.training.test_forgetting import demo_rows
 

@@ -18,7 +18,7 @@ from qwen_cl.launch.slurm.job_status import refresh, require_no_job, seconds_of
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.metrics import MetricsTail
 from qwen_cl.runs.status import parse_status
-from tests.config.test_compose import compose_run
+from tests.support.composed_configs import compose_run
 from tests.support.job_task import job_task
 
 T = "2026-01-01T00:00:00+00:00"

@@ -17,8 +17,8 @@ from qwen_cl.launch.slurm.job_status import record_job_state
 from qwen_cl.launch.slurm.script import render_script, submitting_environment
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import State
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, launch
+from tests.support.composed_configs import compose_run
 
 SLURM = "cluster=slurm"
 

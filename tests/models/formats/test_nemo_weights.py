@@ -17,9 +17,9 @@ from qwen_cl.models.formats.torch_dist import DistributedWeights
 from qwen_cl.models.loading.base_tensors import open_tensors
 from tests.conftest import Launched, launch
 from tests.support import layout_probe
+from tests.support.demo_examples import demo_examples, mean_loss
 from tests.support.nemo_checkpoints import NAMES, nemo_checkpoints, plan_of
 from tests.support.ranks import run_ranks
-from tests.training.test_initial_loss import _examples, _loss
 
 
 @pytest.fixture(scope="module")
@@ -111,4 +111,4 @@ def _initial_loss(run: Launched) -> float:
 
 def _expected_loss(model: Path) -> float:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return _loss(reference, _examples(model, "validation"))
+    return mean_loss(reference, demo_examples(model, "validation"))

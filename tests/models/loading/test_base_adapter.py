@@ -22,9 +22,9 @@ from qwen_cl.models.loading.base_tensors import open_tensors
 from qwen_cl.models.reference import read_model_config
 from tests.conftest import Launched, launch
 from tests.support.adapters import adapted_by_peft, save_random_adapter
+from tests.support.demo_examples import SEQUENCE_LENGTH, demo_examples, mean_loss
 from tests.support.exporting import run_export
 from tests.support.models import save_random_model
-from tests.training.test_initial_loss import SEQUENCE_LENGTH, _examples, _loss
 
 pytestmark = pytest.mark.slow
 
@@ -108,14 +108,14 @@ def runs(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_begins_at_the_loss_of_peft(layout: str, runs: dict[str, Launched], base: Path, adapter: Path) -> None:
     reference = adapted_by_peft(base, adapter)
-    train = Mixture([pack_examples(_examples(base, "train"), SEQUENCE_LENGTH)], [1.0], num_samples=4, seed=7)
-    validation = _examples(base, "validation")
+    train = Mixture([pack_examples(demo_examples(base, "train"), SEQUENCE_LENGTH)], [1.0], num_samples=4, seed=7)
+    validation = demo_examples(base, "validation")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    expected = _loss(reference, validation)
-    assert abs(expected - _loss(plain, validation)) > 0.01, "the adapter changes nothing, so this test shows nothing"
+    expected = mean_loss(reference, validation)
+    assert abs(expected - mean_loss(plain, validation)) > 0.01, "the adapter changes nothing: nothing is tested"
     found, verified = losses_of(runs[layout]), runs[layout].folder.status().verified
     assert found[0]["val/target/loss"] == pytest.approx(expected, abs=1e-4)
-    assert found[1]["train/loss"] == pytest.approx(_loss(reference, [train[index] for index in range(4)]), abs=1e-4)
+    assert found[1]["train/loss"] == pytest.approx(mean_loss(reference, [train[index] for index in range(4)]), abs=1e-4)
     assert verified["loss"] == pytest.approx(verified["transformers"], abs=1e-4)
 
 
@@ -127,14 +127,14 @@ def test_what_a_run_leaves_is_base_and_both_adapters(
     folder = runs[layout].folder
     run_export(f"task.run={folder.directory}", f"task.output={tmp_path / 'merged'}", "task.dtype=fp32")
     run_export(f"task.run={folder.directory}", f"task.output={tmp_path / 'adapter'}", "task.format=adapter")
-    validation = _examples(base, "validation")
+    validation = demo_examples(base, "validation")
     trained = losses_of(runs[layout])[2]["val/target/loss"]
     before = losses_of(runs[layout])[0]["val/target/loss"]
     assert abs(trained - before) > 1e-3, "training changed nothing, so this test shows nothing"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert _loss(merged, validation) == pytest.approx(trained, abs=1e-4)
+    assert mean_loss(merged, validation) == pytest.approx(trained, abs=1e-4)
     for directory in (tmp_path / "adapter", folder.adapter):
-        assert _loss(adapted_by_peft(base, directory), validation) == pytest.approx(trained, abs=1e-4)
+        assert mean_loss(adapted_by_peft(base, directory), validation) == pytest.approx(trained, abs=1e-4)
     card = (tmp_path / "merged/README.md").read_text()
     assert f"| earlier adapter, sha256 | {read_adapter(adapter).sha256} |" in card
     record = json.loads((folder.checkpoints / "step=2/weights/base_model.json").read_text())

@@ -19,8 +19,8 @@ from qwen_cl.reporting.console import wandb_notice
 from qwen_cl.reporting.tracking.identity import identify, sync_command
 from qwen_cl.runs.folder import RunFolder
 from qwen_cl.runs.status import RunStatus, WandbRecord
-from tests.config.test_compose import compose_run
 from tests.conftest import ROOT, Launched
+from tests.support.composed_configs import compose_run
 from tests.support.fault_table import Row
 from tests.support.wandb_server import wandb_server
 
