@@ -187,7 +187,7 @@ def test_a_dataset_of_the_hub_is_kept_by_its_commit(tmp_path: Path) -> None:
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == content
     assert split.startswith(f"task.sets.a ({texts}) cannot be read: Bad split: dev.")
     assert split.endswith(f"; name one of them after a #, as in {texts}#test")
-    assert malformed.startswith("task.sets.a (hf://org/texts) must read hf://datasets/ORG/NAME, with @")
+    assert malformed.startswith("task.sets.a (hf://org/texts) must read hf://datasets/ORG/NAME, optionally with @")
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     assert json.loads(run_python(READ, json.dumps(cases[:3]), offline))[0] == answers[:3]
 

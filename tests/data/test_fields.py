@@ -170,7 +170,7 @@ def test_the_older_keys_say_the_same() -> None:
         ({"fields": {"prompt": "q", "messages": "m"}}, "data.fields names prompt and messages, which are two forms"),
         (
             {"fields": {"prompt": "q"}, "prompt_field": "p"},
-            "data.fields.prompt (q) and data.prompt_field (p), its older name, disagree; remove one",
+            "data.fields.prompt (q) and data.prompt_field (p), its old name, disagree; remove one",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_fields_are_those_of_the_task(tmp_path: Path) -> None:
     assert source.fields == {"prompt": "q", "completion": "a"}
     pretrain = compose_run("task=pretrain")
     with pytest.raises(
-        UserError, match=r"^data\.fields\.prompt is of conversations, which task=pretrain does not read"
+        UserError, match=r"^data\.fields\.prompt is a field of conversations, which task=pretrain does not read"
     ):
         row_files(said.data, pretrain.task)
 

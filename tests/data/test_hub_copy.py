@@ -104,7 +104,9 @@ def test_a_dataset_is_pinned_with_all_its_columns_and_read_again_without_a_netwo
     assert "; set data.subset" in subset or "absent" in subset
     assert names_missing.startswith(f"{copies}/org--qa/{new}/default.train.jsonl:1: no instruction form has these fie")
     assert no_dataset == "data.subset (ja) has no effect: data.path is not a dataset on the Hub; remove it"
-    assert malformed.startswith("data.path (hf://org/qa) must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT")
+    assert malformed.startswith(
+        "data.path (hf://org/qa) must read hf://datasets/ORG/NAME, optionally with @REVISION and #SPLIT"
+    )
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     assert json.loads(run_python(READ, json.dumps(cases[:3]), offline))[0] == answers[:3]
 

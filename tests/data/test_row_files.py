@@ -152,12 +152,12 @@ GOOD = '{"prompt": "a", "completion": "b"}'
         (
             "a.json",
             f"[\n{GOOD},\n{GOOD[:-4]}",
-            ":3: not JSON (Expecting value at column 30); the array is cut off",
+            ":3: not JSON (Expecting value at column 30); the array ends without",
         ),
         (
             "a.json",
             f"[\n{GOOD},\n{GOOD}\n",
-            ":3: not JSON (Expecting ',' delimiter at column 35); the array is cut off",
+            ":3: not JSON (Expecting ',' delimiter at column 35); the array ends without",
         ),
         ("a.json", f"[\n{GOOD}\n{GOOD}\n]", ":3: not JSON (Expecting ',' delimiter at column 1)"),
         ("a.json", f"[\n{GOOD},\n]", ":3: not JSON (Expecting value at column 1)"),

@@ -148,7 +148,7 @@ def test_what_is_quoted_or_no_text_stays(argument: str) -> None:
 REFUSED: dict[str, tuple[list[str], str, str]] = {
     "no prompt": ([], "", r"set either task\.prompt \(one prompt\) or task\.prompts"),
     "two": (["task.prompt=a", "task.prompts=b"], "", r"set either task\.prompt \(one prompt\) or task\.prompts"),
-    "blank": (["task.prompt=' '"], "", r"task\.prompt is empty; write what the model shall answer"),
+    "blank": (["task.prompt=' '"], "", r"task\.prompt is empty; write a prompt for the model"),
     "no file": (["task.prompts=/no/such"], "", r"/no/such does not exist; set task\.prompts"),
     "no row": (["task.prompts={file}"], "\n\n", r"prompts\.jsonl is empty"),
     "no JSON": (["task.prompts={file}"], '{"prompt": "a"}\nb\n', r"prompts\.jsonl:2: not JSON"),

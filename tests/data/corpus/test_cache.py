@@ -114,7 +114,7 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path) -> No
     directory = text_files(tmp_path / "texts", TEXTS)
     request = make_build_request(source(directory), tokenizer(), workers=1, cache=str(tmp_path / "cache"))
     (directory / "part" / "000a.txt").write_text("one more", encoding="utf-8")
-    with pytest.raises(UserError, match=r"^data\.path \(.*/texts\) changed while it was read; run it again"):
+    with pytest.raises(UserError, match=r"^data\.path \(.*/texts\) changed while it was read; run the command again"):
         build(request)
     assert leftovers(tmp_path / "cache") == []
 

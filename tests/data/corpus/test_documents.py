@@ -263,8 +263,8 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache_without_a_network(datasets_
     assert first == [COMMIT, [[f"{pinned}: row {n}", n, text] for n, text in enumerate(TEXTS[:4], start=1)]]
     assert second == [COMMIT, [[f"{other}: row 1", 1, TEXTS[4]]]]
     expected = [
-        refused.format("datasets/org", "must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or"),
-        refused.format("org/name", "must read hf://datasets/ORG/NAME, with @REVISION and #SPLIT or"),
+        refused.format("datasets/org", "must read hf://datasets/ORG/NAME, optionally with @REVISION and #SPLIT or"),
+        refused.format("org/name", "must read hf://datasets/ORG/NAME, optionally with @REVISION and #SPLIT or"),
         refused.format("datasets/org/absent", "cannot be read: "),
         refused.format(
             "datasets/org/texts", "cannot be read: Bad split: dev. Available splits: ['train', 'test']; nam"
