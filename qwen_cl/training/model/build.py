@@ -72,7 +72,7 @@ def _execution(config: RunConfig) -> dict[str, Any]:
         "cross_entropy_loss_fusion": not fp32,  # its backward always casts gradients to bf16
         "apply_rope_fusion": HAVE_TE,
         "persist_layer_norm": False,  # not supported by torch's norms
-        # Random initialization takes longer than loading, and loading is checked to set every weight.
+        # Random initialization takes longer than loading, and loading is checked to set all of them.
         **dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), leave_unset),
         "use_cpu_initialization": config.cluster.accelerator is Accelerator.cpu,
         "params_dtype": torch.float32 if fp32 else torch.bfloat16,
