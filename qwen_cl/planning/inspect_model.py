@@ -84,11 +84,11 @@ def _model_facts(model: ModelFiles, architecture: Architecture) -> list[tuple[st
 def _file_facts(model: ModelFiles, settings: ModelConfig) -> list[tuple[str, str]]:
     size, dtypes = _weights(model)
     tokenizer = load_data_tokenizer(str(tokenizer_directory(model.directory)))
-    licence = model.manifest.license if model.manifest else base_license(settings).get("license")
+    license = model.manifest.license if model.manifest else base_license(settings).get("license")
     return [
         ("weights", f"{decimal(size, precision=2)}, {dtypes}" if size else dtypes),
         ("tokenizer", f"{len(tokenizer):,} tokens, {'with' if tokenizer.chat_template else 'without'} a chat template"),
-        ("licence", licence or "not stated; see the model's page or its provider"),
+        ("license", license or "not stated; see the model's page or its provider"),
     ]
 
 

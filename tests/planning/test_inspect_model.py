@@ -32,7 +32,7 @@ def test_a_directory(tmp_path: Path) -> None:
     assert found["model"] == str(model)
     assert found["architecture"] == "qwen3 (Qwen3)"
     assert found["attention"] == "6 heads of 16, 3 KV groups"
-    assert found["licence"] == "apache-2.0"
+    assert found["license"] == "apache-2.0"
     assert found["weights"].endswith(" (47 tensors)")
     assert found["tokenizer"] == "1,536 tokens, with a chat template"
     assert (found["tensor_parallel"], found["pipeline_parallel"]) == ("1, 3", "1, 2, 4")
@@ -54,7 +54,7 @@ def test_a_model_of_the_hub_without_fetching_its_weights(tmp_path: Path) -> None
     assert found["model"] == f"hf://org/tiny@{commit}"
     assert found["commit"] == commit
     assert found["parameters"] == "2,362,304, of them 786,432 in the embedding, which is also the output layer"
-    assert found["licence"] == "mit"
+    assert found["license"] == "mit"
     assert found["weights"] == "4.73 MB, bfloat16"
     assert "DoRA r32" in done.stdout
     assert "model.safetensors" not in fetched
