@@ -99,7 +99,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", SPOILT)
-def test_the_newest_checkpoint_is_spoilt(
+def test_the_latest_checkpoint_is_corrupted(
     fault: str, runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row
 ) -> None:
     spoil, reason = SPOILT[fault]
@@ -121,7 +121,7 @@ def test_the_newest_checkpoint_is_spoilt(
     )
 
 
-def test_all_checkpoints_are_spoilt(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
+def test_all_checkpoints_are_corrupted(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
     folder = copy_of(runs[1], tmp_path / "run")
     for step in (2, 4):
         flip_a_bit(folder.checkpoints / f"step={step}/weights")
@@ -240,7 +240,7 @@ def test_out_of_time(tmp_path: Path, row: Row) -> None:
     row("task.max_time is up", "saves after the step, PREEMPTED, exit code 75", "nothing")
 
 
-def test_a_loss_that_is_no_number(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
+def test_a_nan_loss(runs: tuple[RunFolder, RunFolder], tmp_path: Path, row: Row) -> None:
     folder = copy_of(runs[1], tmp_path / "run")
     assert train(folder, *LORA, "lr=1e30", "resume.allow_changes=[lr]").returncode == 1
     assert folder.status().state == "FAILED"

@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_mistakes_are_told_before_the_first_stage(name: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_the_first_stage(name: str, tmp_path: Path) -> None:
     said, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as caught:
         run_here(tmp_path / "chain", "task=continual", *map(_quote_overrides, said), *SHARED)

@@ -91,7 +91,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], 
     return directory, ended, again.stdout
 
 
-def test_it_goes_on_where_it_was_stopped(chain: tuple[Path, list[float], str]) -> None:
+def test_it_resumes_where_it_was_stopped(chain: tuple[Path, list[float], str]) -> None:
     directory, ended, said = chain
     now = [(directory / name).stat().st_mtime for name in ("01-japanese/status.json", "00-before/evaluation.json")]
     assert now == ended

@@ -173,7 +173,7 @@ def test_content_hash_is_of_all_bytes_of_both_files(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_rows_form_is_told_by_its_keys(row: dict[str, Any], roles: str, tmp_path: Path) -> None:
+def test_a_rows_form_is_detected_by_its_keys(row: dict[str, Any], roles: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
     (found,), _ = read_rows(files(path, every=2))

@@ -212,7 +212,7 @@ def test_the_config_of_a_run_from_before_there_were_fields_is_read(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_run_is_told_the_names_on_its_command_line(tmp_path: Path) -> None:
+def test_a_run_takes_the_names_on_its_command_line(tmp_path: Path) -> None:
     path = write(tmp_path, *[{"q": f"Question {number}?", "a": f"Answer {number}."} for number in range(6)])
     done = launch(
         *("data=jsonl", f"data.path={path}", "data.fields={prompt: q, completion: b}", "dry_run=true"),

@@ -165,7 +165,7 @@ def test_the_worker_has_the_same_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_documents_are_moved_too_and_the_worker_is_told(tmp_path: Path) -> None:
+def test_documents_are_moved_too_and_the_worker_knows(tmp_path: Path) -> None:
     path = written(tmp_path / "b.jsonl", [*LONG[:11], *map(edited, LONG[:2])])
     plan = planned(path, "data.validation_fraction=0.4", "seed=1", kind="text")
     assert plan.text is not None

@@ -233,7 +233,7 @@ def test_bos_that_stands_elsewhere_is_refused(
     assert str(refused.value).startswith(f"data.path ({tmp_path}/mine): {message}")
 
 
-def test_a_llama_that_learnt_texts_after_bos_is_measured_after_bos(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_llama_trained_on_texts_after_bos_is_evaluated_after_bos(tokenizer: Any, tmp_path: Path) -> None:
     """Against transformers' own loss of what its tokenizer makes of each text, whole."""
     texts = TEXTS[:4]
     torch.manual_seed(0)

@@ -221,7 +221,7 @@ def test_the_encoding_of_a_japanese_file_is_guessed_in_the_command_that_converts
             read_rows(files(tmp_path / "a.csv"))
 
 
-def test_damage_within_parquet_and_columns_of_one_name_are_told_in_a_line(tmp_path: Path) -> None:
+def test_damage_within_parquet_and_columns_of_one_name_are_reported_in_a_line(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet")
     content = bytearray(path.read_bytes())
     content[4:40] = b"\xff" * 36  # the first page's header

@@ -147,7 +147,7 @@ def test_ten_rows_from_the_first_to_the_last_are_shown() -> None:
     assert found == report(rows)
 
 
-def test_overlap_that_is_allowed_is_told() -> None:
+def test_overlap_that_is_allowed_is_reported() -> None:
     rows: list[Row] = [pair("a", "b")]
     kept = {"old": Overlap(7, 2, 0, (3, 0)), "chat": Overlap(4, 0, 0, None)}
     found = describe(rows, tokenizer(), layout(), Overlap(5, 1, 2, (0, 0)), kept)

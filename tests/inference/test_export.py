@@ -290,7 +290,7 @@ def test_a_shard_that_would_run_code_does_not(weights: Path, run: Path, tmp_path
     assert not canary.exists()
 
 
-def test_a_run_that_goes_on_gives_its_newest_whole_checkpoint(
+def test_a_running_run_gives_its_latest_complete_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _edit_status(run, state="RUNNING")

@@ -38,7 +38,7 @@ def test_a_kill_for_want_of_memory_is_no_loss_that_another_attempt_mends() -> No
     assert root_cause(fallen, out_of_memory=True) == full
 
 
-def test_a_rank_that_goes_on_while_all_others_give_up_hangs() -> None:
+def test_a_rank_that_makes_progress_while_all_others_wait_is_hung() -> None:
     given_up = [
         RankFailure(0, 1, FailureReport(2, "Connection reset", COLLECTIVE)),
         RankFailure(2, 1, FailureReport(1, PEER, COLLECTIVE)),

@@ -113,7 +113,7 @@ def test_ranks_asked_at_different_steps_stop_at_the_same(tmp_path: Path, row: Ro
     row("SIGTERM to one of two ranks", "both stop after the same step and save; PREEMPTED", "nothing")
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+def test_a_port_that_is_taken_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))

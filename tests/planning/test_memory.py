@@ -167,7 +167,7 @@ def test_layers_that_are_computed_again_keep_little() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/model").glob("qwen*.yaml")), ids=lambda path: path.stem)
-def test_an_adapter_costs_less_than_every_weight_at_every_size(path: Path) -> None:
+def test_an_adapter_costs_less_than_full_fine_tuning_at_every_size(path: Path) -> None:
     """Memory by the estimate, and what there is to compute; benchmarks/results has the speed of what fits one GPU."""
     shape = read_architecture(SHAPES[path.stem.removeprefix("qwen2.5-")], ROOT)
     cost = {}

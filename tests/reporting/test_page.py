@@ -294,7 +294,7 @@ def test_a_workspace_and_a_report_are_made_of_the_group(sweep: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_workspace_that_w_and_b_refuses_is_told(tmp_path: Path) -> None:
+def test_a_workspace_that_w_and_b_refuses_is_reported(tmp_path: Path) -> None:
     write_trial(tmp_path / "00", [], [])
     with wandb_server(init=401) as server:
         done = publish(tmp_path, tmp_path, "wandb.entity=me", WANDB_BASE_URL=server.url, NO_PROXY="127.0.0.1")

@@ -170,7 +170,7 @@ def test_what_may_differ_and_what_is_allowed_to(lora: tuple[RunFolder, RunFolder
     assert yaml.safe_load(folder.config.read_text())["lr"] == 0.02
 
 
-def test_never_refuses_a_run_that_was_cut_off(lora: tuple[RunFolder, RunFolder]) -> None:
+def test_never_refuses_an_interrupted_run(lora: tuple[RunFolder, RunFolder]) -> None:
     with pytest.raises(UserError, match=r"holds a run already \(RUNNING\); choose another folder, or remove it first"):
         start(lora[1], *LORA, "resume=never")
 

@@ -80,7 +80,7 @@ def states(source: Proposals) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_search_is_recorded_and_goes_on_where_it_was_stopped(planner: Planner, tmp_path: Path) -> None:
+def test_a_search_is_recorded_and_resumes_where_it_was_stopped(planner: Planner, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     first = proposals(planner, directory, n_trials=4)
     trials = [start(next_of(first)) for _ in range(3)]

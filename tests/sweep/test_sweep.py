@@ -34,7 +34,7 @@ VALUES = {
 }
 
 
-def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_runs_nothing_twice(tmp_path: Path) -> None:
     base = write_data(tmp_path / "data")
     directory = tmp_path / "sweep"
     first = start_sweep(directory, *base, *GRID)

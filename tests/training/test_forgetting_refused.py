@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_mistakes_are_told(name: str) -> None:
+def test_mistakes_are_reported(name: str) -> None:
     said, message = REFUSED[name]
     with pytest.raises(UserError, match=f"^{message}") as caught:
         make_plan(compose_run("task=pretrain", *said))

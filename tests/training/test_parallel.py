@@ -127,7 +127,7 @@ def test_a_layout_answers_what_one_process_answers(method: str, layout: str, dir
 
 
 @pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] in SPEED])
-def test_levers_are_in_place_where_they_are_said_to_change_nothing(method: str, layout: str, directory: Path) -> None:
+def test_speed_optimizations_are_enabled_where_results_are_compared(method: str, layout: str, directory: Path) -> None:
     levers = RunFolder(directory / f"{method}-{layout}").status().speed_optimizations
     absent = (
         {"fused_linear_cross_entropy"} if layout == "pp2" else set()
@@ -137,7 +137,7 @@ def test_levers_are_in_place_where_they_are_said_to_change_nothing(method: str, 
 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
-def test_a_run_goes_on_in_another_layout(method: str, directory: Path) -> None:
+def test_a_run_resumes_in_another_layout(method: str, directory: Path) -> None:
     expected = {record["step"]: record for record in _records(directory / f"{method}-one") if "train/loss" in record}
     found = [
         record

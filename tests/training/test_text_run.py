@@ -157,7 +157,7 @@ def test_a_constant_learning_rate_stays_where_it_was_warmed_up_to(text_run: Text
     assert used == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3], rel=1e-6)
 
 
-def test_what_it_was_told_and_what_it_saw_is_recorded(text_run: TextRun) -> None:
+def test_its_command_and_its_data_are_recorded(text_run: TextRun) -> None:
     trained, measured = split(text_run.texts)
     counts = [sum(len(text_run.reference.ids(text)) + 1 for text in texts) for texts in (trained, measured)]
     assert f"{'training set':>18}  15 documents, {counts[0]:,} tokens, " in text_run.run.stdout

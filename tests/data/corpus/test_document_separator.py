@@ -166,7 +166,7 @@ def test_what_is_kept_in_the_cache_is_known_by_how_it_was_cut(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "settled"), [("a.txt", BLANK_LINE), ("a.jsonl", FILE)])
-def test_an_older_run_goes_on_where_its_texts_are_cut_alike(
+def test_an_older_run_resumes_where_its_texts_are_split_alike(
     name: str, settled: DocumentSeparator, tmp_path: Path
 ) -> None:
     """Its config lacks the key, and did not cut text files."""

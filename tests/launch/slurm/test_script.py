@@ -59,7 +59,7 @@ def executed(script: str, directory: Path, environment: dict[str, str] | None = 
     return found
 
 
-def test_sbatch_is_told_what_the_config_says() -> None:
+def test_sbatch_is_given_what_the_config_says() -> None:
     script = render(
         *("cluster.account=us", "cluster.partition=gpus", "cluster.qos=high", "cluster.time=1-02:00:00"),
         *("cluster.nodes=2", "cluster.devices=8", "cluster.grace_seconds=120", "task.global_batch_size=64"),

@@ -239,7 +239,7 @@ def test_a_rank_that_hangs_on_another_node_is_named(tmp_path: Path) -> None:
     wait_until(lambda: not processes(folder), folder)
 
 
-def test_a_node_without_the_compiler_that_a_lever_needs_says_so(tmp_path: Path) -> None:
+def test_a_node_without_the_compiler_that_an_optimization_needs_says_so(tmp_path: Path) -> None:
     asked = ["speed.compile=always", "task.packing=false", "cluster.setup='export CXX=nowhere'"]
     process = start(f"hydra.run.dir={tmp_path / 'run'}", *SMALL, *SUBMIT, *asked, PATH=SEARCH)
     _, stderr = process.communicate(timeout=120)
@@ -259,7 +259,7 @@ def test_what_slurm_refuses_is_said_and_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_is_an_array_that_goes_on_when_it_is_left(tmp_path: Path) -> None:
+def test_a_sweep_is_an_array_that_continues_when_it_is_left(tmp_path: Path) -> None:
     base = [*write_data(tmp_path / "data"), *SUBMIT, "lr=1e-3,1e-4"]
     directory = tmp_path / "sweep"
     first = start_sweep(directory, *base)

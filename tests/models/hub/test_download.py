@@ -28,7 +28,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield machine
 
 
-def test_a_broken_download_goes_on_where_it_was(machine: Machine) -> None:
+def test_an_interrupted_download_resumes_where_it_was(machine: Machine) -> None:
     machine.hub.inject(SHARD, Fault.cut, 5000)
     assert machine.resolve("hf://org/tiny", weights=True)["commit"] == machine.newest
     assert [request.range for request in machine.hub.gets(SHARD)] == [None, "bytes=5000-"]
@@ -154,7 +154,7 @@ def test_processes_that_start_together_fetch_each_file_once(before: str, machine
 
 
 @pytest.mark.slow
-def test_control_c_leaves_a_download_that_goes_on(machine: Machine, tmp_path: Path) -> None:
+def test_control_c_leaves_a_download_that_resumes(machine: Machine, tmp_path: Path) -> None:
     """Run the launcher with a file large enough that part of it is on disk when the Hub stops responding."""
     large = bytes(CHUNK + 5000)
     machine.hub.publish("org/large", {**model_files(6), "tokenizer.json": large}, "main")

@@ -112,7 +112,7 @@ def test_a_missing_field_is_named(field: str) -> None:
     ("field", "value"),
     [("vocab_size", "many"), ("hidden_size", None), ("rms_norm_eps", []), ("num_attention_heads", 0)],
 )
-def test_a_field_that_is_no_number_is_refused(field: str, value: object) -> None:
+def test_a_field_that_is_not_a_number_is_refused(field: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"^{re.escape(str(WHERE / 'config.json'))}: "):
         read_architecture({**CONFIG, field: value}, WHERE)
 

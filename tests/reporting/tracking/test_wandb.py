@@ -179,7 +179,7 @@ def test_a_server_that_does_not_start_the_run_leaves_it_offline(
         ("stopped", "its service did not end within 12 s"),
     ],
 )
-def test_what_fails_in_mid_run_is_told_with_the_way_to_upload_it(
+def test_what_fails_during_the_run_is_reported_with_the_way_to_upload_it(
     failures: dict[str, tuple[Path, WandbRecord]], case: str, reason: str, row: Row
 ) -> None:
     _, status = failures[case]
@@ -234,13 +234,13 @@ def test_trials_are_a_group_in_one_folder(failures: dict[str, tuple[Path, WandbR
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_keeps_its_id(failures: dict[str, tuple[Path, WandbRecord]], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id(failures: dict[str, tuple[Path, WandbRecord]], tmp_path: Path) -> None:
     folder, status = failures["not there"]
     assert identify(compose_run(), RunFolder(folder)).id == status.id
     assert identify(compose_run(), RunFolder(tmp_path)).id != status.id
 
 
-def test_what_is_told_of_the_config() -> None:
+def test_what_is_logged_of_the_config() -> None:
     config = compose_run(
         "cluster=slurm", "cluster.account=a", "cluster.partition=p", "cluster.setup='export T=hunter2'"
     )
@@ -306,7 +306,7 @@ def test_the_record_of_a_run_has_its_facts_and_its_metrics_by_kind(trained: Laun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("can_rewind", [True, False])
-def test_a_run_that_goes_on_is_cut_back_to_its_checkpoint_there(can_rewind: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_is_rewound_to_its_checkpoint_there(can_rewind: bool, tmp_path: Path) -> None:
     """Resume under the same id if the server cannot rewind."""
     folder = RunFolder(tmp_path / "run")
     folder.directory.mkdir()

@@ -96,9 +96,7 @@ def test_a_trained_model_passes_and_what_is_not_finite_is_not_saved(tmp_path: Pa
     ("speed", "what"),
     [("fast", r"training (?:loss|gradient norm) is (?:nan|inf) at step \d+"), ("off", "the gradient is (?:nan|inf)")],
 )
-def test_a_run_that_is_not_to_be_compared_ends_at_a_step_that_is_no_number(
-    speed: str, what: str, tmp_path: Path
-) -> None:
+def test_a_run_without_verification_ends_at_a_nan_step(speed: str, what: str, tmp_path: Path) -> None:
     """Megatron looks at each gradient before the step; levers let it not wait for that."""
     model = save_random_model(tmp_path / "model", heads=2, kv_groups=1, vocab_size=1536)
     said = ["model=local", f"model.source={model}", "model.verify=none", f"speed={speed}"]

@@ -68,7 +68,7 @@ def test_a_step_that_is_read_later_is_recorded_the_same(shared_directory: Path, 
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_is_found_a_step_later(shared_directory: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_is_found_a_step_later(shared_directory: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     ended = train(folder, *overrides_of("lora"), "lr=1e30", "task.warmup_steps=0", fault=ReadLate())
     assert ended.returncode == 1

@@ -47,7 +47,7 @@ def assert_alike(run: Launched, other: Launched, tolerance: float = 3e-6) -> Non
             assert math.isclose(value, two[key], rel_tol=tolerance), (one["step"], key, value, two[key])
 
 
-def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
+def test_every_optimization_gives_the_losses_and_gradients_of_none(plain: Launched, tmp_path: Path) -> None:
     fast = launch(*ON_CPU, "speed.activation_recompute=always", *RUN, directory=tmp_path / "run", warm=True)
     assert_alike(plain, fast)
     assert plain.folder.status().speed_optimizations == {}
@@ -62,7 +62,7 @@ def test_every_lever_gives_the_losses_and_gradients_of_none(plain: Launched, tmp
     }
 
 
-def test_a_run_goes_on_with_other_levers_than_it_began_with(plain: Launched, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_optimizations_than_it_began_with(plain: Launched, tmp_path: Path) -> None:
     """Adam's state too: a fused one counts its steps beside the weights, any other on the CPU."""
     directory = tmp_path / "run"
     for steps, speed in ((3, ["speed=off"]), (6, ["speed=fast", *ON_CPU])):
@@ -176,7 +176,7 @@ def taken(config: RunConfig, kind: Accelerator = Accelerator.gpu) -> set[str]:
     return {name for name in planned_speed.RESOLVED if getattr(speed, name) is When.always}
 
 
-def test_auto_takes_the_levers_that_the_device_and_layout_allow(default_config: RunConfig) -> None:
+def test_auto_enables_the_optimizations_that_device_and_layout_allow(default_config: RunConfig) -> None:
     assert taken(default_config) == set(planned_speed.RESOLVED)
     packed = replace(default_config, speed=settled(default_config, Accelerator.gpu))
     assert planned_speed.has_static_shapes(packed)
@@ -227,7 +227,7 @@ def test_auto_takes_what_the_packages_that_are_there_are_known_for(
         ("compile", Accelerator.cpu, "attention of packed sequences has no CPU kernel"),
     ],
 )
-def test_a_lever_that_cannot_work_is_refused(
+def test_an_optimization_that_cannot_work_is_refused(
     default_config: RunConfig, name: str, kind: Accelerator, rule: str
 ) -> None:
     with pytest.raises(UserError, match=rf"speed\.{name}=always: {rule}.*; set speed\.{name}=auto or never"):
