@@ -115,7 +115,7 @@ def changed_megatron(tmp_path: Path) -> Path:
 
 REFUSED = (
     "megatron-core 0.15.3 is not supported: its megatron.core.optimizer.distrib_optimizer."
-    "DistributedOptimizer.load_state_dict is not that of megatron-core==0.15.3, for which qwen_cl replaces "
+    "DistributedOptimizer.load_state_dict differs from that of megatron-core==0.15.3, for which qwen_cl replaces "
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict; run "
     "pip install --force-reinstall --no-deps 'megatron-core==0.15.3'"
 )
