@@ -186,7 +186,7 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
         f"job {job(cancelled)} saves a checkpoint and ends. Cancel again to end it at once." in capsys.readouterr().out
     )
     wait_until(lambda: refresh(cancelled) is None, cancelled)
-    assert cancelled.status().state == "PREEMPTED"  # and not back in the queue
+    assert cancelled.status().state == "PREEMPTED"  # and not requeued
     assert "before training began" in str(cancelled.status().reason)
     job_task(killed.directory, "logs")
     assert capsys.readouterr().out == killed.log.read_text()
