@@ -48,7 +48,7 @@ def describe_save_error(error: BaseException, directory: Path) -> tuple[str, Fai
     """Return the reason and kind of a failed save, for every rank. Torch wraps errors, so the disk is checked too."""
     text = " ".join(str(error).split())
     if LOST in text:
-        what = "a process that wrote the checkpoint was killed (out of memory?)"
+        what = "a process that wrote the checkpoint ended unexpectedly (out of memory?)"
         return what, FailureKind.rank_lost
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
     with suppress(OSError):
