@@ -165,13 +165,13 @@ def test_the_message_names_both_lines_the_counts_and_the_fix(tmp_path: Path) -> 
     train = jsonl(tmp_path / "train.jsonl", [{"text": "一"}, {"text": "二"}, {"text": "x" + SENTENCE}])
     validation = jsonl(tmp_path / "validation.jsonl", [{"text": "三"}, {"text": SENTENCE}, {"text": " 二"}])
     assert refusal(files(train, validation, text=True)) == (
-        f"{validation}:3: this row, which validates, is in the training set too ({train}:2), as are 2 of 3 (1 whole, "
-        "1 with more than half of their 13-grams); their loss would measure what is memorized: remove them "
-        "from one side, or write data.allow_overlap=true"
+        f"{validation}:3: this row, which validates, is in the training set too ({train}:2), as are 2 of 3 "
+        "(1 identical, 1 with more than half of their 13-grams); their loss would measure what is memorized: "
+        "remove them from one side, or write data.allow_overlap=true"
     )
     assert refusal(files(jsonl(tmp_path / "rows.jsonl", [{"text": "a"}] * 2), every=2, text=True)).startswith(
         f"{tmp_path}/rows.jsonl:1: this row, held out by data.validation_every (2), is in the training set too "
-        f"({tmp_path}/rows.jsonl:2), as are 1 of 1 (1 whole"
+        f"({tmp_path}/rows.jsonl:2), as are 1 of 1 (1 identical"
     )
 
 

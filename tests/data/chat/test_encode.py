@@ -260,7 +260,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "weight and train, which dis",
     ),
     "row's weight": ("qwen2.5", {"messages": [USER, ANSWER], "weight": 0.3}, "field 'weight' weights a whole row"),
-    "detail": ("qwen2.5", {"messages": [USER, {**ANSWER, "train_detail": [{"begin_offset": 0}]}]}, "train_detail says"),
+    "detail": (
+        "qwen2.5",
+        {"messages": [USER, {**ANSWER, "train_detail": [{"begin_offset": 0}]}]},
+        "train_detail is not",
+    ),
     "image": (
         "qwen2.5",
         {"messages": [{**USER, "content": [{"type": "image", "url": "x"}]}, ANSWER]},
@@ -269,7 +273,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "images": ("qwen2.5", {"messages": [USER, ANSWER], "images": ["a.png"]}, "field 'images': images, audio and video"),
     "preference": ("qwen2.5", {"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'chosen' is preference data"),
     "KTO": ("qwen2.5", {"prompt": "a", "completion": "b", "label": False}, "field 'label' says whether"),
-    "tokens": ("qwen2.5", {"messages": [USER, ANSWER], "input_ids": [1, 2]}, "field 'input_ids' is of rows"),
+    "tokens": ("qwen2.5", {"messages": [USER, ANSWER], "input_ids": [1, 2]}, "field 'input_ids' belongs to"),
     "twice": ("qwen2.5", {"messages": [USER, ANSWER], "prompt": "a", "completion": "b"}, "has two conversations, in"),
     "two systems": ("qwen2.5", {"messages": [SYSTEM, USER, ANSWER], "system": "Other."}, "two system messages"),
     "history": ("qwen2.5", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, "the row has field 'history' beside"),
