@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_cl.config.help_text import read_help
 from tests.conftest import ROOT
 from tests.support.ranks import run_ranks
 
@@ -156,7 +157,7 @@ def test_quick_answers_import_neither_torch_nor_nemo(arguments: str, tmp_path: P
 
 
 def test_help_names_every_choice() -> None:
-    text = (ROOT / "conf/help.txt").read_text(encoding="utf-8")
+    text = read_help(ROOT / "conf")
     choices = list((ROOT / "conf").glob("*/[!_]*.yaml"))
     assert len(choices) > 20
     for path in choices:

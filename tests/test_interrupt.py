@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 MOMENTS = {
     "its libraries are imported": r"\| +hydra\.types$",
     "its own modules are imported": r"\| +qwen_cl\.config\.errors$",
-    "the task is imported": r"\| +qwen_cl\.run_folder$",
+    "the task is imported": r"\| +qwen_cl\.runs\.folder$",
     "the model is looked at": r"\| +tokenizers$",
     "another process works for it": r"^recipe$",
 }

@@ -167,6 +167,7 @@ def test_a_finished_sweep_is_found_finished_and_its_page_made_again(old: Path) -
 
 
 RENAMED = {
+    "forgotten": "forgetting",
     "replay.share": "replay.ratio",
     "replay.sets": "replay.datasets",
     "retention.sets": "retention.eval_sets",

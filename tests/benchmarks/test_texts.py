@@ -145,7 +145,7 @@ def test_one_package_is_trained_on_and_a_fifth_of_it_held_out(tmp_path: Path) ->
     assert read == [own[6:], own[:6]]
     whole = japanese_files(tmp_path, None, tmp_path / "chosen")
     assert whole == [tmp_path / f"japanese.{part}.jsonl" for part in ("train", "validation")]
-    with pytest.raises(SystemExit, match=r"--package c has 1 documents, it takes two; packages: a, b, c$"):
+    with pytest.raises(SystemExit, match=r"--package c has 1 documents, at least two are needed; packages: a, b, c$"):
         japanese_files(tmp_path, "c", tmp_path / "chosen")
 
 

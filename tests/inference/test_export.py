@@ -340,7 +340,7 @@ STOP_INSIDE = """
 import os, sys
 from pathlib import Path
 from qwen_cl.files.atomic_folder import atomic_directory
-with appearing(Path(sys.argv[2])) as temporary:
+with atomic_directory(Path(sys.argv[2])) as temporary:
     (temporary / "half").write_text("written")
     os.kill(os.getpid(), int(sys.argv[1]))
 """

@@ -182,7 +182,7 @@ def test_auto_enables_the_optimizations_that_device_and_layout_allow(default_con
     assert planned_speed.has_static_shapes(packed)
     task = default_config.task
     assert isinstance(task, FinetuneConfig)
-    assert "filled up" in preview.padding_note(packed)
+    assert "including padding" in preview.padding_note(packed)
     unpacked = replace(packed, task=replace(task, packing=False))
     assert not planned_speed.has_static_shapes(unpacked)
     assert "padded to its longest" in preview.padding_note(unpacked)
