@@ -88,7 +88,7 @@ def refused(folder: RunFolder, config: RunConfig, allow: list[str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("changes", [changes_of_fields, changes_of_choices])
+@pytest.mark.parametrize("changes", [pytest.param(changes_of_fields, marks=pytest.mark.slow), changes_of_choices])
 def test_a_key_may_change_when_a_run_resumes_as_its_field_says(changes: Any, tmp_path: Path) -> None:
     found = list(changes())
     assert {affects(key) for key, _, _ in found} == set(Affects)

@@ -16,6 +16,8 @@ from qwen_cl.models.formats.nemo_weights import check_nemo_tensors
 from qwen_cl.models.formats.torch_dist import DistributedWeights
 from tests.support.nemo_checkpoints import nemo_checkpoints, plan_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(shared_directory: Path) -> Path:

@@ -21,6 +21,8 @@ from tests.support.demo_examples import demo_examples, mean_loss
 from tests.support.nemo_checkpoints import NAMES, nemo_checkpoints, plan_of
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(shared_directory: Path) -> Path:

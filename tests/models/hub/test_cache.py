@@ -15,6 +15,8 @@ from tests.support.fault_table import Row
 from tests.support.hub import Fault, Hub, client_environment
 from tests.support.machine import INDEX, SHARD, SMALL_FILES, WEIGHT_FILES, Machine, model_files, new_machine
 
+pytestmark = pytest.mark.slow
+
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ELSEWHERE = "or copy the model to a directory and write model=local model.source=DIRECTORY"
 WITHOUT = (

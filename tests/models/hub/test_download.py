@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.support.hub import Fault, client_environment
 from tests.support.machine import SHARD, SMALL_FILES, WEIGHT_FILES, Machine, model_files, new_machine, weights_of
 
+pytestmark = pytest.mark.slow
+
 CHUNK = 10 * 2**20
 """Bytes that huggingface_hub receives from a connection before it writes any."""
 
