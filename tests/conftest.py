@@ -43,7 +43,7 @@ SLOWEST = (
 )
 """The test files that start first, as each runs in one process and takes long."""
 
-SHARED_RUNS = {"trained", "brief", "dated", "plain"}
+SHARED_RUNS = {"trained", "brief", "dated", "plain", "probed"}
 """The fixtures that train: the first test that uses one waits for its run."""
 
 

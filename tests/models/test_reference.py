@@ -12,6 +12,8 @@ from tests.support.fault_table import Row
 from tests.support.hub import client_environment
 from tests.support.machine import SMALL_FILES, TOKEN, WEIGHT_FILES, Machine, model_files, new_machine
 
+pytestmark = pytest.mark.slow
+
 ABSENT = ": no such model, or a private one; check the name, or `hf auth login` / HF_TOKEN"
 NO_COMMIT = "0" * 40
 
