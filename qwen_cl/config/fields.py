@@ -1,4 +1,4 @@
-"""What a key of the config is to a run, said at its field: what depends on it, and which commands take it.
+"""The metadata of config fields: what depends on a key, and which commands take it.
 
 A field without :func:`setting` is one that the result depends on, of a run alone.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Affects(Enum):
-    """What depends on a key, and so whether it may change when a run resumes."""
+    """The part of a run that depends on a key, which decides whether it may change on resume."""
 
     nothing = "nothing"
     """Two runs that differ in it are the same run: it may change."""
@@ -28,7 +28,7 @@ class Affects(Enum):
 
 
 class Scope(Enum):
-    """Which commands take a key, beside the one that starts the run."""
+    """The commands that take a key, beside the one that starts the run."""
 
     run = "run"
     """None: a command on a finished run takes what the run had."""

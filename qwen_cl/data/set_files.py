@@ -83,12 +83,12 @@ def set_hash(path: str, key: str) -> str:
 
 
 def with_set_hashes(target: str, sets: Mapping[str, Mapping[str, str]], chat: Mapping[str, Any] | None = None) -> str:
-    """What a run's data is known again by: ``target`` itself where nothing is replayed and nothing retained, so that
-    it is the hash of the data's own files; otherwise sha256 over all of it.
+    """Return the hash that identifies a run's data.
 
-    ``sets``: by key (``replay.datasets``), the path of each by name. What they hold counts, and their names; where they
-    are does not, and the keys are spelled as they first were. ``chat``: what the config says of how conversations are
-    rendered, if anything.
+    It is ``target``, the hash of the data's own files, if nothing is replayed and no retention set is given; otherwise
+    sha256 over all of it. ``sets`` has, by key (``replay.datasets``), the path of each by name: their content and names
+    are hashed, not their paths, and the keys under their first names. ``chat``: the settings of how conversations are
+    rendered, if there are any.
     """
     found: dict[str, Any] = {
         key: {name: set_hash(path, f"{key}.{name}") for name, path in files.items()}

@@ -39,7 +39,7 @@ def install(*, cpu: bool) -> None:
 
 
 class WriteResult:
-    """One object of any size that a forked process leaves for its parent, without waiting for it."""
+    """A queue for one object of any size, which a forked process puts in without waiting for its parent."""
 
     def __init__(self) -> None:
         self.file = open(os.memfd_create("report"), "w+b")  # noqa: SIM115  closed with this object

@@ -53,7 +53,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def extended_by(path: Path) -> list[Path | str]:
-    """What a file of a group starts from, in this order: the name of its schema, other choices, parts."""
+    """Return what a file of a group extends, in order: the name of its schema, other choices, parts."""
     names = [str(name) for name in cast(DictConfig, OmegaConf.load(path)).get("defaults", []) if name != "_self_"]
     return [name if name in GROUPS[path.parent.name] else path.with_name(f"{name}.yaml") for name in names]
 
@@ -64,7 +64,7 @@ def schema_of(path: Path) -> str:
 
 
 def written_in(path: Path) -> dict[str, Any]:
-    """What a file of conf/ sets, by full key, with the files it extends; mandatory keys have the values given above."""
+    """Return what a file of conf/ and the files it extends set, by full key; mandatory keys have the values above."""
     register_schemas()
     content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     content.pop("defaults", None)

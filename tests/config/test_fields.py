@@ -1,4 +1,4 @@
-"""What a field of the config says of its key, held against what resuming a run does with that key."""
+"""The metadata of each config field agrees with what resuming a run does with its key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Change = tuple[str, RunConfig, RunConfig]
 
 
 def changes_of_fields() -> Iterator[Change]:
-    """Every field of every choice that a run can have."""
+    """Yield a change of each field of each choice that a run can have."""
     seen = set()
     for path in GROUP_CHOICES:
         config = compose_run(choice_name(path), *BESIDE.get(choice_name(path), []))
@@ -77,7 +77,7 @@ def another(value: Any, kind: Any) -> Any:
 
 
 def refused(folder: RunFolder, config: RunConfig, allow: list[str]) -> str:
-    """What resuming says; empty where it resumes."""
+    """Return the error of resuming, or an empty string."""
     facts = dict.fromkeys(FACTS)
     asked = copy(config)
     asked.resume = AutoResumeConfig(allow_changes=allow)
@@ -118,7 +118,7 @@ def test_every_key_is_one_thing_in_every_choice_that_has_it() -> None:
 
 
 def test_a_run_that_resumes_may_have_these_keys_changed() -> None:
-    """What the README promises, of every task, method and data alike."""
+    """Check what the README promises for every task, method, and dataset."""
     allowed = {"name", "dry_run", "task.max_time", "task.micro_batch_size", "task.keep_last", "model.verify"}
     assert all(affects(key) in (Affects.nothing, Affects.execution) for key in allowed)
     assert all(affects(f"cluster.{name}") is Affects.execution for name in ("type", "devices", "tensor_parallel"))

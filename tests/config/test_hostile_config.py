@@ -25,7 +25,7 @@ OUTSIDE = "../../outside"
 
 
 def typed(*overrides: str) -> Any:
-    """As launch.py does; raises what it refuses."""
+    """Compose as launch.py does, and raise its errors."""
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", list(overrides))

@@ -1,4 +1,4 @@
-"""What a shell hands over reaches the config as it was typed, and what we print can be pasted back."""
+"""Arguments from a shell reach the config as they were typed, and printed overrides can be pasted back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPTS = [
 
 
 def config_of(*arguments: str) -> RunConfig:
-    """As launch.py does it."""
+    """Compose as launch.py does."""
     register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return cast(RunConfig, OmegaConf.to_object(compose("config", quote_arguments(list(arguments)))))
@@ -58,7 +58,7 @@ def test_text_reaches_hydra_as_it_was_typed(key: str) -> None:
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_a_prompt_reaches_the_process_that_answers_it(text: str, tmp_path: Path) -> None:
-    """Which reads it from a file."""
+    """Check the config that the process reads from a file."""
     config = config_of("task=generate", f"task.prompt={text}")
     save_config(config, tmp_path / "config.yaml")
     for each in (config, load_config(tmp_path / "config.yaml")):

@@ -1,4 +1,4 @@
-"""From rows on disk to what a training step sees."""
+"""Rows on disk become the batches of a training step."""
 
 from __future__ import annotations
 

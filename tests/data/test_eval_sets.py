@@ -167,7 +167,7 @@ print(json.dumps([answers, "torch" in sys.modules]))
 
 @pytest.mark.slow
 def test_a_dataset_of_the_hub_is_kept_by_its_commit(tmp_path: Path) -> None:
-    """What a process without a network or a token then reads is what was pinned."""
+    """Check that a process without a network or a token reads the pinned data."""
     with DatasetHub(tmp_path / "hub") as hub:
         rows = "".join(json.dumps({**row, "unused": 1}) + "\n" for row in ROWS[:1]).encode()
         files = {"train.jsonl": json_lines(TEXTS[:4]), "test.jsonl": json_lines(TEXTS[4:5]), "README.md": b"---\n---\n"}

@@ -1,4 +1,4 @@
-"""What a run sees, in which order and in which proportion."""
+"""A run sees its datasets in the right order and proportion."""
 
 from __future__ import annotations
 

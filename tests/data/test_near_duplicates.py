@@ -1,4 +1,4 @@
-"""What nearly repeats a training text and was held out trains instead, or is reported, and never stops a run."""
+"""Validation texts that nearly repeat a training text are moved to the training set or reported, and stop no run."""
 
 from __future__ import annotations
 

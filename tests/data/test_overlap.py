@@ -266,7 +266,7 @@ def test_embedded_data_cannot_allow_an_overlap(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 90])
 def test_documents_of_a_corpus_are_compared_as_rows_are(vocabulary: int, tmp_path: Path) -> None:
-    """By the same rule, spelled out over the same tokens; whitespace is none of them."""
+    """Apply the same rule, written out, to the same tokens without whitespace."""
     random = np.random.default_rng(vocabulary)
     words = [token for token in range(300, 600) if tokenizer().decode([token]).strip()][:vocabulary]
     blank = next(token for token in range(600) if tokenizer().decode([token]).isspace())

@@ -124,7 +124,7 @@ def probed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
 
 
 def token_losses(losses: torch.Tensor, examples: list[Example]) -> list[list[float]]:
-    """By segment."""
+    """Return the losses of each segment."""
     found = []
     for row, example in enumerate(examples):
         position = 0

@@ -194,7 +194,7 @@ def test_an_indexed_dataset_with_bos_and_one_without_are_the_same(tokenizer: Any
 
 
 def test_an_indexed_dataset_is_looked_at_again_where_bos_counts(tokenizer: Any, tmp_path: Path) -> None:
-    """What was found for a tokenizer that adds none says nothing."""
+    """Check that counts for a tokenizer that adds no BOS are not reused."""
     write_indexed(tmp_path / "mine", WITH_BOS)
     plain = save_tokenizer(tmp_path / "plain", "byte level", adds_bos=False)
     assert not built(plain, tmp_path / "mine", tmp_path / "cache").counts.has_bos

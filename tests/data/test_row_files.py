@@ -68,7 +68,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 
 def rows_of(path: Path) -> list[Any]:
-    """All of them, in their order in the file."""
+    """Return all rows, in their order in the file."""
     kept, held_out = read_rows(files(path, every=2))
     return [row for both in zip(held_out, kept, strict=True) for row in both]
 

@@ -1,4 +1,4 @@
-"""What the data report says, against counts made by hand."""
+"""The data report agrees with counts made by hand."""
 
 from __future__ import annotations
 

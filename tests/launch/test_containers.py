@@ -1,4 +1,4 @@
-"""What Docker, Kubernetes and SkyPilot would be given, as they read it."""
+"""The specifications for Docker, Kubernetes and SkyPilot, as these read them."""
 
 from __future__ import annotations
 

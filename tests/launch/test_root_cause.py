@@ -1,4 +1,4 @@
-"""Which rank is the reason, where several failed or none gets on."""
+"""The root cause is found where several ranks failed or none makes progress."""
 
 from __future__ import annotations
 

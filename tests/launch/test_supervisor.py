@@ -1,4 +1,4 @@
-"""One of two ranks fails, is killed, hangs, or is asked to stop: the run ends, and its folder says which and why."""
+"""A rank fails, is killed, hangs, or gets a stop signal: the run ends, and its folder says which rank and why."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_port_that_is_taken_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_killed_rank_ends_the_command(tmp_path: Path, row: Row) -> None:
-    """From the command line on, with the signal from outside; nothing is left running."""
+    """Start from the command line, send the signal from outside, and check that nothing is left running."""
     folder = RunFolder(tmp_path / "run")
     command = [sys.executable, str(ROOT / "launch.py"), f"hydra.run.dir={folder.directory}", *RUN]
     process = subprocess.Popen(

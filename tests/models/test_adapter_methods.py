@@ -1,4 +1,4 @@
-"""Each choice of the group ``peft`` is full fine-tuning or has an entry under its name."""
+"""The choices of the group ``peft`` are full fine-tuning or have an entry under their name."""
 
 from __future__ import annotations
 

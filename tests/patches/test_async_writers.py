@@ -127,7 +127,7 @@ def test_without_it_training_waits(tmp_path: Path) -> None:
 
 
 def test_training_waits_where_memory_is_short_also_for_the_first(tmp_path: Path) -> None:
-    """Nothing that was saved before says then how much it takes."""
+    """Check the first save, for which no earlier one tells how much memory it takes."""
     folder = RunFolder(tmp_path / "run")
     fault = Both(short_of_memory, AtWriting(2, until=2, action=note_newest))
     assert train(folder, *LORA, "task.max_steps=4", fault=fault).returncode == 0
@@ -284,7 +284,7 @@ class FullDiskOf:
 
 
 def test_a_copy_is_not_begun_before_the_last_is_through(tmp_path: Path) -> None:
-    """Every step is saved: each save waits for the one before it, and none is left out."""
+    """Save every step: each save waits for the previous one, and none is skipped."""
     folder = RunFolder(tmp_path / "run")
     assert train(folder, *LORA, "task.checkpoint_interval=1", "task.keep_last=10").returncode == 0
     assert steps(folder) == [6, 5, 4, 3, 2, 1]

@@ -1,4 +1,4 @@
-"""What a process that trains does not import on the way to NeMo."""
+"""Modules that a training process does not import with NeMo."""
 
 from __future__ import annotations
 

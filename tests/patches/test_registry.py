@@ -1,4 +1,4 @@
-"""What is replaced in other packages: all of it is in the table, and only while it is the code that was known."""
+"""Replacements in other packages: all are in the table, and are made only in code that is known."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_run_with_other_code_than_was_known_is_refused(changed_megatron: Path,
 
 @pytest.mark.slow
 def test_a_rank_refuses_it_too(changed_megatron: Path) -> None:
-    """Of a cluster, whose packages the launcher does not see."""
+    """Check a rank of a cluster, whose packages the launcher does not see."""
     done = subprocess.run(
         [sys.executable, "-c", "from qwen_cl.training import setup; setup.prepare(cpu=True)"],
         env={**os.environ, "PYTHONPATH": str(changed_megatron)},
@@ -146,3 +146,27 @@ def test_a_rank_refuses_it_too(changed_megatron: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"qwen_cl.patches.registry.UpstreamChanged: {REFUSED}"
+
+
+NAMELESS = """
+import sys, types
+
+from qwen_cl.training import setup
+
+setup.prepare(cpu=True)
+sys.modules["a_compiled_part"] = types.SimpleNamespace()
+import megatron.core.tensor_parallel.layers as importer
+import megatron.core.utils as owner
+from qwen_cl.patches.registry import replace_everywhere
+
+replace_everywhere(owner, "get_tensor_model_parallel_group_if_none", print)
+print(importer.get_tensor_model_parallel_group_if_none is print)
+"""
+
+
+@pytest.mark.slow
+def test_objects_without_a_name_among_the_modules_are_left_out() -> None:
+    """Compiled packages, such as Cython's, add them to sys.modules."""
+    done = subprocess.run([sys.executable, "-c", NAMELESS], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"

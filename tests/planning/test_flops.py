@@ -30,7 +30,7 @@ def architecture_of(directory: Path) -> Architecture:
 
 
 def counted(model: Any, length: int) -> int:
-    """Of one sequence, forward and backward; eager attention computes the whole square."""
+    """Return the FLOPs of one sequence, forward and backward; eager attention computes the full square."""
     ids = torch.arange(length)[None] % 1400
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()

@@ -154,7 +154,7 @@ def test_activations_grow_with_the_tokens_of_a_pass(key: str) -> None:
 
 
 def test_layers_that_are_computed_again_keep_little() -> None:
-    """Of 24 layers their inputs, and all of one; the logits are what they were."""
+    """Check that the inputs of 24 layers and all of one layer remain, and that the logits do not change."""
     config = run_config()
     speeds = [replace(config.speed, activation_recompute=recompute) for recompute in (When.never, When.always)]
     before, after = (
@@ -186,7 +186,7 @@ def test_the_total_is_the_sum_of_its_parts() -> None:
 
 @pytest.mark.parametrize("name", ["0.5b", "micro-batch-8"])
 def test_what_a_run_took_is_somewhat_less(name: str) -> None:
-    """With levers, by the benchmarks of an H200. Which would be much less is no estimate."""
+    """Compare with benchmarks on an H200 with speed optimizations; an estimate far above them is of no use."""
     measured = json.loads((ROOT / f"benchmarks/results/throughput-h200-{name}.json").read_text())
     visits = [visit for visit in measured["runs"] if visit["framework"] == "qwen_cl" and "error" not in visit]
     assert visits

@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def full_from_step_three(folder: RunFolder) -> None:
-    """With more than one row in a pass."""
+    """Fail out of memory with more than one sequence in a micro batch."""
     import torch
 
     from qwen_cl.training.callbacks.metrics import RunRecorder

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which is the newest good one, and that none is ever half there under its name."""
+"""Checkpoints are pruned by rule, the latest valid one is found, and none is ever partial under its name."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_newest_and_the_best_stay(
 
 
 def test_pruning_leaves_what_it_does_not_know(tmp_path: Path) -> None:
-    """One that is not whole is neither kept as the newest nor removed."""
+    """Check that an incomplete one is neither counted as the latest nor removed."""
     save(tmp_path, 1)
     for name in ("step=2", ".saving-step=3", "step=x", "damaged-step=4"):
         (tmp_path / name).mkdir()

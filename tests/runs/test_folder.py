@@ -1,4 +1,4 @@
-"""What a run's folder promises to whoever reads it, or wants it too, while the run goes or after it died."""
+"""A run folder stays consistent for its readers, and is locked against other runs, during a run and after a crash."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_a_failure_that_an_earlier_version_recorded_has_its_kind(state: str, rea
 
 def test_what_ends_a_process_has_its_kind() -> None:
     class OutOfMemoryError(RuntimeError):
-        """As torch's, which is known by its name."""
+        """An error with the name of torch's."""
 
     inf = "Unexpected result inf (message='found Inf in local grad norm for bucket #0')"
     kinds = {

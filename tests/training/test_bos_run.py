@@ -40,7 +40,7 @@ class Trained:
     tokenizer: Any
 
     def nats(self, texts: list[str]) -> tuple[float, int]:
-        """Of sequences that are cut without the code tested."""
+        """Return the loss and number of tokens of sequences that are cut without the code tested."""
         total, count = 0.0, 0
         for ids, labels in expected_examples(self.tokenizer, texts, LENGTH):
             number = sum(label != -100 for label in labels[1:])

@@ -139,7 +139,7 @@ def test_learning_and_forgetting_are_measured_at_the_same_steps(forgetting: Forg
 
 
 def test_of_two_ranks_one_writes_what_both_answer(forgetting: Forgetting) -> None:
-    """Of raw text: it is gone on with from its first half, or its first 32 tokens."""
+    """Check raw text, which is continued from its first half or its first 32 tokens."""
     tokenizer = forgetting.reference.tokenizer
     lines = [json.loads(line) for line in forgetting.run.folder.samples.read_text(encoding="utf-8").splitlines()]
     asked = [ids[: min(32, len(ids) // 2)] for ids in forgetting.sequences("validation")[:3]]

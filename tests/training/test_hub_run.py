@@ -21,7 +21,7 @@ TOKEN = f"hf_{secrets.token_hex(16)}"
 
 
 def test_a_run_from_the_hub_is_pinned_to_a_commit(tmp_path: Path) -> None:
-    """From a private repository, through a mirror, into a cache named by a relative path."""
+    """Load from a private repository through a mirror into a cache with a relative path."""
     cache = Path(os.path.relpath(tmp_path / "models", Path(__file__).parents[2]))
     with Hub(tmp_path / "hub", private={"org/tiny"}, token=TOKEN) as hub:
         commit = hub.publish("org/tiny", {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}, "main")

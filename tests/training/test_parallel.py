@@ -62,7 +62,7 @@ TIMELESS = ("loss", "bits_per_byte", "tokens", "grad_norm", "lr", "step")
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run, in one group of each number of ranks; the widest first, as a move ends in one process."""
+    """Train all runs, in one group for each number of ranks; the widest first, as a move ends in one process."""
     base = tmp_path_factory.mktemp("parallel")
     trainings = [_training(base / f"{method}-{layout}", method, layout, STEPS) for method, layout in CASES]
     for method in ("lora", "none"):
@@ -116,7 +116,7 @@ def test_a_layout_trains_what_one_process_trains(method: str, layout: str, direc
 
 @pytest.mark.parametrize(("method", "layout"), [case for case in CASES if case[1] != "one"])
 def test_a_layout_answers_what_one_process_answers(method: str, layout: str, directory: Path) -> None:
-    """Before training, and by what it came to; where rows are spread over ranks, it says that nothing is asked."""
+    """Compare the answers before and after training; with context parallelism there are none."""
     expected, found = (RunFolder(directory / f"{method}-{name}").samples for name in ("one", layout))
     if LAYOUTS[layout].get("context_parallel", 1) > 1:
         assert not found.exists()

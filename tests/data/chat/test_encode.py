@@ -56,7 +56,7 @@ def trained(
 
 
 def require_same(ids: list[int], tokenizer: Any, messages: list[dict[str, Any]], **how: Any) -> None:
-    """All of transformers' ids, less the newlines after the last end of a turn."""
+    """Return the ids of transformers, without the newlines after the last end of a turn."""
     whole = ids_of(tokenizer, messages, **how)
     assert ids == whole[: len(ids)]
     assert tokenizer.decode(whole[len(ids) :]).strip(" ▁") in ("", "\n", "\n\n")

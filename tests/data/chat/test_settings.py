@@ -1,4 +1,4 @@
-"""What the config says of how conversations are rendered holds wherever the model is trained, measured and asked."""
+"""Chat settings of the config apply wherever the model is trained, evaluated and prompted."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_datas_hash_is_of_what_was_rendered(tmp_path: Path) -> None:
 
 
 def test_built_in_templates_render_as_models_do() -> None:
-    """Those of the models they are named after, as the Hub has them."""
+    """Compare with the templates of the models they are named after, from the Hub."""
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},

@@ -1,4 +1,4 @@
-"""Where answers end: in training, generation, and in what is exported for transformers and PEFT."""
+"""Answers end at the same tokens in training, generation, and exports for transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def brief(shared_directory: Path) -> Launched:
 
 
 def test_an_export_stops_where_generate_does(brief: Launched, tmp_path: Path) -> None:
-    """By the usual code of transformers, with the export's own tokenizer and settings."""
+    """Generate with the usual code of transformers, and the tokenizer and settings of the export."""
     run = brief.folder.directory
     prompts = ["Is 3 a number?", "Is 77 a number?"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")

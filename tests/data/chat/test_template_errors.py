@@ -1,4 +1,4 @@
-"""What a chat template says when it refuses a conversation reaches the user without words of Python."""
+"""Errors that a chat template raises reach the user without Python terms."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wait_until_tokenizing(cache: Path, alive: Callable[[], bool]) -> None:
-    """Until the first tokens are on disk."""
+    """Wait until the first tokens are on disk."""
     end = time.monotonic() + DEADLINE
     while not any(path.stat().st_size for path in cache.glob("*.unfinished/corpus.bin")):
         assert alive()
@@ -143,8 +143,7 @@ def builder_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_whatever_stops_a_launcher_leaves_nothing(text: Path, tmp_path: Path) -> None:
-    """All at once: each waits for Megatron to be imported. (That one that is left alone gets its corpus is for the
-    tests of a run.)"""
+    """Start all at once, as each waits for Megatron to be imported."""
     caches = {name: tmp_path / name for name in STOPPED}
     launchers = {name: prepare(text, cache) for name, cache in caches.items()}
     families = {}

@@ -60,7 +60,7 @@ def test_the_cache_is_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> BuildRequest:
-    """What was built, in the cache."""
+    """Build a corpus in a cache."""
     directory = tmp_path_factory.mktemp("whole")
     (directory / "a.jsonl").write_bytes(json_lines(TEXTS))
     request = make_build_request(source(directory / "a.jsonl"), tokenizer(), workers=1, cache=str(directory / "cache"))

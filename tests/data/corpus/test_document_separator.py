@@ -169,7 +169,7 @@ def test_what_is_kept_in_the_cache_is_known_by_how_it_was_cut(tmp_path: Path) ->
 def test_an_older_run_resumes_where_its_texts_are_split_alike(
     name: str, settled: DocumentSeparator, tmp_path: Path
 ) -> None:
-    """Its config lacks the key, and did not cut text files."""
+    """Check a config without the key, whose text files were not split."""
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one"]))
     command = [
@@ -204,7 +204,7 @@ def test_an_older_run_resumes_where_its_texts_are_split_alike(
 
 
 def test_a_sweeps_older_trials_are_known_again(tmp_path: Path) -> None:
-    """By the hash of a config that had no such key."""
+    """Compare with the hash of a config without the key."""
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     command = ["task=pretrain", "data=text", f"data.path={tmp_path}/a.txt", "cluster.accelerator=cpu", "retention=none"]
     hashes = [

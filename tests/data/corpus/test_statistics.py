@@ -1,4 +1,4 @@
-"""What the data report says of a corpus, against counts made by hand."""
+"""The data report of a corpus agrees with counts made by hand."""
 
 from __future__ import annotations
 

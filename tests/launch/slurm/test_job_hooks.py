@@ -1,4 +1,4 @@
-"""What a submitted run's folder says before and after its workers, and of what is no such folder. No Slurm."""
+"""The status of a submitted run before and after its workers, and errors for other folders. No Slurm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = "2026-01-01T00:00:00+00:00"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """Of a run in its second start, which is the last that it has."""
+    """Create the folder of a run in its second and last start."""
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[3-4]")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -30,14 +30,14 @@ def render(*overrides: str, folders: tuple[str, ...] = ("/runs/x/a",), sweep: st
 
 
 def flags(script: str) -> dict[str, str]:
-    """As sbatch reads them."""
+    """Return the options as sbatch reads them."""
     lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
     (words,) = zip(*(shlex.split(line) for line in lines))
     return {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in words)}
 
 
 def executed(script: str, directory: Path, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """Of each program that the script starts: its arguments and environment. The programs themselves only note them."""
+    """Return the arguments and environment of each program that the script starts, as stand-ins recorded them."""
     for name in ("python", "srun"):
         program = directory / name
         program.write_text(

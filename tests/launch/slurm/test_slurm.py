@@ -193,7 +193,7 @@ def test_a_run_that_is_killed_cancelled_or_loses_its_node_does_not_look_alive(
 
 
 def processes(folder: RunFolder) -> list[psutil.Process]:
-    """Of the run's job: the batch script and what it started."""
+    """Return the processes of the run's job: the batch script and its children."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -205,7 +205,7 @@ def processes(folder: RunFolder) -> list[psutil.Process]:
 
 
 def overseers(folder: RunFolder) -> list[psutil.Process]:
-    """Of Slurm, which would say how the job's processes ended."""
+    """Return the processes of Slurm that would report how the job ended."""
     parents = {parent for process in processes(folder) if (parent := process.parent()) is not None}
     return [parent for parent in parents if parent.name() == "slurmstepd"]
 

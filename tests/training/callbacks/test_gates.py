@@ -1,4 +1,4 @@
-"""What stops a run: weights that know nothing, and numbers that are none."""
+"""Runs stop at untrained weights and at NaN or infinite values."""
 
 from __future__ import annotations
 

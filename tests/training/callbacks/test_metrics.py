@@ -1,4 +1,4 @@
-"""What keeps a GPU from waiting between steps: the gradients' norm stays on it, and a step is read a step later."""
+"""Metrics do not make a GPU wait: the gradient norm stays on it, and a step is read one step later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 
 @dataclass(frozen=True, slots=True)
 class ReadLate:
-    """As on a GPU. Notes each step that is recorded, and the one that was over by then."""
+    """A recorder that reads late, as on a GPU, and notes each recorded step with the one that had ended by then."""
 
     killed_at: int | None = None
 

@@ -13,7 +13,7 @@ from qwen_cl.training.callbacks.step_timer import StepClock
 
 @dataclass
 class Event:
-    """In milliseconds of a GPU."""
+    """A GPU event at a given number of milliseconds."""
 
     comes: float
 

@@ -240,7 +240,7 @@ def default_config() -> RunConfig:
 
 
 def test_what_is_written_has_the_figures_of_the_results() -> None:
-    """As `python benchmarks/throughput.py --table` and `speed_optimizations.py --table` print them."""
+    """Compare with what `python benchmarks/throughput.py --table` and `speed_optimizations.py --table` print."""
     from benchmarks import speed_optimizations
     from benchmarks.throughput import RESULTS
     from benchmarks.throughput_table import table
